@@ -1,0 +1,74 @@
+"""The command line: one file a command, each parses, calls one function and prints.
+
+Commands are imported when they are used, so that ``nmconvert --help`` returns at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from nmconvert import __version__
+from nmconvert.errors import NmconvertError
+
+COMMANDS = {
+    "prune": "keep n of every m weights of a trained checkpoint",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in ``nmconvert.cli.<name>`` and are imported on use; its help needs none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"nmconvert.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="nmconvert")
+def group() -> None:
+    """Turn trained models into N:M structured-sparse ones: n weights are kept in every group of m."""
+
+
+def main() -> None:
+    """Run the command line; every error becomes one line and an exit status: 1 failed, 2 usage, 130 interrupted."""
+    debug = "--debug" in sys.argv
+    try:
+        group.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("interrupted; nothing was left half written", 130)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was left half written", 130)
+    except click.ClickException as error:
+        if debug:
+            raise
+        error.show()
+        sys.exit(error.exit_code)
+    except NmconvertError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_status)
+    except OSError as error:
+        if debug:
+            raise
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+    except MemoryError:
+        if debug:
+            raise
+        _fail("out of memory: a smaller batch or a machine with more memory is needed", 1)
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(f"nmconvert: error: {' '.join(message.split())}", err=True)
+    sys.exit(status)

@@ -1,0 +1,163 @@
+"""The model-local functions of domain ``nmconvert``: standard operators that rebuild a weight and then use it.
+
+Every sparse layer of a compressed file is one call of such a function. A stock onnxruntime inlines the body and folds all of
+it down to the dense weight when it loads the file; a session that has registered our library finds kernels of the same
+domain and names and never looks at the body. Both read the same call::
+
+    Y = nmconvert.Conv(X, values, mask, table, B)          B may be "" (none)
+    Y = nmconvert.ConvTranspose(X, values, mask, table, B)  likewise
+    Y = nmconvert.MatMul(X, values, mask, table)            X · W
+    Y = nmconvert.Linear(X, values, mask, table, B)         X · W + B
+    Y = nmconvert.Gemm(X, values, mask, table, C)           alpha · X · W + beta · C, C may be ""
+    Y = nmconvert.MatMulLeft(X, values, mask, table)        W · X
+    Y = nmconvert.GemmLeft(X, values, mask, table, C)       alpha · W · X + beta · C, C may be ""
+
+``values``, ``mask`` and ``table`` are those of :mod:`nmconvert.packing`, always constant. Attributes of every call:
+
+=============  ======  =========================================================================================
+``n``, ``m``   int     the pattern: n kept of m
+``axis``       string  ``channel`` or ``kernel``, the grouped axis
+``shape``      ints    the dense weight as the operator takes it: Conv [O, I/g, k…], MatMul [K, N], Gemm before its trans
+``permuted``   ints    the shape in which the flattened matrix [rows, K] is read (:class:`nmconvert.matrix.MatrixView`)
+``perm``       ints    the transpose that leads from ``permuted`` to the order of ``shape``
+``code_shape`` ints    [-1, parts, width] of the coding
+``stored``     int     ONNX element type of ``values``
+``compute``    int     ONNX element type in which the operator computes; the weight is cast where it differs
+=============  ======  =========================================================================================
+
+and those of the standard operator (strides, pads, dilations, group, kernel_shape, auto_pad, output_padding, output_shape;
+alpha, beta, transA, transB), left out where the original left them out.
+
+Why this body: CumSum, Mul and Gather on int32, plus Cast, Concat, Reshape and Transpose on the values, are folded by every
+onnxruntime tried for fp32, fp16, bf16 and fp64, at any n:m and any K. Pad, Where, Expand and arithmetic on fp16 or bf16
+are not (shared FACTS), and ScatterElements would need the same number of values for each byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
+
+DOMAIN = "nmconvert"
+DOMAIN_VERSION = 1
+OPSET = 18
+IR_VERSION = 8
+
+CALL_ATTRIBUTES = ("n", "m", "axis", "shape", "permuted", "perm", "code_shape", "stored", "compute")
+_CONV = {
+    "auto_pad": AttributeProto.STRING,
+    "dilations": AttributeProto.INTS,
+    "group": AttributeProto.INT,
+    "kernel_shape": AttributeProto.INTS,
+    "pads": AttributeProto.INTS,
+    "strides": AttributeProto.INTS,
+}
+_CONV_TRANSPOSE = _CONV | {"output_padding": AttributeProto.INTS, "output_shape": AttributeProto.INTS}
+_GEMM = {
+    "alpha": AttributeProto.FLOAT,
+    "beta": AttributeProto.FLOAT,
+    "transA": AttributeProto.INT,
+    "transB": AttributeProto.INT,
+}
+
+
+@dataclass(frozen=True)
+class Function:
+    """One function: its standard operator, that operator's inputs in terms of ``X``, ``W`` and ``B``, and its attributes."""
+
+    name: str
+    op_type: str
+    inputs: tuple[str, ...]
+    attributes: dict[str, AttributeProto.AttributeType]
+    adds_bias: bool = False  # the bias is an Add of its own: MatMul has none
+
+
+FUNCTIONS: dict[str, Function] = {
+    f.name: f
+    for f in (
+        Function("Conv", "Conv", ("X", "W", "B"), _CONV),
+        Function("ConvTranspose", "ConvTranspose", ("X", "W", "B"), _CONV_TRANSPOSE),
+        Function("MatMul", "MatMul", ("X", "W"), {}),
+        Function("Linear", "MatMul", ("X", "W"), {}, adds_bias=True),
+        Function("Gemm", "Gemm", ("X", "W", "B"), _GEMM),
+        Function("MatMulLeft", "MatMul", ("W", "X"), {}),
+        Function("GemmLeft", "Gemm", ("W", "X", "B"), _GEMM),
+    )
+}
+
+
+def function_proto(name: str) -> FunctionProto:
+    """The FunctionProto of ``FUNCTIONS[name]``, in operators of opset 18."""
+    function = FUNCTIONS[name]
+    takes_bias = function.adds_bias or "B" in function.inputs
+    product = "product" if function.adds_bias else "Y"
+    operator = helper.make_node(function.op_type, list(function.inputs), [product])
+    operator.attribute.extend(_reference(key, key, kind) for key, kind in sorted(function.attributes.items()))
+    nodes = [*_rebuild_weight(), operator]
+    if function.adds_bias:
+        nodes.append(helper.make_node("Add", [product, "B"], ["Y"]))
+    return helper.make_function(
+        DOMAIN,
+        name,
+        inputs=["X", "values", "mask", "table", *(["B"] if takes_bias else [])],
+        outputs=["Y"],
+        nodes=nodes,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        attributes=[*CALL_ATTRIBUTES, *sorted(function.attributes)],
+    )
+
+
+def _rebuild_weight() -> list[NodeProto]:
+    """values, mask, table → W: bits of the mask, their running count, and a gather from [0, *values]."""
+    return [
+        _constant("zero", value_float=0.0),
+        _constant("axis", value_int=0),
+        _constant("first", value_ints=[0]),
+        _constant("second", value_ints=[1]),
+        _constant("flat", value_ints=[-1]),
+        _constant_attribute("code_shape"),
+        _constant_attribute("permuted"),
+        _constant_attribute("shape"),
+        _node("Cast", ["mask"], "codes", to=TensorProto.INT32),
+        _node("Gather", ["table", "codes"], "coded", axis=0),
+        _node("Cast", ["coded"], "coded_bits", to=TensorProto.INT32),
+        _node("Reshape", ["coded_bits", "code_shape"], "parts"),
+        _node("ReduceSum", ["parts", "second"], "bits_by_code", keepdims=0),
+        _node("Reshape", ["bits_by_code", "flat"], "padded_bits"),
+        _node("ReduceProd", ["permuted"], "size", keepdims=1),
+        _node("Slice", ["padded_bits", "first", "size", "first"], "bits"),
+        _node("CumSum", ["bits", "axis"], "count"),
+        _node("Mul", ["count", "bits"], "place"),
+        _referring(_node("Cast", ["zero"], "typed_zero"), "to", "stored", AttributeProto.INT),
+        _node("Reshape", ["typed_zero", "flat"], "no_value"),
+        _node("Concat", ["no_value", "values"], "candidates", axis=0),
+        _node("Gather", ["candidates", "place"], "matrix", axis=0),
+        _node("Reshape", ["matrix", "permuted"], "unordered"),
+        _referring(_node("Transpose", ["unordered"], "split"), "perm", "perm", AttributeProto.INTS),
+        _node("Reshape", ["split", "shape"], "stored_weight"),
+        _referring(_node("Cast", ["stored_weight"], "W"), "to", "compute", AttributeProto.INT),
+    ]
+
+
+def _node(op_type: str, inputs: Sequence[str], output: str, **attributes: int) -> NodeProto:
+    return helper.make_node(op_type, inputs, [output], **attributes)
+
+
+def _constant(name: str, **value: float | list[int]) -> NodeProto:
+    return helper.make_node("Constant", [], [name], **value)
+
+
+def _constant_attribute(name: str) -> NodeProto:
+    return _referring(helper.make_node("Constant", [], [name]), "value_ints", name, AttributeProto.INTS)
+
+
+def _referring(node: NodeProto, attribute: str, of: str, kind: AttributeProto.AttributeType) -> NodeProto:
+    node.attribute.append(_reference(attribute, of, kind))
+    return node
+
+
+def _reference(attribute: str, of: str, kind: AttributeProto.AttributeType) -> AttributeProto:
+    return onnx.AttributeProto(name=attribute, type=kind, ref_attr_name=of)

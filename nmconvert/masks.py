@@ -1,0 +1,66 @@
+"""Criteria and masks: pure functions on one matrix ``[rows, K]`` (see :mod:`nmconvert.matrix`).
+
+A criterion gives every weight a score; :func:`nm_mask` keeps the ``n`` highest of each group of ``m``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nmconvert.pattern import Pattern
+
+_CHUNK = 1 << 19  # entries at a time on a CPU: what one pass reads and writes stays in the L2 cache
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """|w|, the criterion of Zhou et al. 2021 (section 3.1): score [rows, K] of ``weight`` [rows, K]."""
+    return weight.detach().abs()
+
+
+CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {"magnitude": magnitude}
+
+
+def nm_mask(scores: Tensor, pattern: Pattern) -> Tensor:
+    """The N:M mask of ``scores`` [rows, K]: bool [rows, K], True where a weight is kept.
+
+    The ``n`` highest of every ``m`` consecutive entries of a row are kept; the last group of a row, if shorter, keeps
+    min(n, its length). Equal scores are decided for the lower index, so that the mask is the same on every machine.
+    No sort: an entry's rank is the number of entries of its group that beat it, counted with m - 1 shifted comparisons.
+    Scores must not be NaN.
+    """
+    rows, columns = scores.shape
+    tail = columns % pattern.m
+    if not tail:
+        return _group_mask(scores.reshape(-1, pattern.m), pattern.n).reshape(rows, columns)
+    whole = columns - tail
+    mask = torch.empty(rows, columns, dtype=torch.bool, device=scores.device)
+    mask[:, :whole] = _group_mask(scores[:, :whole].reshape(-1, pattern.m), pattern.n).reshape(rows, whole)
+    mask[:, whole:] = _group_mask(scores[:, whole:], pattern.n)
+    return mask
+
+
+def _group_mask(scores: Tensor, n: int) -> Tensor:
+    """scores [G, m] → mask [G, m]."""
+    groups, m = scores.shape
+    if n >= m:
+        return torch.ones(groups, m, dtype=torch.bool, device=scores.device)
+    step = max(1, _CHUNK // m) if scores.device.type == "cpu" else max(1, groups)
+    if groups <= step:
+        return _ranks_below(scores, n)
+    mask = torch.empty(groups, m, dtype=torch.bool)
+    for start in range(0, groups, step):
+        mask[start : start + step] = _ranks_below(scores[start : start + step], n)
+    return mask
+
+
+def _ranks_below(scores: Tensor, n: int) -> Tensor:
+    s = scores.T.contiguous()  # [m, G]: each comparison runs along G, which vectorises
+    rank = torch.zeros(s.shape, dtype=torch.uint8, device=s.device)
+    for shift in range(1, len(s)):
+        earlier_wins = s[:-shift] >= s[shift:]
+        rank[shift:] += earlier_wins
+        rank[:-shift] += ~earlier_wins
+    return (rank < n).T
