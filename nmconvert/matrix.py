@@ -84,11 +84,13 @@ class MatrixView:
 
     def to_matrix(self, weight: Array) -> Array:
         """``weight`` [*shape] → [rows, columns]; a view where no data has to move."""
-        return _transpose(weight.reshape(self.split), self.perm).reshape(self.rows, self.columns)
+        matrix: Array = _transpose(weight.reshape(self.split), self.perm).reshape(self.rows, self.columns)
+        return matrix
 
     def from_matrix(self, matrix: Array) -> Array:
         """[rows, columns] → [*shape], the inverse of :meth:`to_matrix`."""
-        return _transpose(matrix.reshape(self.permuted), self.inverse_perm).reshape(self.shape)
+        weight: Array = _transpose(matrix.reshape(self.permuted), self.inverse_perm).reshape(self.shape)
+        return weight
 
     def before_transpose(self, perm: Sequence[int]) -> MatrixView:
         """The view of the tensor ``base``, given that ``base.transpose(perm)`` is the weight that this view is of."""
@@ -105,7 +107,8 @@ class MatrixView:
 
 
 def _transpose(array: Array, perm: tuple[int, ...]) -> Array:
-    return array.permute(perm) if hasattr(array, "permute") else array.transpose(perm)
+    transposed: Array = array.permute(perm) if hasattr(array, "permute") else array.transpose(perm)
+    return transposed
 
 
 def _parts(shape: tuple[int, ...], split: tuple[int, ...]) -> list[list[int]]:

@@ -151,7 +151,8 @@ def _fill(nonzero: npt.NDArray[np.bool_], n: int, pattern: Pattern) -> npt.NDArr
     if not missing.any():
         return nonzero
     zeros_so_far = np.cumsum(~nonzero, axis=1, dtype=np.int32)
-    return nonzero | (zeros_so_far <= missing[:, None])
+    filled: npt.NDArray[np.bool_] = nonzero | (zeros_so_far <= missing[:, None])
+    return filled
 
 
 def _encode(bits: npt.NDArray[np.bool_], coding: Coding, pattern: Pattern) -> npt.NDArray[np.uint8]:
@@ -205,4 +206,5 @@ def unpack_mask(
     bits = table[mask].reshape(-1, parts, coding.width).sum(axis=1, dtype=np.uint8).reshape(-1)
     if bits.max(initial=0) > 1:
         raise WeightError("the mask names a weight twice: the file is damaged")
-    return bits[: rows * columns].reshape(rows, columns).astype(np.bool_)
+    kept: npt.NDArray[np.bool_] = bits[: rows * columns].reshape(rows, columns).astype(np.bool_)
+    return kept

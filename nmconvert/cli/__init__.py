@@ -22,15 +22,18 @@ class LazyGroup(click.Group):
     """A group whose commands live in ``nmconvert.cli.<name>`` and are imported on use; its help needs none of them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands, in the order in which one uses them."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = import_module(f"nmconvert.cli.{cmd_name}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List them with what each does, importing none."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
@@ -44,6 +45,7 @@ from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 DOMAIN = "nmconvert"
 DOMAIN_VERSION = 1
 OPSET = 18
+FIRST_OPSET = 13  # Cast, Reshape, ReduceSum with axes as input: the body needs no later one
 IR_VERSION = 8
 
 CALL_ATTRIBUTES = ("n", "m", "axis", "shape", "permuted", "perm", "code_shape", "stored", "compute")
@@ -89,8 +91,8 @@ FUNCTIONS: dict[str, Function] = {
 }
 
 
-def function_proto(name: str) -> FunctionProto:
-    """The FunctionProto of ``FUNCTIONS[name]``, in operators of opset 18."""
+def function_proto(name: str, opset: int = OPSET) -> FunctionProto:
+    """The FunctionProto of ``FUNCTIONS[name]`` in operators of ``opset`` (13 or later), which should be its model's own."""
     function = FUNCTIONS[name]
     takes_bias = function.adds_bias or "B" in function.inputs
     product = "product" if function.adds_bias else "Y"
@@ -105,7 +107,7 @@ def function_proto(name: str) -> FunctionProto:
         inputs=["X", "values", "mask", "table", *(["B"] if takes_bias else [])],
         outputs=["Y"],
         nodes=nodes,
-        opset_imports=[helper.make_opsetid("", OPSET)],
+        opset_imports=[helper.make_opsetid("", opset)],
         attributes=[*CALL_ATTRIBUTES, *sorted(function.attributes)],
     )
 
@@ -142,11 +144,11 @@ def _rebuild_weight() -> list[NodeProto]:
     ]
 
 
-def _node(op_type: str, inputs: Sequence[str], output: str, **attributes: int) -> NodeProto:
+def _node(op_type: str, inputs: Sequence[str], output: str, **attributes: Any) -> NodeProto:
     return helper.make_node(op_type, inputs, [output], **attributes)
 
 
-def _constant(name: str, **value: float | list[int]) -> NodeProto:
+def _constant(name: str, **value: Any) -> NodeProto:
     return helper.make_node("Constant", [], [name], **value)
 
 

@@ -1,0 +1,156 @@
+"""The manifest: what was done to each tensor, carried inside the file from one stage to the next.
+
+It is JSON, and never needed to read the weights. Where it is present nothing is inferred again; ``verify`` holds the file
+against it. A file may have been tampered with, so reading it checks every field.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nmconvert import __version__
+from nmconvert.errors import CheckpointError, NmconvertError
+from nmconvert.matrix import KINDS, MatrixView
+from nmconvert.pattern import AXES, Axis, Pattern
+from nmconvert.plan import Row, TensorInfo, stored_view
+
+FORMAT = 1
+RECORD = "nmconvert.json"  # the record of a .pt zip
+METADATA_KEY = "nmconvert"  # the key in safetensors and ONNX metadata
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One sparse tensor: where its groups lie, and the SHA-256 of its dense values (row-major, little-endian)."""
+
+    info: TensorInfo
+    pattern: Pattern
+    axis: Axis
+    assumed: bool
+    digest: str
+    energy: float  # share of the sum of squares that was kept
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.info.name
+
+    @property
+    def view(self) -> MatrixView:
+        """The matrix view of the tensor as it is stored."""
+        return stored_view(self.info, self.axis)
+
+    @property
+    def row(self) -> Row:
+        """The row of the plan that this layer was."""
+        return Row(self.info, self.pattern, self.axis, self.assumed)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``layers`` are the sparse tensors, ``dense`` the reasons of those that could have been; ``settings`` what was said once
+    (model, input, data, …), ``history`` one entry a stage.
+    """
+
+    layers: tuple[Layer, ...] = ()
+    dense: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[Mapping[str, Any], ...] = ()
+
+    def layer(self, name: str) -> Layer | None:
+        """The entry of tensor ``name``."""
+        return next((layer for layer in self.layers if layer.name == name), None)
+
+    def after(self, stage: str, **facts: Any) -> Manifest:
+        """This manifest with one more stage in its history."""
+        return replace(self, history=(*self.history, {"stage": stage, "nmconvert": __version__, **facts}))
+
+    def with_settings(self, **settings: Any) -> Manifest:
+        """This manifest with further settings; None leaves one as it was."""
+        said = {key: value for key, value in settings.items() if value is not None}
+        return replace(self, settings={**self.settings, **said})
+
+    def to_json(self) -> str:
+        """The manifest as one line of JSON."""
+        content = {
+            "format": FORMAT,
+            "layers": [_layer_to_json(layer) for layer in self.layers],
+            "dense": dict(self.dense),
+            "settings": dict(self.settings),
+            "history": [dict(stage) for stage in self.history],
+        }
+        return json.dumps(content, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Manifest:
+        """Read the manifest that file ``source`` carries.
+
+        Raises:
+            CheckpointError: it is damaged, or was written by a newer nmconvert.
+        """
+        try:
+            content = json.loads(text)
+            if content["format"] > FORMAT:
+                raise CheckpointError(
+                    f"{source}: its manifest has format {content['format']}, this nmconvert reads up to {FORMAT}: update nmconvert"
+                )
+            return cls(
+                layers=tuple(_layer_from_json(layer) for layer in content["layers"]),
+                dense={str(name): str(reason) for name, reason in content["dense"].items()},
+                settings=dict(content["settings"]),
+                history=tuple(dict(stage) for stage in content["history"]),
+            )
+        except CheckpointError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, NmconvertError) as error:
+            raise CheckpointError(
+                f"{source}: its nmconvert manifest is damaged ({error!r}): prune or export it again"
+            ) from error
+
+
+def _layer_to_json(layer: Layer) -> dict[str, Any]:
+    info = layer.info
+    return {
+        "name": info.name,
+        "shape": list(info.shape),
+        "dtype": info.dtype,
+        "kind": info.kind,
+        "groups": info.groups,
+        "transposed": None if info.transposed is None else list(info.transposed),
+        "pattern": str(layer.pattern),
+        "axis": layer.axis,
+        "assumed": layer.assumed,
+        "sha256": layer.digest,
+        "energy": layer.energy,
+    }
+
+
+def _layer_from_json(content: Mapping[str, Any]) -> Layer:
+    if content["kind"] not in KINDS or content["axis"] not in AXES:
+        raise ValueError(f"unknown kind {content['kind']!r} or axis {content['axis']!r}")
+    transposed = content["transposed"]
+    info = TensorInfo(
+        name=str(content["name"]),
+        shape=tuple(int(s) for s in content["shape"]),
+        dtype=str(content["dtype"]),
+        kind=content["kind"],
+        groups=int(content["groups"]),
+        transposed=None if transposed is None else tuple(int(p) for p in transposed),
+    )
+    if min(info.shape, default=0) < 1 or (
+        transposed is not None and sorted(info.transposed or ()) != list(range(len(info.shape)))
+    ):
+        raise ValueError(f"impossible shape {info.shape} or transpose {transposed}")
+    layer = Layer(
+        info,
+        Pattern.parse(content["pattern"]),
+        content["axis"],
+        bool(content["assumed"]),
+        str(content["sha256"]),
+        float(content["energy"]),
+    )
+    stored_view(info, layer.axis)  # raises where kind, shape and groups contradict each other
+    return layer

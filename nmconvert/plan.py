@@ -1,0 +1,203 @@
+"""The plan: for every tensor of a checkpoint its pattern and axis, or the reason why it stays dense.
+
+A plan is made before anything is written, from facts that every format gives (:class:`TensorInfo`), and is what the manifest
+of the result records. Nothing is skipped silently: a tensor that stays dense is a row with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from math import prod
+
+from nmconvert.errors import UsageError
+from nmconvert.matrix import Kind, MatrixView
+from nmconvert.pattern import Axis, Pattern
+from nmconvert.rules import guess_kind, output_matrix, rule_against
+from nmconvert.targets import TARGETS
+
+FLOAT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a format knows of one tensor without reading its values.
+
+    ``kind`` and ``groups`` are None and 1 where only name and shape are known. ``transposed`` is the transpose that leads
+    from the tensor to the weight as its operator takes it (ONNX), ``shared_with`` the first tensor on the same storage,
+    ``reason`` why the format itself knows that the tensor cannot be pruned.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind | None = None
+    groups: int = 1
+    transposed: tuple[int, ...] | None = None
+    shared_with: str | None = None
+    reason: str | None = None
+    output: bool = False  # known to be the network's last layer
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of the plan: pruned to ``pattern`` along ``axis``, or dense for ``reason``.
+
+    ``assumed`` marks a kind (and so an axis) that was guessed from name and shape.
+    """
+
+    info: TensorInfo
+    pattern: Pattern | None = None
+    axis: Axis | None = None
+    assumed: bool = False
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.info.name
+
+    @property
+    def view(self) -> MatrixView:
+        """The matrix view of a pruned tensor, as it is stored."""
+        assert self.info.kind is not None
+        assert self.axis is not None
+        return stored_view(self.info, self.axis)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All rows, in the order of the checkpoint."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def pruned(self) -> tuple[Row, ...]:
+        """The rows that have a pattern."""
+        return tuple(row for row in self.rows if row.pattern is not None)
+
+
+def stored_view(info: TensorInfo, axis: Axis) -> MatrixView:
+    """The matrix view of the tensor ``info`` as it lies in its file, whose kind is known."""
+    assert info.kind is not None
+    if info.transposed is None:
+        return MatrixView.of(info.kind, info.shape, axis, info.groups)
+    operator_shape = [info.shape[p] for p in info.transposed]
+    return MatrixView.of(info.kind, operator_shape, axis, info.groups).before_transpose(info.transposed)
+
+
+def make_plan(
+    tensors: Sequence[TensorInfo],
+    pattern: Pattern,
+    axis: Axis = "channel",
+    *,
+    layers: Sequence[tuple[str, Pattern | None]] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    target: str = "generic",
+) -> Plan:
+    """Decide for every tensor.
+
+    ``layers`` are (glob, pattern) pairs, None for dense; the last that matches wins. ``include`` globs, if any, select what is
+    pruned and override the rules about embeddings, first and last layers; ``exclude`` globs leave tensors dense. ``target``
+    is a key of :data:`nmconvert.targets.TARGETS`: layers that it could not use stay dense.
+
+    Raises:
+        UsageError: a glob matches no tensor.
+        PatternError: no pattern was found for a tensor.
+    """
+    names = [info.name for info in tensors]
+    for glob in [*(g for g, _ in layers), *include, *exclude]:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise UsageError(f"'{glob}' matches no tensor of the checkpoint; `nmconvert inspect` lists their names")
+    last = output_matrix([(info.name, info.shape) for info in tensors if info.kind is None])
+    choices = _Choices(pattern, axis, tuple(layers), tuple(include), tuple(exclude), target, last)
+    rows: dict[str, Row] = {}
+    for info in tensors:
+        rows[info.name] = _decide(info, choices, rows)
+    return Plan(tuple(rows.values()))
+
+
+@dataclass(frozen=True)
+class _Choices:
+    pattern: Pattern
+    axis: Axis
+    layers: tuple[tuple[str, Pattern | None], ...]
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    target: str
+    last: str | None
+
+
+def _decide(info: TensorInfo, choices: _Choices, decided: dict[str, Row]) -> Row:
+    pattern = choices.pattern
+    chosen = False
+    for glob, for_layer in choices.layers:
+        if fnmatchcase(info.name, glob):
+            if for_layer is None:
+                return Row(info, reason=f"dense, by --layer '{glob}'")
+            pattern, chosen = for_layer, True
+    if reason := _impossible(info):
+        return Row(info, reason=reason)
+    if info.shared_with is not None and info.shared_with in decided:
+        first = decided[info.shared_with]
+        return Row(info, reason=f"shares its storage with {first.name}" + (", pruned there" if first.pattern else ""))
+    if excluded := _matching(info.name, choices.exclude):
+        return Row(info, reason=f"excluded by '{excluded}'")
+    included = chosen or _matching(info.name, choices.include) is not None
+    if choices.include and not included:
+        return Row(info, reason="not included")
+    assumed = info.kind is None
+    is_output = info.output or info.name == choices.last
+    if not included and (reason := rule_against(info.name, info.shape, info.kind, is_output=is_output)):
+        return Row(info, reason=reason)
+    known = replace(info, kind=info.kind or guess_kind(info.name, info.shape))
+    row = Row(known, pattern, choices.axis, assumed)
+    if reason := _too_small(row, explicit=included) or TARGETS[choices.target](row):
+        return Row(known, assumed=assumed, reason=reason)
+    return row
+
+
+def _matching(name: str, globs: Iterable[str]) -> str | None:
+    return next((glob for glob in globs if fnmatchcase(name, glob)), None)
+
+
+def _impossible(info: TensorInfo) -> str | None:
+    if info.reason is not None:
+        return info.reason
+    if len(info.shape) < 2:
+        return "fewer than two dimensions: no weight matrix"
+    if info.dtype not in FLOAT_BYTES:
+        return f"{info.dtype}: only fp32, fp16, bf16 and fp64 weights are pruned"
+    if 0 in info.shape:
+        return "empty"
+    if info.kind is None and len(info.shape) > 5:
+        return f"{len(info.shape)} dimensions: neither a convolution nor a linear layer"
+    return None
+
+
+def _too_small(row: Row, *, explicit: bool) -> str | None:
+    assert row.pattern is not None
+    view, pattern = row.view, row.pattern
+    if pattern.is_dense:
+        return f"{pattern} is dense"
+    if view.columns <= pattern.n or (view.columns < pattern.m and not explicit):
+        return f"{view.columns} weights per output, fewer than a group of {pattern.m}"
+    channels = input_channels(row.info)
+    if row.axis == "channel" and channels < pattern.m and not explicit:
+        return f"{channels} input channels, fewer than a group of {pattern.m}"
+    return None
+
+
+def input_channels(info: TensorInfo) -> int:
+    """Input channels that one output of this weight sees: I/g of a convolution, I of a linear layer."""
+    view = stored_view(info, "kernel")
+    if info.kind in ("linear", "matmul"):
+        return view.columns
+    return view.columns // prod(info.shape[2:])

@@ -1,0 +1,66 @@
+"""What a tensor is, by name and shape alone: the rules for checkpoints that come without their model.
+
+Each rule leaves a tensor dense and says why; ``--include`` overrides it. The names are those that PyTorch, torchvision, timm,
+Hugging Face transformers and llama-style checkpoints use.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from nmconvert.matrix import Kind
+
+_EMBEDDING = re.compile(
+    r"embed|(^|[._])emb([._]|$)|_emb([._]|$)|(^|\.)(wte|wpe|shared|cls_token|mask_token|class_token|dist_token)(\.|$)|codebook"
+)
+_POSITION = re.compile(
+    r"(^|[._])pos(ition(al)?)?([._]|$)|pos_?(embed|enc)|relative_(position|attention)|rope|rotary|freqs_(cis|cos|sin)|anchors?"
+)
+_NORM = re.compile(r"(^|[._])(bn|norm|layernorm|ln|batchnorm|groupnorm)\d*([._]|$)|layer_norm|running_(mean|var)")
+_OUTPUT = re.compile(
+    r"^(fc|linear|classifier|head|heads|lm_head|output|out|score|logits|predictions|cls|qa_outputs|proj_out|final)$"
+)
+_CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")  # Hugging Face Conv1D (GPT-2) stores [I, O]
+_TRANSPOSED = re.compile(r"deconv|upconv|conv_?transpose|convtranspose|transposed?_conv|(^|[._])up(_?sample)?\d*([._]|$)")
+
+
+def guess_kind(name: str, shape: Sequence[int]) -> Kind:
+    """The most likely kind of a weight with 2 to 5 dimensions."""
+    if len(shape) == 2:
+        return "matmul" if _CONV1D.search(name) else "linear"
+    return "conv_transpose" if _TRANSPOSED.search(name.lower()) else "conv"
+
+
+def output_matrix(tensors: Sequence[tuple[str, Sequence[int]]]) -> str | None:
+    """The name of the network's output layer: the last matrix, if one part of its name says that it is one."""
+    matrices = [name for name, shape in tensors if len(shape) == 2]
+    if not matrices:
+        return None
+    parts = matrices[-1].removeprefix("module.").removeprefix("_orig_mod.").split(".")
+    return matrices[-1] if _OUTPUT.match(parts[0].lower()) or _OUTPUT.match(".".join(parts[-2:-1]).lower()) else None
+
+
+def rule_against(name: str, shape: Sequence[int], kind: Kind | None, *, is_output: bool) -> str | None:
+    """Why a weight should stay dense unless somebody asks for it, or None.
+
+    ``kind`` is None where it is not known; a known kind is not second-guessed from the name.
+    """
+    if kind is None:
+        lower = name.lower()
+        if _POSITION.search(lower):
+            return "a position table, by its name"
+        if _EMBEDDING.search(lower):
+            return "an embedding, by its name"
+        if _NORM.search(lower):
+            return "a norm, by its name"
+        if len(shape) == 2 and 1 in shape:
+            return "a vector"
+    if len(shape) >= 3 and kind in (None, "conv", "conv_transpose"):
+        if shape[1] == 1:
+            return "depthwise: one channel for each filter" if shape[0] > 1 else "a single filter"
+        if kind != "conv_transpose" and shape[1] <= 4:
+            return f"the first layer: {shape[1]} input channels"
+    if is_output:
+        return "the output layer; --include prunes it"
+    return None
