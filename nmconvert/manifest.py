@@ -31,7 +31,7 @@ class Layer:
     axis: Axis
     assumed: bool
     digest: str
-    energy: float  # share of the sum of squares that was kept
+    energy: float | None = None  # share of the sum of squares that pruning kept, where it is known
 
     @property
     def name(self) -> str:
@@ -95,7 +95,7 @@ class Manifest:
             content = json.loads(text)
             if content["format"] > FORMAT:
                 raise CheckpointError(
-                    f"{source}: its manifest has format {content['format']}, this nmconvert reads up to {FORMAT}: update nmconvert"
+                    f"{source}: its manifest has format {content['format']}, newer than {FORMAT}: update nmconvert"
                 )
             return cls(
                 layers=tuple(_layer_from_json(layer) for layer in content["layers"]),
@@ -150,7 +150,7 @@ def _layer_from_json(content: Mapping[str, Any]) -> Layer:
         content["axis"],
         bool(content["assumed"]),
         str(content["sha256"]),
-        float(content["energy"]),
+        None if content["energy"] is None else float(content["energy"]),
     )
     stored_view(info, layer.axis)  # raises where kind, shape and groups contradict each other
     return layer

@@ -1,7 +1,7 @@
 """Which layers a runtime can speed up: each target is a function that says why it cannot use a planned row, or None.
 
-Sources: TensorRT developer guide, "Structured sparsity" (2 of 4 along C for each kernel position, C % 4 == 0); cuSPARSELt as torch
-2.13 uses it (``torch.sparse.semi_structured``, minimum and multiple of rows and columns per type); our own kernels.
+Sources: TensorRT developer guide, "Structured sparsity" (2 of 4 along C for each kernel position, C % 4 == 0); cuSPARSELt as
+torch 2.13 uses it (``torch.sparse.semi_structured``, minimum and multiple of rows and columns per type); our own kernels.
 """
 
 from __future__ import annotations

@@ -1,0 +1,153 @@
+"""One packed layer in an ONNX graph: writing the call of its function, and reading it back.
+
+Whatever reads a compressed file (inspect, verify, a test) goes through :func:`packed_layers`; only
+:mod:`nmconvert.export.functions` knows the bodies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from nmconvert.errors import CheckpointError, NmconvertError, WeightError
+from nmconvert.export.functions import DOMAIN, FUNCTIONS
+from nmconvert.matrix import MatrixView
+from nmconvert.onnx_graph import Constants, attribute, graphs
+from nmconvert.packing import Packed, unpack
+from nmconvert.pattern import AXES, Axis, Pattern
+
+VALUES, MASK, TABLE = 1, 2, 3  # positions of the packed inputs in a call
+_SUFFIX = ".values"
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """The call of one function, with its constants; ``view`` is of the weight as the operator takes it."""
+
+    node: NodeProto
+    name: str
+    pattern: Pattern
+    axis: Axis
+    view: MatrixView
+    parts: int
+    values: npt.NDArray[Any]
+    mask: npt.NDArray[np.uint8]
+    table: npt.NDArray[np.uint8]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and mask."""
+        return int(self.values.nbytes + self.mask.nbytes)
+
+    def matrix(self) -> npt.NDArray[Any]:
+        """The dense matrix [rows, K].
+
+        Raises:
+            WeightError: the arrays contradict each other.
+        """
+        try:
+            return unpack(self.values, self.mask, self.table, self.parts, self.view.rows, self.view.columns)
+        except WeightError as error:
+            raise WeightError(f"{self.name}: {error}") from error
+
+
+def initializer(name: str, array: npt.NDArray[Any]) -> TensorProto:
+    """A named tensor with ``array``'s values, any dtype of ONNX."""
+    return numpy_helper.from_array(np.ascontiguousarray(array), name)
+
+
+def call_node(
+    function: str,
+    inputs: Sequence[str],
+    output: str,
+    *,
+    packed: Packed,
+    view: MatrixView,
+    axis: Axis,
+    compute: int,
+    operator_attributes: Sequence[Any],
+    name: str,
+) -> NodeProto:
+    """The call of ``nmconvert.<function>`` that stands for an operator with a packed weight.
+
+    ``compute`` is the ONNX element type of the operator; ``operator_attributes`` are the AttributeProtos of the operator,
+    of which those that the function passes on are kept.
+    """
+    node = helper.make_node(
+        function,
+        list(inputs),
+        [output],
+        name=name,
+        domain=DOMAIN,
+        n=packed.pattern.n,
+        m=packed.pattern.m,
+        axis=axis,
+        shape=view.shape,
+        permuted=view.permuted,
+        perm=view.inverse_perm,
+        code_shape=[-1, packed.coding.parts, packed.coding.width],
+        stored=helper.np_dtype_to_tensor_dtype(packed.values.dtype),
+        compute=compute,
+    )
+    node.attribute.extend(attr for attr in operator_attributes if attr.name in FUNCTIONS[function].attributes)
+    return node
+
+
+def packed_layers(model: ModelProto, source: str = "the model") -> Iterator[PackedLayer]:
+    """Every packed layer of a model, each set of constants once.
+
+    Raises:
+        CheckpointError: a call is malformed.
+    """
+    seen = set()
+    for graph, scope in graphs(model):
+        for node in graph.node:
+            if node.domain == DOMAIN and tuple(node.input[1:4]) not in seen:
+                seen.add(tuple(node.input[1:4]))
+                yield read_call(node, scope, source)
+
+
+def read_call(node: NodeProto, scope: Constants, source: str) -> PackedLayer:
+    """Read one call.
+
+    Raises:
+        CheckpointError: it is malformed.
+    """
+    try:
+        values, mask, table = (scope.tensors[name] for name in node.input[VALUES : TABLE + 1])
+        axis: Axis = attribute(node, "axis", b"").decode()  # type: ignore[assignment]
+        permuted, perm = attribute(node, "permuted", [0]), attribute(node, "perm", [0])
+        shape, (_, parts, _) = attribute(node, "shape", [0]), attribute(node, "code_shape", [0, 0, 0])
+        pattern = Pattern(attribute(node, "n", 0), attribute(node, "m", 0))
+        if axis not in AXES or sorted(perm) != list(range(len(permuted))) or prod(shape) != prod(permuted) or min(shape) < 1:
+            raise ValueError("its attributes contradict each other")
+        split = tuple(permuted[p] for p in perm)
+        columns = _columns(node, shape, split)
+        view = MatrixView(tuple(shape), split, tuple(perm.index(d) for d in range(len(perm))), prod(shape) // columns, columns)
+        arrays = [numpy_helper.to_array(tensor) for tensor in (values, mask, table)]
+    except (KeyError, ValueError, TypeError, IndexError, ZeroDivisionError, NmconvertError) as error:
+        raise CheckpointError(f"{source}: node '{node.name}' ({node.op_type}) is malformed: {error}") from error
+    name = values.name.removesuffix(_SUFFIX)
+    return PackedLayer(node, name, pattern, axis, view, int(parts), arrays[0].reshape(-1), arrays[1].reshape(-1), arrays[2])
+
+
+def _columns(node: NodeProto, shape: Sequence[int], split: Sequence[int]) -> int:
+    """K, the length of the grouped axis, from the dense shape."""
+    if node.op_type == "Conv":
+        return prod(shape[1:])
+    if node.op_type == "ConvTranspose":
+        return split[1] * prod(split[3:])
+    left = node.op_type.endswith("Left")
+    flipped = node.op_type.startswith("Gemm") and bool(attribute(node, "transA" if left else "transB", 0))
+    return shape[-1] if left != flipped else shape[-2]
+
+
+def values_name(weight: str) -> str:
+    """The initialiser that holds the values of ``weight``."""
+    return weight + _SUFFIX

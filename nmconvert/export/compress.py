@@ -1,0 +1,199 @@
+"""Dense zeros → packed calls: replace every operator whose weight satisfies an N:M pattern by a call of its function.
+
+The weights are found on the graph, by their zeros, not by name: exporters rename, transpose and fold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from nmconvert.detect import digest, satisfies
+from nmconvert.errors import WeightError
+from nmconvert.export.calls import call_node, initializer, values_name
+from nmconvert.export.functions import DOMAIN, DOMAIN_VERSION, FUNCTIONS, IR_VERSION, function_proto
+from nmconvert.manifest import Layer
+from nmconvert.matrix import MatrixView
+from nmconvert.onnx_graph import (
+    DTYPES,
+    Constants,
+    WeightUse,
+    constant_tensor,
+    graphs,
+    opset,
+    used_names,
+    weight_uses,
+)
+from nmconvert.packing import Packed, pack
+from nmconvert.pattern import Axis, Pattern
+from nmconvert.plan import TensorInfo
+
+
+@dataclass
+class Compressed:
+    """What :func:`compress` did: the sparse layers now in the model, and why other weights stayed dense."""
+
+    layers: list[Layer] = field(default_factory=list)
+    dense: dict[str, str] = field(default_factory=dict)
+    dense_bytes: int = 0
+    packed_bytes: int = 0
+
+
+def compress(model: ModelProto, patterns: Sequence[tuple[Pattern, Axis]]) -> Compressed:
+    """Pack, in place, every weight of ``model`` that satisfies one of ``patterns`` (the sparsest that fits is taken).
+
+    The model needs opset 13 or later. Its initialisers must hold their data (no external references).
+    """
+    result = Compressed()
+    packer = _Packer(model, sorted(patterns, key=lambda p: p[0].density), result)
+    for graph, scope in graphs(model):
+        packer.replace_in(graph, scope)
+    if result.layers:
+        used = {node.op_type for graph, _ in graphs(model) for node in graph.node if node.domain == DOMAIN}
+        model.functions.extend(function_proto(name, opset(model)) for name in sorted(used))
+        model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+        model.ir_version = max(model.ir_version, IR_VERSION)
+    remove_unused_constants(model)
+    return result
+
+
+class _Packer:
+    """Packs each weight once, however many operators share it, and adds its constants to the main graph."""
+
+    def __init__(self, model: ModelProto, patterns: Sequence[tuple[Pattern, Axis]], result: Compressed) -> None:
+        self.model = model
+        self.patterns = patterns
+        self.result = result
+        self.reads = used_names(model)
+        self.packed: dict[tuple[object, ...], tuple[Packed, MatrixView, Axis] | None] = {}
+        self.tables: dict[bytes, str] = {}
+
+    def replace_in(self, graph: GraphProto, scope: Constants) -> None:
+        """Replace the operators of one graph."""
+        calls: dict[int, NodeProto] = {}
+        merged: set[int] = set()
+        for use in list(weight_uses(graph, scope)):
+            packed = self._pack(use, scope)
+            if packed is None:
+                continue
+            bias = _bias_after(use.node, graph, scope, self.reads) if use.node.op_type == "MatMul" and use.position else None
+            if bias is not None:  # in the place of the Add, where the bias is known to be there
+                merged.add(id(use.node))
+            calls[id(bias[0] if bias else use.node)] = self._call(use, *packed, bias=bias)
+        nodes = [calls.get(id(node), node) for node in graph.node if id(node) not in merged]
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+    def _pack(self, use: WeightUse, scope: Constants) -> tuple[Packed, MatrixView, Axis] | None:
+        source = use.source
+        key = (source.name, source.transposed, use.kind, use.groups)
+        if key not in self.packed:
+            self.packed[key] = self._try_patterns(use, scope)
+        return self.packed[key]
+
+    def _try_patterns(self, use: WeightUse, scope: Constants) -> tuple[Packed, MatrixView, Axis] | None:
+        source, tensor = use.source, scope.tensors[use.source.name]
+        if source.obstacle or tensor.data_type not in DTYPES or source.element_type not in DTYPES:
+            self.result.dense[source.name] = f"behind {source.obstacle}" if source.obstacle else "not a float weight"
+            return None
+        weight = numpy_helper.to_array(tensor)
+        weight = weight if source.transposed is None else weight.transpose(source.transposed)
+        for pattern, axis in self.patterns:
+            view = MatrixView.of(use.kind, weight.shape, axis, use.groups)
+            matrix = view.to_matrix(weight)
+            if view.columns > pattern.n and satisfies(matrix, pattern):
+                return self._keep(use, tensor, weight, pattern, axis, view)
+        self.result.dense[source.name] = "satisfies no pattern of the plan"
+        return None
+
+    def _keep(
+        self,
+        use: WeightUse,
+        tensor: TensorProto,
+        weight: npt.NDArray[np.generic],
+        pattern: Pattern,
+        axis: Axis,
+        view: MatrixView,
+    ) -> tuple[Packed, MatrixView, Axis] | None:
+        try:
+            packed = pack(view.to_matrix(weight), pattern)
+        except WeightError as error:
+            raise WeightError(f"{use.source.name}: {error}") from error
+        if packed.nbytes >= weight.nbytes:
+            self.result.dense[use.source.name] = f"packed at {pattern} it would be no smaller"
+            return None
+        info = TensorInfo(use.source.name, view.shape, DTYPES[tensor.data_type], use.kind, use.groups)
+        self.result.layers.append(Layer(info, pattern, axis, False, digest(weight)))
+        self.result.dense_bytes += weight.nbytes
+        self.result.packed_bytes += packed.nbytes
+        self.model.graph.initializer.extend(
+            [initializer(values_name(use.source.name), packed.values), initializer(use.source.name + ".mask", packed.mask)]
+        )
+        return packed, view, axis
+
+    def _table(self, packed: Packed) -> str:
+        content = packed.coding.table.tobytes()
+        if content not in self.tables:
+            self.tables[content] = (
+                f"nmconvert.{packed.coding.name}.{'x'.join(map(str, packed.coding.table.shape))}.{len(self.tables)}"
+            )
+            self.model.graph.initializer.append(initializer(self.tables[content], packed.coding.table))
+        return self.tables[content]
+
+    def _call(
+        self, use: WeightUse, packed: Packed, view: MatrixView, axis: Axis, bias: tuple[NodeProto, str] | None
+    ) -> NodeProto:
+        node, weight = use.node, use.source.name
+        left = use.kind in ("linear", "matmul") and use.position == 0
+        function = "Linear" if bias else node.op_type + ("Left" if left else "")
+        takes_bias = "B" in FUNCTIONS[function].inputs
+        third = [bias[1]] if bias else [node.input[2] if len(node.input) > 2 else ""] if takes_bias else []
+        return call_node(
+            function,
+            [node.input[0 if use.position else 1], values_name(weight), weight + ".mask", self._table(packed), *third],
+            bias[0].output[0] if bias else node.output[0],
+            packed=packed,
+            view=view,
+            axis=axis,
+            compute=use.source.element_type,
+            operator_attributes=node.attribute,
+            name=node.name or f"{function}_{node.output[0]}",
+        )
+
+
+def _bias_after(node: NodeProto, graph: GraphProto, scope: Constants, reads: Mapping[str, int]) -> tuple[NodeProto, str] | None:
+    """The Add that follows a MatMul and nothing else reads, and its constant one-dimensional other operand."""
+    if reads.get(node.output[0]) != 1:
+        return None
+    for user in graph.node:
+        if node.output[0] in user.input:
+            if user.op_type != "Add" or user.domain not in ("", "ai.onnx"):
+                return None
+            other = user.input[1] if user.input[0] == node.output[0] else user.input[0]
+            constant = scope.trace(other)
+            return (user, other) if constant is not None and len(constant.shape) == 1 else None
+    return None
+
+
+def remove_unused_constants(model: ModelProto) -> None:
+    """Drop initialisers that nothing reads, and the Constant, Identity, Transpose and Cast nodes that led from them."""
+    while True:
+        reads = used_names(model)
+        removed = 0
+        for graph, _ in graphs(model):
+            for index in reversed(range(len(graph.node))):
+                node = graph.node[index]
+                leads_on = constant_tensor(node) is not None or node.op_type in ("Identity", "Transpose", "Cast")
+                if leads_on and not any(reads.get(name) for name in node.output):
+                    del graph.node[index]
+                    removed += 1
+            for index in reversed(range(len(graph.initializer))):
+                if not reads.get(graph.initializer[index].name):
+                    del graph.initializer[index]
+                    removed += 1
+        if not removed:
+            return

@@ -1,0 +1,167 @@
+"""A torch module or exported program → an ONNX model, with BatchNorm folded and a dynamic batch."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from onnx import ModelProto
+from torch import nn
+
+from nmconvert.errors import ExportError, MissingExtraError
+from nmconvert.export.functions import IR_VERSION, OPSET
+from nmconvert.inputs import InputSpec, example_array
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The ONNX model; arguments with which the module was run, and what it gave, by output position."""
+
+    model: ModelProto
+    feed: Mapping[str, npt.NDArray[Any]]
+    outputs: Sequence[npt.NDArray[Any]]
+    notes: tuple[str, ...] = ()
+
+
+def trace(module: nn.Module, specs: Sequence[InputSpec], dynamic: Mapping[int, str]) -> Traced:
+    """Export ``module`` in evaluation mode; ``dynamic`` names dimensions of every input that stay open.
+
+    bfloat16 modules are traced in float32, which holds their values exactly: no onnxruntime computes bfloat16 on a CPU.
+
+    Raises:
+        ExportError: torch cannot export it.
+    """
+    module = module.eval()
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    if dtype == torch.bfloat16:
+        module, dtype = module.float(), torch.float32
+    if hasattr(module, "config") and hasattr(module.config, "use_cache"):
+        module.config.use_cache = False
+    arguments = _arguments(module, specs, dtype, dynamic)
+    notes: tuple[str, ...] = ()
+    try:
+        model = _export(module, arguments, dynamic)
+    except ExportError:
+        if not dynamic:
+            raise
+        model = _export(module, arguments, {})
+        notes = ("the shape of the inputs is fixed: torch could not export it with a dynamic one",)
+    with torch.no_grad():
+        outputs = _flatten(module(**arguments))
+    feed = dict(zip((value.name for value in model.graph.input), (a.numpy() for a in arguments.values()), strict=True))
+    return Traced(model, feed, outputs, notes)
+
+
+def trace_program(program: torch.export.ExportedProgram) -> Traced:
+    """Export a ``torch.export.ExportedProgram`` with the example inputs that it carries.
+
+    Raises:
+        ExportError: torch cannot export it, or it carries no example inputs.
+    """
+    if program.example_inputs is None:
+        raise ExportError("the exported program carries no example inputs: export the state dict with --model and --input")
+    args, kwargs = program.example_inputs
+    model = _run_exporter(program, (), {}, None)
+    with torch.no_grad():
+        outputs = _flatten(program.module()(*args, **kwargs))
+    arrays = [value.numpy() for value in torch.utils._pytree.tree_leaves((args, kwargs))]
+    return Traced(model, dict(zip((value.name for value in model.graph.input), arrays, strict=True)), outputs)
+
+
+def _arguments(
+    module: nn.Module, specs: Sequence[InputSpec], dtype: torch.dtype, dynamic: Mapping[int, str]
+) -> dict[str, torch.Tensor]:
+    """Example arguments by parameter name. A dynamic dimension of size 1 is traced with 2: torch would fix a 1."""
+    names = [name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs")]
+    rng = np.random.default_rng(0)
+    arguments = {}
+    for position, spec in enumerate(specs):
+        if spec.name is None and position >= len(names):
+            raise ExportError(f"{len(specs)} inputs were given, the model's forward takes {len(names)}: {', '.join(names)}")
+        name = spec.name or names[position]
+        shape = [2 if axis in dynamic and size == 1 else size for axis, size in enumerate(spec.shape)]
+        floating = spec.dtype.startswith(("float", "bfloat"))
+        array = torch.from_numpy(example_array(shape, np.dtype("float32" if floating else spec.dtype), rng))
+        arguments[name] = array.to(dtype) if floating else array
+    return arguments
+
+
+def _export(module: nn.Module, arguments: Mapping[str, torch.Tensor], dynamic: Mapping[int, str]) -> ModelProto:
+    shapes = {
+        name: {axis: torch.export.Dim.DYNAMIC for axis in dynamic if axis < value.ndim} for name, value in arguments.items()
+    }
+    model = _run_exporter(module, (), dict(arguments), shapes if dynamic else None)
+    _name_dimensions(model, dynamic)
+    return model
+
+
+def _run_exporter(
+    module: nn.Module | torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> ModelProto:
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module, args, kwargs=kwargs or None, dynamic_shapes=shapes, dynamo=True, optimize=True, opset_version=OPSET
+            )
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"torch's exporter needs {error.name}: pip install onnxscript") from error
+    except Exception as error:  # torch.export raises whatever the traced code raises
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines()
+        raise ExportError(f"torch cannot export the model: {type(cause).__name__}: {reason[0] if reason else ''}") from error
+    if program is None:
+        raise ExportError("torch's exporter returned nothing")
+    model: ModelProto = program.model_proto
+    _strip(model)
+    return model
+
+
+def _strip(model: ModelProto) -> None:
+    """Drop the exporter's notes (stack traces, internal names); without them IR version 8 does, which older runtimes read."""
+    graph = model.graph
+    for item in [*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer, graph, model]:
+        del item.metadata_props[:]
+    for node in graph.node:
+        node.doc_string = ""
+    model.ir_version = min(model.ir_version, IR_VERSION)
+
+
+def _name_dimensions(model: ModelProto, dynamic: Mapping[int, str]) -> None:
+    """Give the open dimensions the names that were asked for."""
+    names = {}
+    for value in model.graph.input:
+        for axis, name in dynamic.items():
+            dims = value.type.tensor_type.shape.dim
+            if axis < len(dims) and dims[axis].dim_param:
+                names[dims[axis].dim_param] = name
+    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
+
+
+def _flatten(outputs: Any) -> list[npt.NDArray[Any]]:
+    leaves = torch.utils._pytree.tree_leaves(dict(outputs) if hasattr(outputs, "keys") else outputs)
+    return [leaf.detach().numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own progress messages and warnings off the screen."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
