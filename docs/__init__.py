@@ -1,0 +1,1 @@
+"""What writes the README's command reference and its picture: ``make docs``."""

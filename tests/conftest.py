@@ -1,0 +1,34 @@
+"""What all tests share: one thread each, hypothesis without deadlines, and the folder of real checkpoints and data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and NumPy are imported: pytest-xdist fills the cores
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).parent.parent
+
+torch.set_num_threads(1)
+settings.register_profile("nmconvert", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("ci", parent=settings.get_profile("nmconvert"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "nmconvert")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real checkpoints and data: ``NMCONVERT_DATA``, or ``shared/data`` beside the repository."""
+    folder = Path(os.environ.get("NMCONVERT_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "checkpoints").is_dir():
+        pytest.skip(f"no real data in {folder}: set NMCONVERT_DATA to the folder that holds checkpoints/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_models() -> Path:
+    """The folder ``sample_models`` of the repository."""
+    return ROOT / "sample_models"
