@@ -15,10 +15,12 @@ from nmconvert import __version__
 from nmconvert.errors import CheckpointError, NmconvertError
 from nmconvert.matrix import KINDS, MatrixView
 from nmconvert.pattern import AXES, Axis, Pattern
-from nmconvert.plan import Row, TensorInfo, stored_view
+from nmconvert.plan import Row
+from nmconvert.tensor import PRUNABLE_DTYPES, TensorInfo
 
 FORMAT = 1
 RECORD = "nmconvert.json"  # the record of a .pt zip
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PRUNABLE_DTYPES}
 METADATA_KEY = "nmconvert"  # the key in safetensors and ONNX metadata
 
 
@@ -41,7 +43,7 @@ class Layer:
     @property
     def view(self) -> MatrixView:
         """The matrix view of the tensor as it is stored."""
-        return stored_view(self.info, self.axis)
+        return self.info.view(self.axis)
 
     @property
     def row(self) -> Row:
@@ -116,7 +118,7 @@ def _layer_to_json(layer: Layer) -> dict[str, Any]:
     return {
         "name": info.name,
         "shape": list(info.shape),
-        "dtype": info.dtype,
+        "dtype": info.dtype_name,
         "kind": info.kind,
         "groups": info.groups,
         "transposed": None if info.transposed is None else list(info.transposed),
@@ -135,7 +137,7 @@ def _layer_from_json(content: Mapping[str, Any]) -> Layer:
     info = TensorInfo(
         name=str(content["name"]),
         shape=tuple(int(s) for s in content["shape"]),
-        dtype=str(content["dtype"]),
+        dtype=_DTYPES[content["dtype"]],
         kind=content["kind"],
         groups=int(content["groups"]),
         transposed=None if transposed is None else tuple(int(p) for p in transposed),
@@ -152,5 +154,5 @@ def _layer_from_json(content: Mapping[str, Any]) -> Layer:
         str(content["sha256"]),
         None if content["energy"] is None else float(content["energy"]),
     )
-    stored_view(info, layer.axis)  # raises where kind, shape and groups contradict each other
+    info.view(layer.axis)  # raises where kind, shape and groups contradict each other
     return layer

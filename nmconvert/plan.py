@@ -1,7 +1,7 @@
 """The plan: for every tensor of a checkpoint its pattern and axis, or the reason why it stays dense.
 
-A plan is made before anything is written, from facts that every format gives (:class:`TensorInfo`), and is what the manifest
-of the result records. Nothing is skipped silently: a tensor that stays dense is a row with its reason.
+A plan is made before anything is written, from what every container gives (:class:`nmconvert.tensor.TensorInfo`), and is
+what the manifest of the result records. Nothing is skipped silently: a tensor that stays dense is a row with its reason.
 """
 
 from __future__ import annotations
@@ -9,40 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from math import prod
 
 from nmconvert.errors import UsageError
-from nmconvert.matrix import Kind, MatrixView
+from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.rules import guess_kind, output_matrix, rule_against
 from nmconvert.targets import TARGETS
-
-FLOAT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a format knows of one tensor without reading its values.
-
-    ``kind`` and ``groups`` are None and 1 where only name and shape are known. ``transposed`` is the transpose that leads
-    from the tensor to the weight as its operator takes it (ONNX), ``shared_with`` the first tensor on the same storage,
-    ``reason`` why the format itself knows that the tensor cannot be pruned.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    kind: Kind | None = None
-    groups: int = 1
-    transposed: tuple[int, ...] | None = None
-    shared_with: str | None = None
-    reason: str | None = None
-    output: bool = False  # known to be the network's last layer
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
+from nmconvert.tensor import PRUNABLE_DTYPES, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -66,9 +39,8 @@ class Row:
     @property
     def view(self) -> MatrixView:
         """The matrix view of a pruned tensor, as it is stored."""
-        assert self.info.kind is not None
         assert self.axis is not None
-        return stored_view(self.info, self.axis)
+        return self.info.view(self.axis)
 
 
 @dataclass(frozen=True)
@@ -81,15 +53,6 @@ class Plan:
     def pruned(self) -> tuple[Row, ...]:
         """The rows that have a pattern."""
         return tuple(row for row in self.rows if row.pattern is not None)
-
-
-def stored_view(info: TensorInfo, axis: Axis) -> MatrixView:
-    """The matrix view of the tensor ``info`` as it lies in its file, whose kind is known."""
-    assert info.kind is not None
-    if info.transposed is None:
-        return MatrixView.of(info.kind, info.shape, axis, info.groups)
-    operator_shape = [info.shape[p] for p in info.transposed]
-    return MatrixView.of(info.kind, operator_shape, axis, info.groups).before_transpose(info.transposed)
 
 
 def make_plan(
@@ -173,8 +136,8 @@ def _impossible(info: TensorInfo) -> str | None:
         return info.reason
     if len(info.shape) < 2:
         return "fewer than two dimensions: no weight matrix"
-    if info.dtype not in FLOAT_BYTES:
-        return f"{info.dtype}: only fp32, fp16, bf16 and fp64 weights are pruned"
+    if info.dtype not in PRUNABLE_DTYPES:
+        return f"{info.dtype_name}: only fp32, fp16, bf16 and fp64 weights are pruned"
     if 0 in info.shape:
         return "empty"
     if info.kind is None and len(info.shape) > 5:
@@ -189,15 +152,7 @@ def _too_small(row: Row, *, explicit: bool) -> str | None:
         return f"{pattern} is dense"
     if view.columns <= pattern.n or (view.columns < pattern.m and not explicit):
         return f"{view.columns} weights per output, fewer than a group of {pattern.m}"
-    channels = input_channels(row.info)
+    channels = row.info.input_channels
     if row.axis == "channel" and channels < pattern.m and not explicit:
         return f"{channels} input channels, fewer than a group of {pattern.m}"
     return None
-
-
-def input_channels(info: TensorInfo) -> int:
-    """Input channels that one output of this weight sees: I/g of a convolution, I of a linear layer."""
-    view = stored_view(info, "kernel")
-    if info.kind in ("linear", "matmul"):
-        return view.columns
-    return view.columns // prod(info.shape[2:])

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
+
 from nmconvert.pattern import Pattern
 
 if TYPE_CHECKING:
     from nmconvert.plan import Row
 
 _TWO_OF_FOUR = Pattern(2, 4)
-_CUSPARSELT_MULTIPLE = {"float16": 16, "bfloat16": 16, "float32": 8}
+_CUSPARSELT_MULTIPLE = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 8}
 
 
 def generic(row: Row) -> str | None:
@@ -25,7 +27,7 @@ def generic(row: Row) -> str | None:
 
 def ort(row: Row) -> str | None:
     """Our kernels inside onnxruntime: fp32 compute, convolutions of one or two dimensions and linear layers."""
-    if row.info.dtype == "float64":
+    if row.info.dtype == torch.float64:
         return "ort: float64 has no kernel"
     if row.info.kind == "conv_transpose":
         return "ort: transposed convolutions have no kernel"
@@ -58,7 +60,7 @@ def cusparselt(row: Row) -> str | None:
         return "cusparselt: only linear layers"
     multiple = _CUSPARSELT_MULTIPLE.get(row.info.dtype)
     if multiple is None:
-        return f"cusparselt: no {row.info.dtype}"
+        return f"cusparselt: no {row.info.dtype_name}"
     if row.view.rows % multiple or row.view.columns % multiple:
         return f"cusparselt: {row.view.rows}×{row.view.columns} is no multiple of {multiple}"
     return None

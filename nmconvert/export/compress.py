@@ -20,6 +20,7 @@ from nmconvert.manifest import Layer
 from nmconvert.matrix import MatrixView
 from nmconvert.onnx_graph import (
     DTYPES,
+    FLOATS,
     Constants,
     WeightUse,
     constant_tensor,
@@ -30,7 +31,7 @@ from nmconvert.onnx_graph import (
 )
 from nmconvert.packing import Packed, pack
 from nmconvert.pattern import Axis, Pattern
-from nmconvert.plan import TensorInfo
+from nmconvert.tensor import TensorInfo
 
 
 @dataclass
@@ -97,7 +98,7 @@ class _Packer:
 
     def _try_patterns(self, use: WeightUse, scope: Constants) -> tuple[Packed, MatrixView, Axis] | None:
         source, tensor = use.source, scope.tensors[use.source.name]
-        if source.obstacle or tensor.data_type not in DTYPES or source.element_type not in DTYPES:
+        if source.obstacle or tensor.data_type not in FLOATS or source.element_type not in FLOATS:
             self.result.dense[source.name] = f"behind {source.obstacle}" if source.obstacle else "not a float weight"
             return None
         weight = numpy_helper.to_array(tensor)
@@ -126,7 +127,7 @@ class _Packer:
         if packed.nbytes >= weight.nbytes:
             self.result.dense[use.source.name] = f"packed at {pattern} it would be no smaller"
             return None
-        info = TensorInfo(use.source.name, view.shape, DTYPES[tensor.data_type], use.kind, use.groups)
+        info = TensorInfo(use.source.name, view.shape, DTYPES[tensor.data_type], kind=use.kind, groups=use.groups)
         self.result.layers.append(Layer(info, pattern, axis, False, digest(weight)))
         self.result.dense_bytes += weight.nbytes
         self.result.packed_bytes += packed.nbytes

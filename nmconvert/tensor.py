@@ -1,0 +1,66 @@
+"""What is known of one tensor without reading its values: what every container gives and every plan is made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from nmconvert.matrix import Kind, MatrixView
+from nmconvert.pattern import Axis
+
+PRUNABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint.
+
+    ``shared_with`` names the first tensor that this one shares memory with (tied weights): what is done to that one is
+    done to this one too. ``secondary`` marks a second state dict beside the model's own (``ema/conv1.weight``).
+
+    ``kind`` and ``groups`` are known only where the container knows its graph, or a model was given. ``transposed`` is the
+    transpose that leads from the tensor to the weight as its operator takes it, ``reason`` why the container itself knows
+    that the tensor cannot be pruned, and ``output`` marks the network's last layer (all three from ONNX).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    shared_with: str | None = None
+    kind: Kind | None = None
+    groups: int = 1
+    secondary: bool = False
+    transposed: tuple[int, ...] | None = None
+    reason: str | None = None
+    output: bool = False
+
+    @property
+    def numel(self) -> int:
+        """How many entries it has."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its entries take."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype without ``torch.``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def view(self, axis: Axis) -> MatrixView:
+        """The matrix view of this tensor, whose kind must be known, as it lies in its container."""
+        assert self.kind is not None
+        if self.transposed is None:
+            return MatrixView.of(self.kind, self.shape, axis, self.groups)
+        operator_shape = [self.shape[p] for p in self.transposed]
+        return MatrixView.of(self.kind, operator_shape, axis, self.groups).before_transpose(self.transposed)
+
+    @property
+    def input_channels(self) -> int:
+        """Input channels that one output of this weight sees: I/g of a convolution, I of a linear layer."""
+        columns = self.view("kernel").columns
+        return columns if self.kind in ("linear", "matmul") else columns // prod(self.shape[2:])
