@@ -31,8 +31,8 @@ class Layer:
     info: TensorInfo
     pattern: Pattern
     axis: Axis
-    assumed: bool
     digest: str
+    assumed: bool = False
     energy: float | None = None  # share of the sum of squares that pruning kept, where it is known
 
     @property
@@ -150,8 +150,8 @@ def _layer_from_json(content: Mapping[str, Any]) -> Layer:
         info,
         Pattern.parse(content["pattern"]),
         content["axis"],
-        bool(content["assumed"]),
         str(content["sha256"]),
+        bool(content["assumed"]),
         None if content["energy"] is None else float(content["energy"]),
     )
     info.view(layer.axis)  # raises where kind, shape and groups contradict each other

@@ -32,6 +32,11 @@ def guess_kind(name: str, shape: Sequence[int]) -> Kind:
     return "conv_transpose" if _TRANSPOSED.search(name.lower()) else "conv"
 
 
+def is_embedding(name: str) -> bool:
+    """Whether a tensor's name says that it is an embedding table."""
+    return _EMBEDDING.search(name.lower()) is not None
+
+
 def output_matrix(tensors: Sequence[tuple[str, Sequence[int]]]) -> str | None:
     """The name of the network's output layer: the last matrix, if one part of its name says that it is one."""
     matrices = [name for name, shape in tensors if len(shape) == 2]
@@ -50,7 +55,7 @@ def rule_against(name: str, shape: Sequence[int], kind: Kind | None, *, is_outpu
         lower = name.lower()
         if _POSITION.search(lower):
             return "a position table, by its name"
-        if _EMBEDDING.search(lower):
+        if is_embedding(name):
             return "an embedding, by its name"
         if _NORM.search(lower):
             return "a norm, by its name"

@@ -128,7 +128,7 @@ class _Packer:
             self.result.dense[use.source.name] = f"packed at {pattern} it would be no smaller"
             return None
         info = TensorInfo(use.source.name, view.shape, DTYPES[tensor.data_type], kind=use.kind, groups=use.groups)
-        self.result.layers.append(Layer(info, pattern, axis, False, digest(weight)))
+        self.result.layers.append(Layer(info, pattern, axis, digest(weight)))
         self.result.dense_bytes += weight.nbytes
         self.result.packed_bytes += packed.nbytes
         self.model.graph.initializer.extend(

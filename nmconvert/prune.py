@@ -1,0 +1,205 @@
+"""The prune stage: a checkpoint → its N:M-sparse copy, tensor by tensor, with a plan and a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmconvert.checkpoint import Checkpoint, open_checkpoint
+from nmconvert.detect import canonical_bytes
+from nmconvert.errors import UsageError, WeightError
+from nmconvert.manifest import Layer, Manifest
+from nmconvert.masks import CRITERIA, nm_mask
+from nmconvert.matrix import MatrixView
+from nmconvert.model import layers as model_layers
+from nmconvert.pattern import Axis, Pattern
+from nmconvert.plan import Plan, Row, make_plan
+from nmconvert.rules import is_embedding
+from nmconvert.tensor import TensorInfo
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """The new file, what the plan was, and what was done."""
+
+    source: Path
+    output: Path
+    format: str
+    plan: Plan
+    manifest: Manifest
+
+    def layer(self, name: str) -> Layer:
+        """What was done to a pruned tensor."""
+        layer = self.manifest.layer(name)
+        assert layer is not None
+        return layer
+
+
+def prune(
+    source: Path,
+    pattern: Pattern,
+    axis: Axis = "channel",
+    *,
+    output: Path | None = None,
+    layers: Sequence[tuple[str, Pattern | None]] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    target: str = "generic",
+    criterion: str = "magnitude",
+    model: torch.nn.Module | None = None,
+    settings: Settings | None = None,
+    trust: bool = False,
+) -> PruneResult:
+    """Write a copy of ``source`` whose convolutions and linear layers keep n of every m weights.
+
+    Layers are chosen by :func:`nmconvert.plan.make_plan`. ``model`` tells what each tensor is; without it names and shapes do.
+    ``settings`` are kept in the manifest. The copy is written as a stream: memory is bounded by the largest tensor.
+
+    Raises:
+        UsageError: nothing would be pruned, or ``output`` is the input.
+        WeightError: a weight is NaN or infinite.
+        CheckpointError: the file cannot be read or the copy not written; ``output`` is then as it was before.
+    """
+    checkpoint = open_checkpoint(source, trust=trust)
+    output = output or default_output(source, pattern)
+    if output.resolve() == source.resolve():
+        raise UsageError(f"{output}: is the input itself; give another name with --output")
+    plan = plan_for(checkpoint, pattern, axis, model, layers=layers, include=include, exclude=exclude, target=target)
+    if not plan.pruned:
+        raise UsageError(f"{source}: nothing to prune among its {len(plan.rows)} tensors; {_commonest_reason(plan)}")
+    edits = {row.name: Magnitude(row, CRITERIA[criterion]) for row in plan.pruned}
+    base = _previous_manifest(checkpoint).with_settings(source=str(source.resolve()), **(settings or {}))
+    base = base.after("prune", pattern=str(pattern), axis=axis, criterion=criterion)
+    dense = {row.name: row.reason or "" for row in plan.rows if row.pattern is None and len(row.info.shape) > 1}
+
+    def manifest() -> Manifest:
+        return replace(base, layers=tuple(edit.layer() for edit in edits.values()), dense=dense)
+
+    checkpoint.write_copy(output, edits, lambda: manifest().to_json())
+    return PruneResult(source, output, checkpoint.format, plan, manifest())
+
+
+def plan_for(
+    checkpoint: Checkpoint,
+    pattern: Pattern,
+    axis: Axis,
+    model: torch.nn.Module | None = None,
+    *,
+    layers: Sequence[tuple[str, Pattern | None]] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    target: str = "generic",
+) -> Plan:
+    """The plan for a checkpoint: what its container knows, what ``model`` knows, and equal copies of embeddings."""
+    tensors = checkpoint.tensors()
+    if model is not None:
+        tensors = _with_kinds(tensors, model)
+    tensors = _mark_copies(checkpoint, tensors)
+    return make_plan(tensors, pattern, axis, layers=layers, include=include, exclude=exclude, target=target)
+
+
+def default_output(source: Path, pattern: Pattern) -> Path:
+    """``resnet50.pth`` → ``resnet50.nm2-4.pth``; a folder gets the same ending."""
+    tag = f".nm{pattern.n}-{pattern.m}"
+    return source.with_name(source.name + tag) if source.is_dir() else source.with_name(source.stem + tag + source.suffix)
+
+
+class Magnitude:
+    """The edit of one tensor: keeps the n highest scores of each group, and adds up what that kept.
+
+    Large convolutions and linear layers are pruned in blocks of rows, as the container hands them over.
+    """
+
+    def __init__(self, row: Row, criterion: Callable[[Tensor], Tensor]) -> None:
+        assert row.pattern is not None
+        self.row = row
+        self.pattern: Pattern = row.pattern
+        self.criterion = criterion
+        by_rows = row.info.kind in ("conv", "linear") and row.info.transposed is None
+        self.block_rows = 1 if by_rows else 0
+        self._hash = hashlib.sha256()
+        self._kept = 0.0
+        self._total = 0.0
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        view = self._view(weight)
+        matrix = view.to_matrix(weight)
+        scores = self.criterion(matrix)
+        largest = scores.max()
+        if not torch.isfinite(largest):
+            raise WeightError(f"{self.row.name}: holds NaN or infinite weights; repair the checkpoint or --exclude the tensor")
+        self._total += _energy(matrix)
+        pruned = view.from_matrix(matrix.masked_fill(~nm_mask(scores, self.pattern), 0))
+        self._kept += _energy(pruned)
+        self._hash.update(canonical_bytes(pruned.contiguous().view(_BITS[weight.dtype.itemsize]).numpy()).data)
+        return pruned
+
+    def layer(self) -> Layer:
+        """The manifest's entry, once the whole tensor has gone through."""
+        assert self.row.axis is not None
+        energy = self._kept / self._total if self._total > 0 else 1.0
+        return Layer(self.row.info, self.pattern, self.row.axis, self._hash.hexdigest(), self.row.assumed, energy)
+
+    def _view(self, weight: Tensor) -> MatrixView:
+        if tuple(weight.shape) == self.row.info.shape:
+            return self.row.view
+        assert self.row.axis is not None
+        return replace(self.row.info, shape=tuple(weight.shape)).view(self.row.axis)
+
+
+_BITS = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
+
+
+def _energy(weight: Tensor) -> float:
+    """The sum of squares."""
+    flat = weight.reshape(-1)
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    return float(torch.dot(flat, flat))
+
+
+def _with_kinds(tensors: Sequence[TensorInfo], model: torch.nn.Module) -> list[TensorInfo]:
+    """``tensors`` with the kind and groups that the model's layers give them; the others are no layer's weight."""
+    known = {f"{layer.name}.{layer.parameter}" if layer.name else layer.parameter: layer for layer in model_layers(model)}
+    result = []
+    for info in tensors:
+        layer = known.get(info.name)
+        if layer is not None:
+            result.append(replace(info, kind=layer.kind, groups=layer.groups))
+        elif len(info.shape) > 1 and info.reason is None:
+            result.append(replace(info, reason="not the weight of a convolution or a linear layer"))
+        else:
+            result.append(info)
+    return result
+
+
+def _mark_copies(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
+    """Matrices that are equal copies of an embedding (heads that were tied when saved) are left alone, with the reason."""
+    embeddings = [info for info in tensors if len(info.shape) == 2 and is_embedding(info.name)]
+    result = []
+    for info in tensors:
+        twin = next((e for e in embeddings if e.name != info.name and (e.shape, e.dtype) == (info.shape, info.dtype)), None)
+        if twin and not is_embedding(info.name) and info.shared_with is None:
+            if torch.equal(checkpoint.read(info.name), checkpoint.read(twin.name)):
+                info = replace(info, reason=f"tied: an equal copy of {twin.name}")
+        result.append(info)
+    return result
+
+
+def _previous_manifest(checkpoint: Checkpoint) -> Manifest:
+    text = checkpoint.manifest_text()
+    return Manifest() if text is None else Manifest.from_json(text, str(checkpoint.path))
+
+
+def _commonest_reason(plan: Plan) -> str:
+    reasons = [row.reason for row in plan.rows if row.reason and len(row.info.shape) > 1]
+    if not reasons:
+        return "none has two dimensions or more"
+    return f"most often: {max(set(reasons), key=reasons.count)}"
