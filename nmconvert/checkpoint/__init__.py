@@ -1,0 +1,77 @@
+"""Checkpoints in, checkpoints out: one file a format; :func:`open_checkpoint` finds out which one it is.
+
+=======================================  ===========================  =========================
+format                                   manifest                     module
+=======================================  ===========================  =========================
+torch zip, TorchScript, pickled module   record ``nmconvert.json``    ``torch_zip``
+torch legacy                             behind the last storage      ``torch_legacy``
+safetensors                              entry of ``__metadata__``    ``safetensors_file``
+=======================================  ===========================  =========================
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nmconvert.checkpoint.base import Checkpoint, Edit, Edits, TensorInfo
+from nmconvert.checkpoint.pickles import require_trust
+from nmconvert.checkpoint.safetensors_file import looks_like_safetensors, open_safetensors
+from nmconvert.checkpoint.torch_legacy import MAGIC, open_torch_legacy
+from nmconvert.checkpoint.torch_zip import open_torch_zip
+from nmconvert.checkpoint.zip_records import open_archive
+from nmconvert.errors import CheckpointError
+
+__all__ = ["Checkpoint", "Edit", "Edits", "TensorInfo", "open_checkpoint"]
+
+_NOT_OURS = {
+    b"\x89HDF": "an HDF5 (Keras) file; nmconvert reads PyTorch, safetensors, Hugging Face and ONNX",
+    b"GGUF": "a GGUF file, which is quantised already; start from the safetensors files it was made from",
+    b"\x93NUMPY": "a NumPy array; save the model's state_dict with torch.save or as safetensors",
+    b"version https://git-lfs": "only a Git LFS pointer; run 'git lfs pull' to get the file itself",
+    b"\x1f\x8b": "a gzip file; unpack it first",
+}
+
+
+def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
+    """Open a checkpoint of any format; which one it is is seen from its bytes, whatever it is called.
+
+    Nothing in it is executed, with ``trust`` or without; ``trust`` is asked for before a file is touched that would
+    execute something wherever it is loaded.
+
+    Raises:
+        UntrustedFileError: it is such a file, and ``trust`` is False.
+        CheckpointError: it is not there, not a checkpoint, or damaged.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from error
+    if head.startswith(b"PK\x03\x04"):
+        return _open_zip(path, trust=trust)
+    if looks_like_safetensors(head):
+        return open_safetensors(path)
+    if head[:1] == b"\x80" and MAGIC.to_bytes(10, "little") in head:
+        return open_torch_legacy(path, trust=trust)
+    raise _unknown(path, head, trust=trust)
+
+
+def _open_zip(path: Path, *, trust: bool) -> Checkpoint:
+    archive = open_archive(path)
+    for name in archive.records:
+        if name.endswith("/data.pkl") and name.count("/") == 1:
+            return open_torch_zip(archive, name.removesuffix("data.pkl"), trust=trust)
+    raise CheckpointError(f"{path}: a zip file, but not one that torch.save wrote; unpack it first")
+
+
+def _unknown(path: Path, head: bytes, *, trust: bool) -> CheckpointError:
+    if not head:
+        return CheckpointError(f"{path}: is empty; copy the file anew")
+    if head[:1] == b"\x80":
+        require_trust(path, "a bare pickle", trust=trust)
+        return CheckpointError(f"{path}: a bare pickle, not of torch.save; load it and torch.save its state dict")
+    for start, what in _NOT_OURS.items():
+        if head.startswith(start):
+            return CheckpointError(f"{path}: {what}")
+    return CheckpointError(f"{path}: not a checkpoint that nmconvert knows (PyTorch, safetensors, Hugging Face, ONNX)")

@@ -1,0 +1,209 @@
+"""What every container offers: a list of tensors, one tensor at a time, and a changed copy.
+
+A container that is one file is described by :class:`FileCheckpoint`: where each tensor lies in the file, and a function
+that writes the file again with some of those bytes changed. Nothing else is read, and nothing else changes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import torch
+from torch import Tensor
+
+from nmconvert.checkpoint.atomic import atomic_file
+from nmconvert.errors import CheckpointError
+from nmconvert.matrix import Kind
+
+Edit = Callable[[Tensor], Tensor]
+"""Gets a tensor, returns one of the same shape and dtype; it may work in place, for the tensor is its own.
+
+An edit with an attribute ``block_rows = b > 0`` is called on consecutive blocks of rows of a large tensor, each a
+multiple of ``b`` along the first dimension (but for the last), so that the tensor is never in memory as a whole.
+"""
+
+Edits = Mapping[str, Edit]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint, known without reading it.
+
+    ``shared_with`` names the first tensor that this one shares memory with (tied weights): what is done to that one is
+    done to this one too. ``secondary`` marks a second state dict beside the model's own (``ema/conv1.weight``).
+    ``kind`` and ``groups`` are known only where the container knows its graph.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    shared_with: str | None = None
+    kind: Kind | None = None
+    groups: int = 1
+    secondary: bool = False
+
+    @property
+    def numel(self) -> int:
+        """How many entries it has."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its entries take."""
+        return self.numel * self.dtype.itemsize
+
+
+class Checkpoint(Protocol):
+    """A trained model in a file or a folder."""
+
+    @property
+    def path(self) -> Path:
+        """The file or the folder."""
+
+    @property
+    def format(self) -> str:
+        """The container's name, for people."""
+
+    def tensors(self) -> list[TensorInfo]:
+        """The model's tensors, in the order of the file's own listing."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own; no other tensor is read."""
+
+    def manifest_text(self) -> str | None:
+        """The nmconvert manifest (JSON) that the file carries, if it does."""
+
+    def write_copy(self, target: Path, edit: Edits, manifest: Callable[[], str]) -> None:
+        """Write a copy to ``target``, atomically, with the tensors named in ``edit`` passed through their function.
+
+        Each edit is called once (block by block where it allows that), in file order, then ``manifest``; all else stays
+        as it is, byte for byte.
+
+        Raises:
+            CheckpointError: the file is damaged, or the copy cannot be written; ``target`` is then as it was before.
+        """
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor lies: ``nbytes`` of storage at ``offset`` of the file, of which it is a strided view."""
+
+    info: TensorInfo
+    offset: int
+    nbytes: int
+    start: int
+    stride: tuple[int, ...]
+    crc: int | None = None  # of the whole storage
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its entries follow each other in the file."""
+        expected = 1
+        for size, stride in zip(reversed(self.info.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The bytes of the file from its first entry to its last, [begin, end)."""
+        itemsize = self.info.dtype.itemsize
+        begin = self.offset + self.start * itemsize
+        if not self.info.numel:
+            return begin, begin
+        last = sum((size - 1) * stride for size, stride in zip(self.info.shape, self.stride, strict=True))
+        return begin, begin + (last + 1) * itemsize
+
+    def view(self, storage: bytearray | memoryview, begin: int) -> Tensor:
+        """The tensor in ``storage``, the bytes of the file from ``begin`` on; shares its memory."""
+        info = self.info
+        if not info.numel:
+            return torch.empty(info.shape, dtype=info.dtype)
+        first = self.span[0] - begin
+        flat = torch.frombuffer(storage, dtype=torch.uint8)
+        typed = flat[first : first + self.span[1] - self.span[0]].view(info.dtype)
+        return typed.as_strided(info.shape, self.stride)
+
+
+Rewrite = Callable[[BinaryIO, BinaryIO, Edits, Callable[[], str]], None]
+
+
+@dataclass(frozen=True)
+class FileCheckpoint:
+    """A container that is one file; ``rewrite(source, target, edits, manifest)`` is what differs between formats."""
+
+    path: Path
+    format: str
+    slots: Mapping[str, Slot]
+    manifest: str | None
+    rewrite: Rewrite
+
+    def tensors(self) -> list[TensorInfo]:
+        """See :class:`Checkpoint`."""
+        return [slot.info for slot in self.slots.values()]
+
+    def read(self, name: str) -> Tensor:
+        """See :class:`Checkpoint`; raises CheckpointError where the checksum of the storage is wrong."""
+        slot = self._slot(name)
+        begin, end = slot.span
+        if slot.crc is not None and end - begin == slot.nbytes:
+            data = read_exactly(self.path, begin, end - begin)
+            if zlib.crc32(data) != slot.crc:
+                raise CheckpointError(
+                    f"{self.path}: damaged: the checksum of '{name}' does not match; copy the file anew"
+                )
+        else:
+            data = read_exactly(self.path, begin, end - begin)
+        return slot.view(data, begin)
+
+    def manifest_text(self) -> str | None:
+        """See :class:`Checkpoint`."""
+        return self.manifest
+
+    def write_copy(self, target: Path, edit: Edits, manifest: Callable[[], str]) -> None:
+        """See :class:`Checkpoint`."""
+        for name in edit:
+            self._slot(name)
+        with self.path.open("rb") as source, atomic_file(target) as out:
+            self.rewrite(source, out, edit, manifest)
+
+    def _slot(self, name: str) -> Slot:
+        if name not in self.slots:
+            raise CheckpointError(f"{self.path}: there is no tensor '{name}' in it; see nmconvert inspect")
+        return self.slots[name]
+
+
+def read_exactly(path: Path, offset: int, count: int) -> bytearray:
+    """``count`` bytes of a file from ``offset`` on.
+
+    Raises:
+        CheckpointError: the file ends before.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = bytearray(count)
+        if file.readinto(data) != count:
+            raise CheckpointError(f"{path}: ends too early, {count:,} bytes expected at {offset:,}; copy the file anew")
+    return data
+
+
+def link_shared(slots: Sequence[Slot]) -> dict[str, Slot]:
+    """Slots by name, with ``shared_with`` set where two of them overlap in the file."""
+    linked: dict[str, Slot] = {}
+    by_storage: dict[int, list[Slot]] = {}
+    for slot in slots:
+        begin, end = slot.span
+        neighbours = by_storage.setdefault(slot.offset, [])
+        first = next((other for other in neighbours if other.span[0] < end and begin < other.span[1]), None)
+        neighbours.append(slot)
+        if first is not None:
+            root = linked[first.info.name].info.shared_with or first.info.name
+            slot = replace(slot, info=replace(slot.info, shared_with=root))
+        linked[slot.info.name] = slot
+    return linked
