@@ -34,7 +34,9 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("runtime",),
     ("model",),
     ("checkpoint",),
-    ("plan", "manifest"),
+    ("onnx_graph",),
+    ("manifest",),
+    ("plan", "rules", "targets"),
     ("packing", "matrix"),
     ("pattern", "dist", "extras"),
     ("errors",),
@@ -55,8 +57,16 @@ MODULES = module_files()
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Every absolute name that is imported, anywhere in the file: module, and module.name."""
+    """Every name that is imported anywhere in the file, as module or module.name; not what only a type checker imports."""
+    types_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     for node in ast.walk(tree):
+        if id(node) in types_only:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
