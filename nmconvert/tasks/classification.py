@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -59,22 +60,14 @@ class Classification:
         source = open_source(data, split)
         size = self.size or _natural_size(source, self.skip_bad)
 
-        def read(index: int) -> Pair:
-            image, label = source.read(index)
-            if source.fixed_size and self.size is None:
-                return image, label
-            if size > SMALL and augment:
-                return image, label  # cropped below, at random
-            return _fitted(image, size), label
+        read = partial(_read, source, 0 if source.fixed_size and self.size is None else size, augment)
+        change = partial(self._augmented, size) if augment else None
+        return Samples(read, len(source), augment=change, bad=on_bad(self.skip_bad, split))
 
-        def change(sample: Pair, rng: Generator) -> Pair:
-            return self._augmented(sample[0], size, rng), sample[1]
-
-        return Samples(read, len(source), augment=change if augment else None, bad=on_bad(self.skip_bad, split))
-
-    def _augmented(self, image: NDArray[Any] | Tensor, size: int, rng: Generator) -> NDArray[Any] | Tensor:
+    def _augmented(self, size: int, sample: Pair, rng: Generator) -> Pair:
+        image, label = sample
         if isinstance(image, Tensor):
-            return image  # a callable's own dataset augments for itself
+            return sample  # a callable's own dataset augments for itself
         channels_first = image.dtype != np.uint8
         pixels = image.transpose(1, 2, 0) if channels_first else image
         if size > SMALL and not channels_first:
@@ -83,7 +76,7 @@ class Classification:
             pixels = images.shifted(pixels, self.crop, rng)
         if self.flip and rng.random() < 0.5:
             pixels = pixels[:, ::-1]
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1) if channels_first else pixels)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1) if channels_first else pixels), label
 
     def collate(self, samples: Sequence[Pair | None]) -> Batch:
         """Images as float [B, C, H, W], normalised; labels as int64 [B]."""
@@ -160,7 +153,7 @@ def _count(logits: Tensor, labels: Tensor) -> tuple[int, int, int, float]:
 
 def _check_labels(batch: Batch, logits: Tensor) -> None:
     if logits.ndim != 2:
-        raise DataError(f"the model returned a tensor of shape {[*logits.shape]}; classification needs [batch, classes]")
+        raise DataError(f"the model returned a tensor {[*logits.shape]}; classification needs [batch, classes]")
     if batch.targets["highest"] >= logits.shape[1]:
         raise DataError(
             f"label {batch.targets['highest']} is out of range: the model has {logits.shape[1]} classes, "
@@ -182,9 +175,12 @@ def _natural_size(source: Source, skip_bad: bool) -> int:
     raise DataError("none of the images can be read")
 
 
-def _fitted(image: NDArray[Any] | Tensor, size: int) -> NDArray[Any] | Tensor:
-    if isinstance(image, Tensor) or image.dtype != np.uint8:
-        return image
+def _read(source: Source, size: int, augment: bool, index: int) -> Pair:
+    image, label = source.read(index)
+    if not size or isinstance(image, Tensor) or image.dtype != np.uint8:
+        return image, label
     if size <= SMALL:
-        return images.resize(image, size, size)
-    return images.centre_crop(images.resize_shorter(image, round(size * 256 / 224)), size)
+        return images.resize(image, size, size), label
+    if augment:
+        return image, label  # cropped by the augmentation, at random
+    return images.centre_crop(images.resize_shorter(image, round(size * 256 / 224)), size), label

@@ -62,7 +62,7 @@ def shifted(image: NDArray[np.generic], pad: int, rng: Generator) -> NDArray[np.
 
 
 def random_resized_crop(image: Image, size: int, rng: Generator) -> Image:
-    """A random part of 8 to 100 % of the area, sides 3:4 to 4:3, resized to ``size`` (Szegedy et al. 2015, section 6)."""
+    """A random part of 8 to 100 % of the area, sides 3:4 to 4:3, resized to ``size`` (Szegedy et al. 2015, sec. 6)."""
     height, width = image.shape[:2]
     for _ in range(10):
         area = height * width * rng.uniform(0.08, 1.0)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +77,16 @@ def import_callable(spec: str, what: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
+@contextmanager
+def open_npz(path: Path) -> Iterator[Mapping[str, NDArray[Any]]]:
+    """The arrays of an .npz file, each read when it is asked for; raises `DataError` where that is not possible."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            yield stored
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: is no readable .npz file: {error}") from error
+
+
 def _import_file(path: Path) -> Any:
     spec = spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
@@ -86,20 +100,17 @@ def _from_callable(data: str, split: Split) -> Source:
     dataset = import_callable(data, "data")(split)
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise DataError(f"{data}: returned {type(dataset).__name__}, not a dataset with a length")
-    return Source(lambda i: (dataset[i][0], int(dataset[i][1])), len(dataset), fixed_size=True)
+    return Source(partial(_read_item, dataset), len(dataset), fixed_size=True)
 
 
 def _from_arrays(path: Path, split: Split, *, whole: bool = False) -> Source:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            prefix = next((f"{p}_" for p in part_names(split) if f"{p}_images" in stored), "")
-            pixels, labels = _pick(stored, prefix, path)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: is no readable .npz file: {error}") from error
+    with open_npz(path) as stored:
+        prefix = next((f"{p}_" for p in part_names(split) if f"{p}_images" in stored), "")
+        pixels, labels = _pick(stored, prefix, path)
     numbers = range(len(pixels)) if prefix or whole else held_out(len(pixels), split)
     if not len(numbers):
         raise DataError(f"{path}: no images for the split '{split}'")
-    return Source(lambda i: (pixels[numbers[i]], int(labels[numbers[i]])), len(numbers), fixed_size=True)
+    return Source(partial(_read_array, pixels, labels, numbers), len(numbers), fixed_size=True)
 
 
 def _pick(stored: Mapping[str, Any], prefix: str, path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -109,12 +120,12 @@ def _pick(stored: Mapping[str, Any], prefix: str, path: Path) -> tuple[NDArray[A
     labels = stored[f"{prefix}labels"] if f"{prefix}labels" in stored else np.full(len(pixels), -1)
     if pixels.dtype == np.uint8 and pixels.ndim == 3:
         pixels = pixels[..., None]
-    if pixels.ndim != 4 or pixels.dtype.kind not in "uf" or pixels.dtype.kind == "u" and pixels.dtype != np.uint8:
-        raise DataError(
-            f"{path}: 'images' is {pixels.dtype} {[*pixels.shape]}; it has to be uint8 [N, H, W, C] or float [N, C, H, W]"
-        )
+    if pixels.ndim != 4 or (pixels.dtype != np.uint8 and pixels.dtype.kind != "f"):
+        what = f"{path}: 'images' is {pixels.dtype} {[*pixels.shape]}"
+        raise DataError(f"{what}; it has to be uint8 [N, H, W, C] or float [N, C, H, W]")
     if labels.shape != (len(pixels),) or labels.dtype.kind not in "ui":
-        raise DataError(f"{path}: 'labels' is {labels.dtype} {[*labels.shape]} for {len(pixels)} images: one integer each")
+        what = f"{path}: 'labels' is {labels.dtype} {[*labels.shape]} for {len(pixels)} images"
+        raise DataError(f"{what}: one integer each")
     return pixels, labels
 
 
@@ -127,4 +138,18 @@ def _from_folder(path: Path, split: Split) -> Source:
         found = [found[i] for i in held_out(len(found), split)]
     if not found:
         raise DataError(f"{part}: no images in it (png, jpeg, webp, bmp, gif, tiff), or too few to hold a tenth out")
-    return Source(lambda i: (images.read_image(found[i][0]), found[i][1]), len(found), fixed_size=False)
+    return Source(partial(_read_file, found), len(found), fixed_size=False)
+
+
+def _read_item(dataset: Any, index: int) -> tuple[Any, int]:
+    image, label = dataset[index]
+    return image, int(label)
+
+
+def _read_array(pixels: NDArray[Any], labels: NDArray[Any], numbers: Sequence[int], index: int) -> tuple[Any, int]:
+    return pixels[numbers[index]], int(labels[numbers[index]])
+
+
+def _read_file(found: Sequence[tuple[Path, int]], index: int) -> tuple[Any, int]:
+    path, label = found[index]
+    return images.read_image(path), label
