@@ -1,4 +1,4 @@
-"""The real data that the benchmarks use, from the folder that NMCONVERT_DATA names, in the formats that nmconvert reads.
+"""The real data of the benchmarks, from the folder that NMCONVERT_DATA names, in the formats that nmconvert reads.
 
     python benchmarks/data.py cifar10 OUT.npz
     python benchmarks/data.py coco128|bccd|nuclei|multi30k|tinystories|tinyshakespeare OUT_FOLDER
