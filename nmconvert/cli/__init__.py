@@ -15,6 +15,7 @@ from nmconvert.errors import NmconvertError
 
 COMMANDS = {
     "prune": "keep n of every m weights of a trained checkpoint",
+    "eval": "measure a checkpoint or an ONNX file with the metric of its task",
 }
 
 

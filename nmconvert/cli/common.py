@@ -10,6 +10,9 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+TASKS = ("classification",)
+"""The keys of `nmconvert.tasks.TASKS`, without the import of torch that they cost."""
+
 
 def output_options(function: F) -> F:
     """``--json``, ``--quiet`` and ``--debug``: how much is printed, and in which form."""
@@ -31,6 +34,28 @@ def key_values(ctx: click.Context, parameter: click.Parameter, value: tuple[str,
             raise click.BadParameter(f"'{item}' is not of the form NAME=VALUE", ctx, parameter)
         pairs[name] = right
     return pairs
+
+
+def task_options(function: F) -> F:
+    """``--task``, ``--data`` and the task's settings; ``--mean``, ``--std`` and ``--skip-bad`` are settings, too."""
+
+    def merged(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
+        shorthand = {name: text for name in ("mean", "std") if (text := ctx.params.pop(name, None)) is not None}
+        skip = {"skip_bad": "true"} if ctx.params.pop("skip_bad", False) else {}
+        return shorthand | skip | key_values(ctx, parameter, value)
+
+    for option in (
+        click.option("--task-arg", "settings", multiple=True, callback=merged, metavar="NAME=VALUE",
+                     help="A setting of the task, such as size=224; may be repeated."),
+        click.option("--skip-bad", is_flag=True, is_eager=True, help="Leave out images that cannot be read."),
+        click.option("--std", is_eager=True, metavar="X,Y,Z", help="Divides after that, as in --mean."),
+        click.option("--mean", is_eager=True, metavar="X,Y,Z",
+                     help="Subtracted from images scaled to 0..1, per channel  [default: ImageNet's]."),
+        click.option("--data", required=True, metavar="DATA", help="Folder, file or package.module:callable."),
+        click.option("--task", type=click.Choice(TASKS), default=TASKS[0], show_default=True),
+    ):  # fmt: skip
+        function = option(function)
+    return function
 
 
 def show(result: Mapping[str, Any], *, as_json: bool, quiet: bool, render: Callable[[], object]) -> None:

@@ -1,0 +1,176 @@
+"""The real data of the benchmarks, from the folder that NMCONVERT_DATA names, in the formats that nmconvert reads.
+
+    python benchmarks/data.py cifar10 OUT.npz
+    python benchmarks/data.py coco128|bccd|nuclei|multi30k|tinystories|tinyshakespeare OUT_FOLDER
+
+Each function below makes one of them, and says where nmconvert's own figures for it come from. Boxes are [x, y, width,
+height] in pixels, masks are uncompressed COCO RLE, both as the COCO format has them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(os.environ.get("NMCONVERT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def cifar10(out: Path) -> None:
+    """``train_images``, ``train_labels``, ``val_images``, ``val_labels``: all 50,000 and 10,000 images, RGB."""
+    arrays = {}
+    for split, name in (("train", "train"), ("test", "val")):
+        files = sorted((ROOT / "cifar10" / split).glob("*.webp"))
+        tiles = [np.asarray(Image.open(f).convert("RGB")).reshape(25, 32, 25, 32, 3) for f in files]
+        arrays[f"{name}_images"] = np.concatenate([t.swapaxes(1, 2).reshape(-1, 32, 32, 3) for t in tiles])
+        arrays[f"{name}_labels"] = np.load(ROOT / "cifar10" / f"labels_{split}.npy")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(out, **arrays)
+
+
+def coco128(out: Path) -> None:
+    """``val.json`` with the 898 boxes of 128 images, ``val_masks.json`` with exact masks of 100, ``images``.
+
+    Categories of the boxes are 0 to 79 plus one, so that 0 is left for the background; those of the masks are COCO's.
+    """
+    folder = ROOT / "coco128"
+    files = sorted((folder / "images" / "val2017").glob("*.jpg"))
+    _copy(out / "images", ((f.name, f.read_bytes()) for f in files))
+    images = [_image_entry(int(f.stem), f.name, *Image.open(f).size) for f in files]
+    boxes = []
+    for entry in images:
+        labels = folder / "labels_detection" / "val2017" / f"{Path(entry['file_name']).stem}.txt"
+        for line in labels.read_text().splitlines() if labels.exists() else ():
+            category, *box = (float(x) for x in line.split())
+            cx, cy, w, h = np.array(box) * np.array([entry["width"], entry["height"]] * 2)
+            boxes.append(_annotation(len(boxes) + 1, entry["id"], int(category) + 1, [cx - w / 2, cy - h / 2, w, h]))
+    _write(out / "val.json", images, boxes, [{"id": i + 1, "name": str(i)} for i in range(80)])
+    panoptic = json.loads((folder / "panoptic_val2017.json").read_text())
+    things = {c["id"]: c["name"] for c in panoptic["categories"] if c["isthing"]}
+    _coco128_masks(out, folder, {entry["id"]: entry for entry in images}, panoptic, things)
+
+
+def _coco128_masks(out: Path, folder: Path, images: dict[int, Any], panoptic: Any, things: dict[int, str]) -> None:
+    found, used = [], []
+    for entry in panoptic["annotations"]:
+        used.append(images[entry["image_id"]])
+        pixels = np.asarray(Image.open(folder / "panoptic_val2017" / entry["file_name"]).convert("RGB")).astype(
+            np.int64
+        )
+        ids = pixels @ np.array([1, 256, 65536])
+        for segment in entry["segments_info"]:
+            if segment["category_id"] in things:
+                mask, crowd = ids == segment["id"], segment["iscrowd"]
+                box = [float(v) for v in segment["bbox"]]
+                category = segment["category_id"]
+                found.append(_annotation(len(found) + 1, entry["image_id"], category, box, rle(mask), crowd))
+    _write(out / "val_masks.json", used, found, [{"id": i, "name": name} for i, name in things.items()])
+
+
+def bccd(out: Path) -> None:
+    """``train.json`` (205 images), ``val.json`` (87), ``test.json`` (72) and ``images``: cells in blood, 3 classes."""
+    whole = json.loads((ROOT / "bccd" / "annotations_coco.json").read_text())
+    with ZipFile(ROOT / "bccd" / "images_320x240.zip") as stored:
+        names = {Path(n).name: n for n in stored.namelist() if n.endswith(".jpg")}
+        _copy(out / "images", ((short, stored.read(name)) for short, name in names.items()))
+    for split in ("train", "val", "test"):
+        images = [image for image in whole["images"] if image["split"] == split]
+        ids = {image["id"] for image in images}
+        annotations = [a for a in whole["annotations"] if a["image_id"] in ids]
+        _write(out / f"{split}.json", images, annotations, whole["categories"])
+
+
+def nuclei(out: Path) -> None:
+    """``train.json`` (267 images) and ``val.json`` (67), ``images``: nuclei of cells, one class, masks."""
+    with np.load(ROOT / "nuclei_dsb2018" / "nuclei_dsb2018_256.npz") as stored:
+        pixels, labels, n_train = stored["images"], stored["labels"], int(stored["n_train"])
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    for part, numbers in (("train", range(n_train)), ("val", range(n_train, len(pixels)))):
+        images, found = [], []
+        for number in numbers:
+            Image.fromarray(pixels[number]).save(out / "images" / f"{number:03d}.png")
+            images.append(_image_entry(number, f"{number:03d}.png", *pixels[number].shape[::-1]))
+            for instance in range(1, int(labels[number].max()) + 1):
+                mask = labels[number] == instance
+                if mask.any():
+                    found.append(_annotation(len(found) + 1, number, 1, _box_of(mask), rle(mask)))
+        _write(out / f"{part}.json", images, found, [{"id": 1, "name": "nucleus"}])
+
+
+def multi30k(out: Path) -> None:
+    """``train.en``, ``train.de``, ``val.*`` and ``test.*`` (test_2016_flickr), a sentence a line."""
+    for language in ("en", "de"):
+        for source, part in (("train", "train"), ("val", "val"), ("test_2016_flickr", "test")):
+            _unpack(ROOT / "multi30k" / f"{source}.{language}.gz", out / f"{part}.{language}")
+
+
+def tinystories(out: Path) -> None:
+    """``test.npz``: the ids of 155 stories for the tokeniser of stories260K, each a document of at most 512 ids."""
+    out.mkdir(parents=True, exist_ok=True)
+    with np.load(ROOT / "text" / "tinystories_sample_tok512.npz") as stored:
+        np.savez(out / "test.npz", ids=stored["ids"], lengths=stored["lengths"])
+    _unpack(ROOT / "text" / "tinystories_sample.txt.gz", out / "test.txt")
+
+
+def tinyshakespeare(out: Path) -> None:
+    """``train.txt`` (the first nine tenths) and ``val.txt``."""
+    text = gzip.decompress((ROOT / "text" / "tinyshakespeare.txt.gz").read_bytes())
+    cut = len(text) * 9 // 10
+    _copy(out, (("train.txt", text[:cut]), ("val.txt", text[cut:])))
+
+
+def rle(mask: np.ndarray) -> dict[str, Any]:
+    """COCO's uncompressed run lengths of a mask [H, W]: down the columns, zeros first."""
+    flat = np.concatenate([[False], mask.T.ravel().astype(bool)])
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    return {"size": [*mask.shape], "counts": np.diff([0, *edges, mask.size]).tolist()}
+
+
+def _box_of(mask: np.ndarray) -> list[float]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return [float(v) for v in (columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)]
+
+
+def _image_entry(number: int, name: str, width: int, height: int) -> dict[str, Any]:
+    return {"id": number, "file_name": name, "width": width, "height": height}
+
+
+def _annotation(
+    number: int, image: int, category: int, box: Iterable[float], mask: dict[str, Any] | None = None, crowd: int = 0
+) -> dict[str, Any]:
+    x, y, w, h = (float(v) for v in box)
+    area = sum(mask["counts"][1::2]) if mask else w * h
+    entry = {"id": number, "image_id": image, "category_id": category, "bbox": [x, y, w, h]}
+    return entry | {"area": area, "iscrowd": crowd} | ({"segmentation": mask} if mask else {})
+
+
+def _write(path: Path, images: list[Any], annotations: list[Any], categories: list[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+
+
+def _copy(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files:
+        (folder / name).write_bytes(content)
+
+
+def _unpack(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(gzip.decompress(source.read_bytes()))
+
+
+SETS = {f.__name__: f for f in (cifar10, coco128, bccd, nuclei, multi30k, tinystories, tinyshakespeare)}
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in SETS:
+        sys.exit(f"usage: python benchmarks/data.py {{{','.join(SETS)}}} OUT")
+    SETS[sys.argv[1]](Path(sys.argv[2]))

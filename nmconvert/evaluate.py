@@ -1,0 +1,87 @@
+"""The metric of a task, measured the same way for a checkpoint and for an ONNX file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from nmconvert.errors import UsageError
+from nmconvert.onnx_model import OnnxModel
+from nmconvert.tasks import Task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of one file; ``metrics[metric]`` is the one that decides."""
+
+    file: str
+    task: str
+    data: str
+    samples: int
+    metric: str
+    metrics: Mapping[str, float]
+    seconds: float
+
+
+def evaluate(
+    file: Path,
+    task: Task,
+    data: str,
+    *,
+    model: str | None = None,
+    model_arguments: Mapping[str, str] | None = None,
+    trust: bool = False,
+    batch_size: int = 100,
+    workers: int = 0,
+    limit: int | None = None,
+    device: str = "cpu",
+) -> Evaluation:
+    """Measure ``file`` with ``task`` on the test split of ``data`` (see `nmconvert.tasks.base.Split`).
+
+    Args:
+        file: an ONNX file, run by stock onnxruntime; or a checkpoint, whose weights go into ``model``.
+        task: of `nmconvert.tasks.build_task`.
+        data: a path or ``package.module:callable``; the task's ``dataset`` says which.
+        model: as in `nmconvert.model.build`; not needed for ONNX and Hugging Face folders.
+        model_arguments: for the callable that ``model`` names.
+        trust: allow files that execute code when they are loaded.
+        batch_size: how many samples at once; a graph with a fixed batch size gets them in pieces of that.
+        workers: processes that read the data, beside this one.
+        limit: only the first so many samples.
+        device: where a checkpoint's model runs.
+
+    Raises:
+        UsageError: a checkpoint without ``model``.
+        CheckpointError, ModelError, DataError: the file, the model or the data is not what it has to be.
+    """
+    dataset: Any = task.dataset(data, split="test", augment=False)
+    if limit is not None:
+        dataset = Subset(dataset, range(min(limit, len(dataset))))
+    predictor = task.predictor(load_model(file, model, model_arguments or {}, trust=trust, device=device))
+    loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=task.collate)
+    start = time.perf_counter()
+    metrics = task.evaluate(predictor, (batch.to(device) for batch in loader))
+    seconds = time.perf_counter() - start
+    return Evaluation(str(file), task.name, data, len(dataset), task.metric, metrics, seconds)
+
+
+def load_model(
+    file: Path, model: str | None, arguments: Mapping[str, str], *, trust: bool = False, device: str = "cpu"
+) -> OnnxModel | nn.Module:
+    """The ONNX file in onnxruntime, or the model with the checkpoint in it, in eval mode: both are called alike."""
+    if file.suffix == ".onnx":
+        return OnnxModel(file)
+    if model is None and not (file.is_dir() and (file / "config.json").is_file()):
+        raise UsageError(
+            f"{file}: a checkpoint holds weights only; say what they belong to with --model module:callable"
+        )
+    from nmconvert.model import load
+
+    built: nn.Module = load(model or str(file), file, arguments, trust=trust)
+    return built.to(device).eval()

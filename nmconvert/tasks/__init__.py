@@ -1,0 +1,55 @@
+"""The tasks: what data they read, what they give a model, what loss trains it and what metric judges it.
+
+`TASKS` maps a name to a dataclass whose fields are the settings of that task; `build_task` makes one of ``name=value``
+texts, as the command line has them. The protocol that all follow is `nmconvert.tasks.base.Task`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from nmconvert.errors import UsageError
+from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, Task
+from nmconvert.tasks.classification import Classification
+
+__all__ = ["TASKS", "Batch", "Gather", "Predict", "Samples", "Split", "Task", "build_task"]
+
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+}
+
+
+def build_task(name: str, settings: Mapping[str, str] | None = None) -> Task:
+    """The task ``name`` with ``settings``, texts that are read as the type of the field says (lists: ``1,2,3``).
+
+    Raises:
+        UsageError: no such task or setting, or a text that does not fit.
+    """
+    if name not in TASKS:
+        raise UsageError(f"there is no task '{name}': choose of {', '.join(TASKS)}")
+    hints = get_type_hints(TASKS[name])
+    known = [field.name for field in dataclasses.fields(TASKS[name])]  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, text in (settings or {}).items():
+        if key not in known:
+            raise UsageError(f"the task {name} has no setting '{key}': it has {', '.join(known)}")
+        try:
+            values[key] = _parse(text, hints[key])
+        except ValueError as error:
+            raise UsageError(f"{key}={text}: {error}") from error
+    return TASKS[name](**values)
+
+
+def _parse(text: str, kind: Any) -> Any:
+    if get_origin(kind) is tuple:
+        return tuple(_parse(part, get_args(kind)[0]) for part in text.split(",") if part)
+    if NoneType in get_args(kind):
+        return None if text == "" else _parse(text, next(a for a in get_args(kind) if a is not NoneType))
+    if kind is bool:
+        if text.lower() not in ("1", "0", "true", "false", "yes", "no", "on", "off"):
+            raise ValueError("a switch is true or false")
+        return text.lower() in ("1", "true", "yes", "on")
+    return kind(text)

@@ -1,0 +1,183 @@
+"""What a task is: batches, a loss, a distillation loss and a metric.
+
+A task knows its data formats, what a model is given and returns, and how its people measure it; it knows nothing of
+sparsity, optimisers or files of weights. ``model`` is, everywhere below, an ``nn.Module`` or anything that is called
+like one: an ONNX file in onnxruntime (`nmconvert.evaluate.OnnxModel`) is measured by the same code.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nmconvert.errors import DataError
+
+Split = Literal["train", "val", "test"]
+"""Parts of the data. Data in named parts: ``test`` is its test part, or else its val part, and ``val`` the reverse.
+Data in one piece: ``test`` is all of it; ``train`` and ``val`` are nine tenths and every tenth sample of it."""
+
+Predict = Callable[[Any], Any]
+Gather = Callable[[list[Any]], list[Any]]
+"""Joins the lists of all ranks into one, the same on each; `list` where there is one process."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What ``collate`` makes of some samples."""
+
+    inputs: Any
+    """What the model is given: a tensor, a list of tensors (images of several sizes), or a dict of tensors."""
+    targets: dict[str, Any]
+    """What the loss and the metric need besides; only tensors in it move to the device."""
+    size: int
+    """Over how many items (images, tokens, sentences) the loss is a mean; 0 where every sample was skipped."""
+    labelled: bool = True
+    """False where the data has no labels: `Task.loss` then raises, `Task.distill` does not need them."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor of it on ``device``."""
+        return replace(self, inputs=_move(self.inputs, device), targets=_move(self.targets, device))
+
+
+class Task(Protocol):
+    """The five tasks of `nmconvert.tasks.TASKS`; their settings are dataclass fields, for `build_task`."""
+
+    name: ClassVar[str]
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+
+    def dataset(self, data: str, *, split: Split, augment: bool) -> Samples:
+        """Samples of ``data``, a path or ``package.module:callable``; raises `DataError` where it is none of ours."""
+        ...
+
+    def collate(self, samples: Sequence[Any]) -> Batch:
+        """One batch of several samples."""
+        ...
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """The training loss, a scalar: a mean over ``batch.size`` items."""
+        ...
+
+    def distill(self, model: Any, teacher: Any, batch: Batch) -> Tensor:
+        """How far ``model`` is from ``teacher`` on the batch, a scalar; labels are not looked at."""
+        ...
+
+    def predictor(self, model: Any) -> Predict:
+        """The function from ``batch.inputs`` to what `evaluate` compares; the model should be in eval mode."""
+        ...
+
+    def evaluate(self, predict: Predict, loader: Iterable[Batch], *, gather: Gather = list) -> dict[str, float]:
+        """Every metric of the task over the loader, under ``metric`` the one that decides."""
+        ...
+
+
+class Samples(Dataset[Any]):
+    """A list of samples, read when asked for, changed at random when augmented.
+
+    Sample ``index`` of epoch ``epoch`` is a function of ``(seed, epoch, index)`` alone, so that neither the number of
+    workers nor a resumed run changes it. Call `set_epoch` before the loader is iterated.
+
+    Args:
+        read: the number of a sample → the sample; raises `DataError` where it cannot be read.
+        length: how many there are.
+        augment: a sample and a random generator → a changed sample, or None.
+        bad: what an unreadable sample does: ``raise`` its error; be ``drop``ped by `collate` (evaluation); or have the
+            next readable one ``replace`` it, so that every training step has its full batch.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], Any],
+        length: int,
+        *,
+        augment: Callable[[Any, Generator], Any] | None = None,
+        bad: Literal["raise", "drop", "replace"] = "raise",
+    ) -> None:
+        self.read, self.length, self.augment, self.bad = read, length, augment, bad
+        self.seed = self.epoch = 0
+
+    def set_epoch(self, epoch: int, *, seed: int = 0) -> None:
+        """Choose the random changes of this epoch."""
+        self.epoch, self.seed = epoch, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        sample = self.read(index) if self.bad == "raise" else self._read_or_skip(index)
+        if sample is None or self.augment is None:
+            return sample
+        return self.augment(sample, np.random.default_rng((self.seed, self.epoch, index)))
+
+    def _read_or_skip(self, index: int) -> Any:
+        tries = self.length if self.bad == "replace" else 1
+        for step in range(tries):
+            try:
+                return self.read((index + step) % self.length)
+            except DataError as error:
+                warnings.warn(f"skipped: {error}", stacklevel=3)
+        if self.bad == "replace":
+            raise DataError(f"none of the {self.length} samples can be read")
+        return None
+
+
+def held_out(length: int, split: Split) -> range | list[int]:
+    """The sample numbers of ``split`` in data that is in one piece: see `Split`."""
+    if split == "test":
+        return range(length)
+    return [i for i in range(length) if (i % 10 == 9) == (split == "val")]
+
+
+def part_names(split: Split) -> tuple[str, ...]:
+    """The names that a part of the data may have, the wanted one first."""
+    return {"train": ("train",), "val": ("val", "valid", "validation", "test"), "test": ("test", "val", "valid")}[split]
+
+
+def on_bad(skip_bad: bool, split: Split) -> Literal["raise", "drop", "replace"]:
+    """What `Samples` does with unreadable ones, given ``--skip-bad``."""
+    if not skip_bad:
+        return "raise"
+    return "replace" if split == "train" else "drop"
+
+
+def tensor_of(output: Any, name: str = "logits") -> Tensor:
+    """The tensor in what a model returned: the output itself, its field or key ``name``, or its first element."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, dict) and name in output:
+        found = output[name]
+    elif hasattr(output, name):
+        found = getattr(output, name)
+    elif isinstance(output, Sequence) and output:
+        found = output[0]
+    else:
+        found = None
+    if not isinstance(found, Tensor):
+        raise DataError(f"the model returned {type(output).__name__}, which has no '{name}': is it of another task?")
+    return found
+
+
+def need_labels(batch: Batch) -> None:
+    """Raise where the batch has no labels to compare with."""
+    if not batch.labelled:
+        raise DataError("the data has no labels: give labelled data, or train with --teacher, which needs none")
+
+
+def _move(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: _move(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_move(item, device) for item in value)
+    return value

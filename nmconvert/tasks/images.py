@@ -1,0 +1,74 @@
+"""Images: read, resize, crop and flip. Arrays are uint8 [H, W, 3] RGB until a batch is made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from nmconvert.errors import DataError
+from nmconvert.extras import require
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+Image = NDArray[np.uint8]
+
+
+def read_image(path: Path) -> Image:
+    """The image at ``path`` as uint8 [H, W, 3]; raises `DataError` with the path where it cannot be read."""
+    pil = require("PIL.Image", "vision")
+    try:
+        with pil.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "is no readable image"
+        raise DataError(f"{path}: {reason}; --skip-bad leaves out what cannot be read") from error
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The image files below ``folder``, sorted by path."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+
+def resize(image: Image, height: int, width: int) -> Image:
+    """Bilinear, with antialiasing when it shrinks; the same array where it has that size already."""
+    if image.shape[:2] == (height, width):
+        return image
+    pil = require("PIL.Image", "vision")
+    return np.asarray(pil.fromarray(image).resize((width, height), pil.Resampling.BILINEAR))
+
+
+def resize_shorter(image: Image, size: int) -> Image:
+    """The shorter side becomes ``size``, the other keeps the proportions."""
+    height, width = image.shape[:2]
+    scale = size / min(height, width)
+    return resize(image, max(size, round(height * scale)), max(size, round(width * scale)))
+
+
+def centre_crop(image: Image, size: int) -> Image:
+    """The middle ``size`` × ``size`` pixels."""
+    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def shifted(image: NDArray[np.generic], pad: int, rng: Generator) -> NDArray[np.generic]:
+    """A random crop of the size of the image [H, W, C], out of it with ``pad`` zero pixels on every side."""
+    top, left = rng.integers(0, 2 * pad + 1, size=2)
+    height, width = image.shape[:2]
+    padded = np.zeros((height + 2 * pad, width + 2 * pad, *image.shape[2:]), image.dtype)
+    padded[pad : pad + height, pad : pad + width] = image
+    return padded[top : top + height, left : left + width]
+
+
+def random_resized_crop(image: Image, size: int, rng: Generator) -> Image:
+    """A random part of 8 to 100 % of the area, sides 3:4 to 4:3, resized to ``size`` (Szegedy et al. 2015, sec. 6)."""
+    height, width = image.shape[:2]
+    for _ in range(10):
+        area = height * width * rng.uniform(0.08, 1.0)
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+            return resize(np.ascontiguousarray(image[top : top + h, left : left + w]), size, size)
+    return resize(centre_crop(image, min(height, width)), size, size)

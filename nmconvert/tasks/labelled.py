@@ -1,0 +1,155 @@
+"""Images with one label each: folders, .npz arrays, and anyone's own dataset."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nmconvert.errors import DataError
+from nmconvert.tasks import images
+from nmconvert.tasks.base import Split, held_out, part_names
+
+
+@dataclass(frozen=True)
+class Source:
+    """``read(i)`` for i < ``length`` gives an image and its label, -1 where it has none."""
+
+    read: Callable[[int], tuple[Any, int]]
+    length: int
+    fixed_size: bool
+    """All images have one shape: they are taken as they are."""
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def open_source(data: str, split: Split) -> Source:
+    """Open labelled images.
+
+    - A folder of images: ``train/<class>/x.png`` and ``val/<class>/y.png``, or ``<class>/x.png`` in one piece; the
+      classes are the folders' names in sorted order. A folder that holds images and no folders has no labels.
+    - An ``.npz`` file with ``images`` (uint8 [N, H, W, C] or [N, H, W], or float [N, C, H, W]) and ``labels`` [N]
+      (or without them), or with ``train_images``, ``train_labels``, ``val_images``, …; or a folder with
+      ``train.npz`` and ``val.npz``.
+    - ``package.module:callable`` or ``path/to/file.py:callable``: called with the split (``train``, ``val``, ``test``),
+      returns a map-style dataset of (image, label).
+
+    Raises:
+        DataError: there is no such thing, or nothing in it.
+    """
+    path = Path(data)
+    if not path.exists():
+        return _from_callable(data, split)
+    if path.is_dir():
+        for part in part_names(split):
+            if (path / f"{part}.npz").is_file():
+                return _from_arrays(path / f"{part}.npz", split, whole=True)
+        return _from_folder(path, split)
+    if path.suffix == ".npz":
+        return _from_arrays(path, split)
+    raise DataError(f"{data}: classification takes a folder of images, an .npz file, or package.module:callable")
+
+
+def import_callable(spec: str, what: str) -> Callable[..., Any]:
+    """The callable that ``package.module:name`` or ``path/to/file.py:name`` says; raises `DataError`."""
+    module_name, colon, name = spec.rpartition(":")
+    if not colon or not re.fullmatch(r"[A-Za-z_]\w*", name):
+        raise DataError(f"{spec}: there is no such {what}, nor is it of the form package.module:callable")
+    try:
+        module = _import_file(Path(module_name)) if module_name.endswith(".py") else import_module(module_name)
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise DataError(f"{spec}: '{module_name}' cannot be imported: {error}") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise DataError(f"{spec}: '{module_name}' has no callable '{name}'")
+    return found  # type: ignore[no-any-return]
+
+
+@contextmanager
+def open_npz(path: Path) -> Iterator[Mapping[str, NDArray[Any]]]:
+    """The arrays of an .npz file, each read when it is asked for; raises `DataError` where that is not possible."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            yield stored
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: is no readable .npz file: {error}") from error
+
+
+def _import_file(path: Path) -> Any:
+    spec = spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _from_callable(data: str, split: Split) -> Source:
+    dataset = import_callable(data, "data")(split)
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise DataError(f"{data}: returned {type(dataset).__name__}, not a dataset with a length")
+    return Source(partial(_read_item, dataset), len(dataset), fixed_size=True)
+
+
+def _from_arrays(path: Path, split: Split, *, whole: bool = False) -> Source:
+    with open_npz(path) as stored:
+        prefix = next((f"{p}_" for p in part_names(split) if f"{p}_images" in stored), "")
+        pixels, labels = _pick(stored, prefix, path)
+    numbers = range(len(pixels)) if prefix or whole else held_out(len(pixels), split)
+    if not len(numbers):
+        raise DataError(f"{path}: no images for the split '{split}'")
+    return Source(partial(_read_array, pixels, labels, numbers), len(numbers), fixed_size=True)
+
+
+def _pick(stored: Mapping[str, Any], prefix: str, path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
+    if f"{prefix}images" not in stored:
+        raise DataError(f"{path}: has no array 'images' (or 'train_images', …), only {', '.join(stored) or 'nothing'}")
+    pixels = stored[f"{prefix}images"]
+    labels = stored[f"{prefix}labels"] if f"{prefix}labels" in stored else np.full(len(pixels), -1)
+    if pixels.dtype == np.uint8 and pixels.ndim == 3:
+        pixels = pixels[..., None]
+    if pixels.ndim != 4 or (pixels.dtype != np.uint8 and pixels.dtype.kind != "f"):
+        what = f"{path}: 'images' is {pixels.dtype} {[*pixels.shape]}"
+        raise DataError(f"{what}; it has to be uint8 [N, H, W, C] or float [N, C, H, W]")
+    if labels.shape != (len(pixels),) or labels.dtype.kind not in "ui":
+        what = f"{path}: 'labels' is {labels.dtype} {[*labels.shape]} for {len(pixels)} images"
+        raise DataError(f"{what}: one integer each")
+    return pixels, labels
+
+
+def _from_folder(path: Path, split: Split) -> Source:
+    part = next((path / name for name in part_names(split) if (path / name).is_dir()), path)
+    classes = sorted(p.name for p in part.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = [(p, label) for label, name in enumerate(classes) for p in images.find_images(part / name)]
+    found = found or [(p, -1) for p in images.find_images(part)]
+    if part == path:
+        found = [found[i] for i in held_out(len(found), split)]
+    if not found:
+        raise DataError(f"{part}: no images in it (png, jpeg, webp, bmp, gif, tiff), or too few to hold a tenth out")
+    return Source(partial(_read_file, found), len(found), fixed_size=False)
+
+
+def _read_item(dataset: Any, index: int) -> tuple[Any, int]:
+    image, label = dataset[index]
+    return image, int(label)
+
+
+def _read_array(pixels: NDArray[Any], labels: NDArray[Any], numbers: Sequence[int], index: int) -> tuple[Any, int]:
+    return pixels[numbers[index]], int(labels[numbers[index]])
+
+
+def _read_file(found: Sequence[tuple[Path, int]], index: int) -> tuple[Any, int]:
+    path, label = found[index]
+    return images.read_image(path), label

@@ -1,0 +1,111 @@
+"""`nmconvert eval`: a checkpoint and an ONNX file, measured by the same code."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
+
+from nmconvert.cli import group
+from nmconvert.errors import CheckpointError, ModelError, UsageError
+from nmconvert.evaluate import evaluate
+from nmconvert.onnx_model import OnnxModel
+from nmconvert.tasks import build_task
+
+RNG = np.random.default_rng(0)
+WEIGHT = RNG.normal(size=(12, 4)).astype(np.float32)
+
+
+def linear(path: Path, *, batch: int | str = "n", dtype: int = TensorProto.FLOAT) -> Path:
+    """images [batch, 3, 2, 2] → logits [batch, 4], with the weight above."""
+    image = helper.make_tensor_value_info("images", dtype, [batch, 3, 2, 2])
+    logits = helper.make_tensor_value_info("logits", dtype, [batch, 4])
+    weight = helper.make_tensor("w", TensorProto.FLOAT, WEIGHT.shape, WEIGHT.flatten())
+    nodes = [
+        helper.make_node("Flatten", ["images"], ["flat"]),
+        helper.make_node("Cast", ["flat"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+        helper.make_node("Cast", ["y"], ["logits"], to=dtype),
+    ]
+    graph = helper.make_graph(nodes, "g", [image], [logits], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    images = RNG.normal(size=(23, 3, 2, 2)).astype(np.float32)
+    labels = (images.reshape(23, 12) @ WEIGHT).argmax(1)
+    labels[:3] = (labels[:3] + 1) % 4  # three of them wrong
+    np.savez(tmp_path / "data.npz", images=images, labels=labels)
+    return str(tmp_path / "data.npz")
+
+
+@pytest.mark.parametrize("batch", ["n", 1, 4])
+def test_an_onnx_file_of_any_batch_size(tmp_path, data, batch):
+    result = evaluate(linear(tmp_path / "m.onnx", batch=batch), build_task("classification"), data, batch_size=10)
+    assert result.metrics["top1"] == pytest.approx(100 * 20 / 23)
+    assert result.samples == 23
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE])
+def test_other_types_are_converted_both_ways(tmp_path, dtype):
+    model = OnnxModel(linear(tmp_path / "m.onnx", dtype=dtype))
+    images = torch.randn(5, 3, 2, 2)
+    assert torch.allclose(model(images), images.flatten(1) @ torch.tensor(WEIGHT), atol=0.1)
+    assert model(images).dtype == torch.float32
+
+
+def test_limit_takes_the_first(tmp_path, data):
+    result = evaluate(linear(tmp_path / "m.onnx"), build_task("classification"), data, limit=3)
+    assert (result.samples, result.metrics["top1"]) == (3, 0)
+
+
+def test_the_command_prints_a_table_and_json(tmp_path, data):
+    file = str(linear(tmp_path / "m.onnx"))
+    done = CliRunner().invoke(group, ["eval", file, "--data", data, "--json"])
+    assert json.loads(done.stdout)["metrics"]["top1"] == pytest.approx(100 * 20 / 23)
+    shown = CliRunner().invoke(group, ["eval", file, "--data", data])
+    assert "86.96" in shown.stdout
+    assert CliRunner().invoke(group, ["eval", file, "--data", data, "--quiet"]).stdout == ""
+
+
+def test_the_command_passes_settings_on(tmp_path):
+    pixels = RNG.integers(0, 255, (10, 2, 2, 3), dtype=np.uint8)
+    labels = ((pixels / 255).transpose(0, 3, 1, 2).reshape(10, 12) / 0.5 @ WEIGHT).argmax(1)
+    np.savez(tmp_path / "d.npz", images=pixels, labels=labels)
+    plain = ["eval", str(linear(tmp_path / "m.onnx")), "--data", str(tmp_path / "d.npz"), "--json"]
+    done = CliRunner().invoke(group, [*plain, "--mean", "0,0,0", "--task-arg", "std=0.5,0.5,0.5"])
+    assert json.loads(done.stdout)["metrics"]["top1"] == 100
+    assert json.loads(CliRunner().invoke(group, plain).stdout)["metrics"]["top1"] < 100
+
+
+def test_a_checkpoint_without_a_model_says_what_is_missing(tmp_path, data):
+    torch.save({"w": torch.zeros(1)}, tmp_path / "m.pth")
+    with pytest.raises(UsageError, match="--model"):
+        evaluate(tmp_path / "m.pth", build_task("classification"), data)
+
+
+def test_a_damaged_onnx_file_and_a_wrong_input_are_errors_of_ours(tmp_path):
+    (tmp_path / "bad.onnx").write_bytes(b"\x08\x01 damaged")
+    with pytest.raises(CheckpointError, match=r"bad\.onnx"):
+        OnnxModel(tmp_path / "bad.onnx")
+    model = OnnxModel(linear(tmp_path / "m.onnx"))
+    with pytest.raises(ModelError, match=r"images \[2, 7\]"):
+        model(torch.zeros(2, 7))
+    with pytest.raises(ModelError, match="has the inputs images; given tokens"):
+        model(tokens=torch.zeros(2, 7))
+
+
+def test_several_outputs_are_a_dict(tmp_path):
+    model = onnx.load(linear(tmp_path / "m.onnx"))
+    model.graph.output.append(helper.make_tensor_value_info("flat", TensorProto.FLOAT, ["n", 12]))
+    onnx.save(model, tmp_path / "two.onnx")
+    found = OnnxModel(tmp_path / "two.onnx")(torch.ones(2, 3, 2, 2))
+    assert found["flat"].shape == (2, 12)
+    weight = numpy_helper.to_array(model.graph.initializer[0])
+    assert torch.allclose(found["logits"], torch.tensor(weight.sum(0)).expand(2, 4), atol=1e-5)

@@ -1,0 +1,246 @@
+"""The protocol's parts that all tasks share, and image classification."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from nmconvert.cli.common import TASKS as NAMES
+from nmconvert.errors import DataError, UsageError
+from nmconvert.tasks import TASKS, build_task
+from nmconvert.tasks.base import Samples, held_out
+from nmconvert.tasks.classification import Classification, soft_cross_entropy
+from nmconvert.tasks.labelled import open_source
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+LABELS = np.arange(20) % 3
+
+
+class Flat(nn.Module):
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.linear = nn.Linear(192, classes)
+
+    def forward(self, images):
+        return self.linear(images.flatten(1))
+
+
+@pytest.fixture
+def arrays(tmp_path: Path) -> str:
+    np.savez(tmp_path / "data.npz", images=PIXELS, labels=LABELS)
+    return str(tmp_path / "data.npz")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    image = pytest.importorskip("PIL.Image")
+    for number, (pixels, label) in enumerate(zip(PIXELS, LABELS, strict=True)):
+        part = tmp_path / "images" / ("val" if number % 4 == 0 else "train") / f"class{label}"
+        part.mkdir(parents=True, exist_ok=True)
+        image.fromarray(pixels).save(part / f"{number:02d}.png")
+    return tmp_path / "images"
+
+
+def read_all(data: str, split, **settings):
+    task = Classification(**settings)
+    return task.collate([*task.dataset(data, split=split, augment=False)])
+
+
+def test_the_command_line_knows_all_tasks():
+    assert list(NAMES) == list(TASKS)
+
+
+def test_settings_are_read_as_their_field_says():
+    task = build_task("classification", {"mean": "0.5,0.25,0", "size": "64", "flip": "off"})
+    assert (task.mean, task.size, task.flip) == ((0.5, 0.25, 0.0), 64, False)
+
+
+@pytest.mark.parametrize("settings", [{"colour": "red"}, {"size": "big"}, {"flip": "maybe"}])
+def test_a_setting_that_does_not_fit_is_named(settings):
+    with pytest.raises(UsageError, match=next(iter(settings))):
+        build_task("classification", settings)
+
+
+def test_an_unknown_task_lists_the_known():
+    with pytest.raises(UsageError, match="classification"):
+        build_task("poetry")
+
+
+def test_held_out_parts_are_disjoint_and_complete():
+    train, val = held_out(25, "train"), held_out(25, "val")
+    assert sorted([*train, *val]) == [*held_out(25, "test")] == [*range(25)]
+    assert [*val] == [9, 19]
+
+
+def test_arrays_are_normalised_and_keep_their_order(arrays):
+    batch = read_all(arrays, "test", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    goal = (PIXELS / 255 - np.array([0.5, 0.4, 0.3])) / np.array([0.2, 0.3, 0.4])
+    assert torch.allclose(batch.inputs.double(), torch.tensor(goal.transpose(0, 3, 1, 2)), atol=1e-5)
+    assert batch.targets["labels"].tolist() == LABELS.tolist()
+    assert batch.size == 20
+
+
+def test_named_parts_are_used(tmp_path):
+    path = tmp_path / "parts.npz"
+    np.savez(path, train_images=PIXELS[:15], train_labels=LABELS[:15], val_images=PIXELS[15:], val_labels=LABELS[15:])
+    assert [len(Classification().dataset(str(path), split=s, augment=False)) for s in ("train", "val", "test")] == [
+        15,
+        5,
+        5,
+    ]
+
+
+def test_float_arrays_are_taken_as_they_are(tmp_path):
+    pixels = np.random.default_rng(1).normal(size=(6, 1, 5, 7)).astype(np.float32)
+    np.savez(tmp_path / "f.npz", images=pixels, labels=np.zeros(6, int))
+    assert np.array_equal(read_all(str(tmp_path / "f.npz"), "test").inputs.numpy(), pixels)
+
+
+def test_gray_images_become_as_many_channels_as_there_are_means(tmp_path):
+    np.savez(tmp_path / "g.npz", images=PIXELS[..., 0], labels=LABELS)
+    assert read_all(str(tmp_path / "g.npz"), "test").inputs.shape == (20, 3, 8, 8)
+    assert read_all(str(tmp_path / "g.npz"), "test", mean=(0.0,), std=(1.0,)).inputs.shape == (20, 1, 8, 8)
+
+
+def test_a_folder_has_sorted_classes_and_parts(folder):
+    batch = read_all(str(folder), "val")
+    assert sorted(batch.targets["labels"].tolist()) == sorted(LABELS[::4].tolist())
+    assert len(Classification().dataset(str(folder), split="train", augment=True)) == 15
+
+
+def test_a_flat_folder_has_no_labels(folder):
+    flat = read_all(str(folder / "val" / "class0"), "test")
+    assert not flat.labelled
+    with pytest.raises(DataError, match="no labels"):
+        Classification().loss(Flat(), flat)
+    assert Classification().distill(Flat(), Flat(), flat) > 0
+
+
+def test_large_images_are_resized_and_cropped(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for number, size in enumerate([(300, 200), (120, 260), (500, 500)]):
+        (tmp_path / "d" / "a").mkdir(parents=True, exist_ok=True)
+        image.new("RGB", size, (255, 0, 0)).save(tmp_path / "d" / "a" / f"{number}.jpg")
+    assert read_all(str(tmp_path / "d"), "test").inputs.shape == (3, 3, 224, 224)
+    task = Classification(size=128)
+    augmented = task.collate([*task.dataset(str(tmp_path / "d"), split="test", augment=True)])
+    assert augmented.inputs.shape == (3, 3, 128, 128)
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(arrays):
+    data = Classification().dataset(arrays, split="train", augment=True)
+    data.set_epoch(3, seed=7)
+    first = [data[i][0] for i in range(len(data))]
+    assert all(np.array_equal(data[i][0], first[i]) for i in reversed(range(len(data))))
+    copy = pickle.loads(pickle.dumps(data))
+    assert np.array_equal(copy[4][0], first[4])
+    data.set_epoch(4, seed=7)
+    assert any(not np.array_equal(data[i][0], first[i]) for i in range(len(data)))
+
+
+def test_the_loop_over_samples_ends():
+    assert [*Samples(lambda i: i, 3)] == [0, 1, 2]
+
+
+def test_an_unreadable_image_is_named_or_skipped(folder):
+    bad = next((folder / "val" / "class0").iterdir())
+    bad.write_bytes(b"not an image")
+    with pytest.raises(DataError, match=rf"{bad.name}.*--skip-bad"):
+        read_all(str(folder), "val")
+    with pytest.warns(UserWarning, match=bad.name):
+        assert read_all(str(folder), "val", skip_bad=True).size == 4
+    train_bad = next((folder / "train" / "class1").iterdir())
+    train_bad.write_bytes(b"")
+    with pytest.warns(UserWarning, match=train_bad.name):
+        assert read_all(str(folder), "train", skip_bad=True).size == 15
+
+
+def test_loss_is_cross_entropy_and_metrics_are_counted(arrays):
+    task, model = Classification(), Flat().eval()
+    batch = read_all(arrays, "test")
+    logits = model(batch.inputs).detach()
+    assert torch.allclose(task.loss(model, batch), nn.functional.cross_entropy(logits, batch.targets["labels"]))
+    loader = DataLoader(task.dataset(arrays, split="test", augment=False), 7, collate_fn=task.collate)
+    result = task.evaluate(task.predictor(model), loader)
+    assert result["top1"] == pytest.approx(100 * (logits.argmax(1).numpy() == LABELS).mean())
+    assert result["top5"] == 100
+    assert result["loss"] == pytest.approx(
+        float(nn.functional.cross_entropy(logits, batch.targets["labels"])), rel=1e-5
+    )
+
+
+def test_metrics_of_several_ranks_are_joined(arrays):
+    task, model = Classification(), Flat().eval()
+    data = task.dataset(arrays, split="test", augment=False)
+    whole = task.evaluate(task.predictor(model), DataLoader(data, 20, collate_fn=task.collate))
+    parts: list[list] = []
+    for numbers in (range(0, 20, 2), range(1, 20, 2)):
+        loader = DataLoader(torch.utils.data.Subset(data, numbers), 4, collate_fn=task.collate)
+        joined = task.evaluate(task.predictor(model), loader, gather=lambda mine: parts.extend(mine) or parts)
+    assert joined == pytest.approx(whole)
+
+
+def test_distillation_is_nothing_between_equals_and_matches_its_formula():
+    a, b = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    p, q = (b / 3).softmax(1), (a / 3).softmax(1)
+    assert torch.allclose(soft_cross_entropy(a, b, 3.0), 9 * (p * (p / q).log()).sum(1).mean())
+    assert soft_cross_entropy(a, a, 2.0).abs() < 1e-12
+
+
+def test_hugging_face_outputs_are_understood():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4,
+        num_labels=3,
+    )  # fmt: skip
+    task = Classification()
+    batch = task.collate([(PIXELS[0], 0), (PIXELS[1], 2)])
+    assert task.loss(transformers.ViTForImageClassification(config), batch) > 0
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"), [(2, "label 2 is out of range: the model has 2 classes"), (None, "needs .batch, classes.")]
+)
+def test_what_does_not_fit_the_model_is_said(arrays, classes, message):
+    model = Flat(classes) if classes else nn.Identity()
+    with pytest.raises(DataError, match=message):
+        Classification().loss(model, read_all(arrays, "test"))
+
+
+def write(path: Path, **arrays: np.ndarray) -> str:
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def test_data_that_is_none_is_refused_with_its_name(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("hello")
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 damaged")
+    cases = {
+        str(tmp_path / "nowhere"): "no such data",
+        str(tmp_path / "empty"): "no images",
+        str(tmp_path / "text.txt"): "folder of images",
+        str(tmp_path / "broken.npz"): "no readable .npz",
+        write(tmp_path / "a.npz", ids=np.zeros(3)): "no array 'images'.*ids",
+        write(tmp_path / "b.npz", images=PIXELS, labels=LABELS[:4]): "4|labels",
+        write(tmp_path / "c.npz", images=PIXELS.astype(np.int64)): "uint8 .N, H, W, C.",
+        write(tmp_path / "d.npz", images=np.zeros((0, 8, 8, 3), np.uint8)): "no images",
+        "json:no_such_thing": "no callable 'no_such_thing'",
+        "no_such_package_at_all:data": "cannot be imported",
+    }
+    for data, message in cases.items():
+        with pytest.raises(DataError, match=message):
+            open_source(data, "test")
+
+
+def test_a_callable_gives_any_dataset(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndef data(split):\n    return [(torch.full((3, 2, 2), float(i)), i) for i in range(len(split))]\n"
+    )
+    batch = read_all(f"{tmp_path / 'mine.py'}:data", "train")
+    assert batch.targets["labels"].tolist() == [0, 1, 2, 3, 4]
+    assert batch.inputs[3].unique().tolist() == [3.0]
