@@ -17,7 +17,6 @@ from nmconvert.errors import UsageError, WeightError
 from nmconvert.manifest import Layer, Manifest
 from nmconvert.masks import CRITERIA, nm_mask
 from nmconvert.matrix import MatrixView
-from nmconvert.model import layers as model_layers
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.plan import Plan, Row, make_plan
 from nmconvert.rules import is_embedding
@@ -130,6 +129,7 @@ class Magnitude:
         self._total = 0.0
 
     def __call__(self, weight: Tensor) -> Tensor:
+        """Prune a tensor, or one block of its rows."""
         view = self._view(weight)
         matrix = view.to_matrix(weight)
         scores = self.criterion(matrix)
@@ -167,6 +167,8 @@ def _energy(weight: Tensor) -> float:
 
 def _with_kinds(tensors: Sequence[TensorInfo], model: torch.nn.Module) -> list[TensorInfo]:
     """``tensors`` with the kind and groups that the model's layers give them; the others are no layer's weight."""
+    from nmconvert.model import layers as model_layers
+
     known = {f"{layer.name}.{layer.parameter}" if layer.name else layer.parameter: layer for layer in model_layers(model)}
     result = []
     for info in tensors:
@@ -186,10 +188,11 @@ def _mark_copies(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> list[
     result = []
     for info in tensors:
         twin = next((e for e in embeddings if e.name != info.name and (e.shape, e.dtype) == (info.shape, info.dtype)), None)
-        if twin and not is_embedding(info.name) and info.shared_with is None:
-            if torch.equal(checkpoint.read(info.name), checkpoint.read(twin.name)):
-                info = replace(info, reason=f"tied: an equal copy of {twin.name}")
-        result.append(info)
+        candidate = twin is not None and not is_embedding(info.name) and info.shared_with is None
+        if candidate and twin and torch.equal(checkpoint.read(info.name), checkpoint.read(twin.name)):
+            result.append(replace(info, reason=f"tied: an equal copy of {twin.name}"))
+        else:
+            result.append(info)
     return result
 
 

@@ -6,6 +6,7 @@ format                                   manifest                     module
 torch zip, TorchScript, pickled module   record ``nmconvert.json``    ``torch_zip``
 torch legacy                             behind the last storage      ``torch_legacy``
 safetensors                              entry of ``__metadata__``    ``safetensors_file``
+ONNX                                     entry of the metadata        ``onnx_file``
 =======================================  ===========================  =========================
 """
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nmconvert.checkpoint.base import Checkpoint, Edit, Edits, TensorInfo
+from nmconvert.checkpoint.base import Checkpoint, Edit, Edits
+from nmconvert.checkpoint.onnx_file import looks_like_onnx, open_onnx
 from nmconvert.checkpoint.pickles import require_trust
 from nmconvert.checkpoint.safetensors_file import looks_like_safetensors, open_safetensors
 from nmconvert.checkpoint.torch_legacy import MAGIC, open_torch_legacy
@@ -21,7 +23,7 @@ from nmconvert.checkpoint.torch_zip import open_torch_zip
 from nmconvert.checkpoint.zip_records import open_archive
 from nmconvert.errors import CheckpointError
 
-__all__ = ["Checkpoint", "Edit", "Edits", "TensorInfo", "open_checkpoint"]
+__all__ = ["Checkpoint", "Edit", "Edits", "open_checkpoint"]
 
 _NOT_OURS = {
     b"\x89HDF": "an HDF5 (Keras) file; nmconvert reads PyTorch, safetensors, Hugging Face and ONNX",
@@ -54,6 +56,8 @@ def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
         return open_safetensors(path)
     if head[:1] == b"\x80" and MAGIC.to_bytes(10, "little") in head:
         return open_torch_legacy(path, trust=trust)
+    if head and looks_like_onnx(head, path):
+        return open_onnx(path)
     raise _unknown(path, head, trust=trust)
 
 

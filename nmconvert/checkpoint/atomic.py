@@ -102,9 +102,7 @@ def _partial_name(target: Path) -> Path:
 def _remove_leftovers(target: Path) -> None:
     prefix = _partial_name(target).name.removesuffix(_SUFFIX)[:-8]
     for entry in target.parent.iterdir():
-        if not (
-            entry.name.startswith(prefix) and len(entry.name) == len(prefix) + 8 + len(_SUFFIX) and is_partial(entry)
-        ):
+        if not (entry.name.startswith(prefix) and len(entry.name) == len(prefix) + 8 + len(_SUFFIX) and is_partial(entry)):
             continue
         descriptor = os.open(entry, os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from nmconvert.checkpoint.atomic import atomic_file
 from nmconvert.errors import CheckpointError
-from nmconvert.matrix import Kind
+from nmconvert.tensor import TensorInfo
 
 Edit = Callable[[Tensor], Tensor]
 """Gets a tensor, returns one of the same shape and dtype; it may work in place, for the tensor is its own.
@@ -28,34 +27,6 @@ multiple of ``b`` along the first dimension (but for the last), so that the tens
 """
 
 Edits = Mapping[str, Edit]
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a checkpoint, known without reading it.
-
-    ``shared_with`` names the first tensor that this one shares memory with (tied weights): what is done to that one is
-    done to this one too. ``secondary`` marks a second state dict beside the model's own (``ema/conv1.weight``).
-    ``kind`` and ``groups`` are known only where the container knows its graph.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    shared_with: str | None = None
-    kind: Kind | None = None
-    groups: int = 1
-    secondary: bool = False
-
-    @property
-    def numel(self) -> int:
-        """How many entries it has."""
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes its entries take."""
-        return self.numel * self.dtype.itemsize
 
 
 class Checkpoint(Protocol):
@@ -155,9 +126,7 @@ class FileCheckpoint:
         if slot.crc is not None and end - begin == slot.nbytes:
             data = read_exactly(self.path, begin, end - begin)
             if zlib.crc32(data) != slot.crc:
-                raise CheckpointError(
-                    f"{self.path}: damaged: the checksum of '{name}' does not match; copy the file anew"
-                )
+                raise CheckpointError(f"{self.path}: damaged: the checksum of '{name}' does not match; copy the file anew")
         else:
             data = read_exactly(self.path, begin, end - begin)
         return slot.view(data, begin)

@@ -171,9 +171,7 @@ def _tensor_v3(storage: Any, start: Any, shape: Any, stride: Any, grad: Any, hoo
     return _checked(storage, dtype, start, tuple(shape), tuple(stride))
 
 
-def _checked(
-    storage: StorageRef, dtype: torch.dtype, start: int, shape: tuple[int, ...], stride: tuple[int, ...]
-) -> TensorRef:
+def _checked(storage: StorageRef, dtype: torch.dtype, start: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> TensorRef:
     whole = all(isinstance(number, int) and number >= 0 for number in (start, *shape, *stride))
     if not isinstance(dtype, torch.dtype) or not whole or len(shape) != len(stride):
         raise ValueError(f"a tensor of shape {shape}, stride {stride}")
@@ -236,10 +234,7 @@ _PLAIN = {
     "torch.serialization._get_layout",
     "torch.nn.parameter.Parameter",
     "torch.nn.parameter.Buffer",
-    *(
-        f"builtins.{name}"
-        for name in ("list", "tuple", "int", "float", "bool", "complex", "bytearray", "frozenset", "slice")
-    ),
+    *(f"builtins.{name}" for name in ("list", "tuple", "int", "float", "bool", "complex", "bytearray", "frozenset", "slice")),
     *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
     *(f"pathlib.{name}" for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),

@@ -16,9 +16,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-from nmconvert.checkpoint.base import Edits, FileCheckpoint, Slot, TensorInfo, link_shared
+from nmconvert.checkpoint.base import Edits, FileCheckpoint, Slot, link_shared
 from nmconvert.checkpoint.stream import BLOCK, Piece, edited_slots, pieces, pump
 from nmconvert.errors import CheckpointError
+from nmconvert.tensor import TensorInfo
 
 MANIFEST = "nmconvert"
 _MAX_HEADER = 100_000_000  # the format's own limit

@@ -111,9 +111,7 @@ def pump(
                     busy.result()
                 following = reader.submit(read, index, piece)
                 if upcoming is not None and previous is not None:
-                    written[(count - 1) % _BUFFERS] = writer.submit(
-                        write, previous, _apply(previous, upcoming.result())
-                    )
+                    written[(count - 1) % _BUFFERS] = writer.submit(write, previous, _apply(previous, upcoming.result()))
                 upcoming, previous = following, piece
             if upcoming is not None and previous is not None:
                 writer.submit(write, previous, _apply(previous, upcoming.result())).result()

@@ -72,9 +72,7 @@ def _storages(file: BinaryIO, structure: Structure, keys: Any, path: Path) -> tu
         offsets[key] = position + 8
         position += 8 + storage.nbytes
     if position > size or offsets.keys() != structure.storages.keys():
-        raise CheckpointError(
-            f"{path}: ends too early, {position:,} bytes expected and {size:,} there; copy the file anew"
-        )
+        raise CheckpointError(f"{path}: ends too early, {position:,} bytes expected and {size:,} there; copy the file anew")
     return offsets, position
 
 

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from nmconvert.checkpoint.base import Edits, FileCheckpoint, Slot, TensorInfo, link_shared
+from nmconvert.checkpoint.base import Edits, FileCheckpoint, Slot, link_shared
 from nmconvert.checkpoint.pickles import Structure, TensorRef, read_pickle, require_trust, state_dicts
 from nmconvert.checkpoint.stream import edited_slots
 from nmconvert.checkpoint.zip_records import Archive, Record, rewrite_archive
 from nmconvert.errors import CheckpointError
+from nmconvert.tensor import TensorInfo
 
 MANIFEST = "nmconvert.json"
 
@@ -55,9 +56,7 @@ def describe(structure: Structure) -> str:
     return f"holds pickled Python objects ({names[0]}{more})"
 
 
-def make_slots(
-    path: Path, structure: Structure, locate: Callable[[TensorRef], tuple[int, int, int | None]]
-) -> Sequence[Slot]:
+def make_slots(path: Path, structure: Structure, locate: Callable[[TensorRef], tuple[int, int, int | None]]) -> Sequence[Slot]:
     """The slots of all state dicts of a pickle; ``locate`` gives offset, size and checksum of a tensor's storage.
 
     Raises:

@@ -117,9 +117,7 @@ def _find_directory(file: BinaryIO, size: int, path: Path) -> tuple[int, int, in
 
 def _read_entry(file: BinaryIO, raw: bytes, position: int, path: Path) -> tuple[Record, int]:
     fields = struct.unpack_from("<4sHHHHHHIIIHHHHHII", raw, position)
-    signature, _, _, flags, method, _, _, crc, packed, size, name_size, extra_size, comment_size, _, _, _, header = (
-        fields
-    )
+    signature, _, _, flags, method, _, _, crc, packed, size, name_size, extra_size, comment_size, _, _, _, header = fields
     end = position + 46 + name_size + extra_size + comment_size
     if signature != _CENTRAL or end > len(raw):
         raise _damaged(path, "its directory is cut short")

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from nmconvert.pattern import Pattern
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 TASKS = ("classification",)
@@ -23,6 +25,35 @@ def output_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def model_options(function: F) -> F:
+    """``--model``, ``--model-arg`` and ``--trust``: which module a checkpoint belongs to."""
+    for option in (
+        click.option("--trust", is_flag=True, help="Load files that execute code (pickled modules, TorchScript, .pt2)."),
+        click.option(
+            "--model-arg",
+            "model_arguments",
+            multiple=True,
+            callback=key_values,
+            metavar="NAME=VALUE",
+            help="An argument of the model's callable. May be repeated.",
+        ),
+        click.option(
+            "--model", metavar="SPEC", help="package.module:callable, path/to/file.py:callable, or a Hugging Face folder."
+        ),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def layer_patterns(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> list[tuple[str, Pattern | None]]:
+    """Callback of ``--layer GLOB=N:M`` and ``--layer GLOB=dense``."""
+    pairs = [item.rpartition("=") for item in value]
+    for glob, _, right in pairs:
+        if not glob or not right:
+            raise click.BadParameter(f"'{glob or right}' is not of the form GLOB=N:M", ctx, parameter)
+    return [(glob, None if right == "dense" else Pattern.parse(right)) for glob, _, right in pairs]
 
 
 def key_values(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
@@ -65,4 +96,7 @@ def show(result: Mapping[str, Any], *, as_json: bool, quiet: bool, render: Calla
     elif not quiet:
         from rich.console import Console
 
-        Console().print(render())
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=140)  # a pipe has no width; 80 columns would fold the names
+        console.print(render())

@@ -1,0 +1,250 @@
+"""ONNX models as checkpoints: initialisers and Constant nodes are the tensors.
+
+External data is read and copied tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx
+import torch
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, TensorProto, numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+from torch import Tensor
+
+from nmconvert.checkpoint.atomic import atomic_file
+from nmconvert.checkpoint.base import Edits
+from nmconvert.errors import CheckpointError, UsageError
+from nmconvert.manifest import METADATA_KEY
+from nmconvert.onnx_graph import constant_tensor, graphs, tensor_infos
+from nmconvert.tensor import TensorInfo
+
+_ALIGNMENT = 4096  # of external tensors: what onnxruntime can map into memory
+EXTERNAL_ABOVE = 1_800_000_000  # bytes; protobuf ends at 2 GiB
+
+
+def looks_like_onnx(head: bytes, path: Path) -> bool:
+    """A ModelProto starts with its IR version (field 1, a varint) in every writer seen; else the suffix decides."""
+    return path.suffix == ".onnx" or (head[:1] == b"\x08" and 1 <= head[1] <= 32)
+
+
+def open_onnx(path: Path) -> OnnxCheckpoint:
+    """Read the graph of an ONNX file, not its external data.
+
+    Raises:
+        CheckpointError: it is not an ONNX model, or damaged.
+    """
+    return OnnxCheckpoint(path, read_model(path))
+
+
+def read_model(path: Path) -> ModelProto:
+    """The ModelProto of a file, external data left where it is.
+
+    Raises:
+        CheckpointError: it is not an ONNX model, or damaged.
+    """
+    model = ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise CheckpointError(f"{path}: not an ONNX model, or damaged; copy the file anew") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from error
+    if not model.graph.node and not model.graph.initializer:
+        raise CheckpointError(f"{path}: an ONNX model without a graph, or not an ONNX model")
+    return model
+
+
+def read_whole_model(path: Path) -> ModelProto:
+    """The ModelProto of a file with all external data loaded into it.
+
+    Raises:
+        CheckpointError: as :func:`read_model`, or the external data is not there.
+    """
+    model = read_model(path)
+    for tensor in every_tensor(model):
+        _load_external(tensor, path)
+    return model
+
+
+class OnnxCheckpoint:
+    """See :class:`nmconvert.checkpoint.base.Checkpoint`."""
+
+    format = "ONNX"
+
+    def __init__(self, path: Path, model: ModelProto) -> None:
+        self.path = path
+        self.model = model
+
+    @cached_property
+    def _tensors(self) -> dict[str, TensorProto]:
+        return dict(named_tensors(self.model))
+
+    def tensors(self) -> list[TensorInfo]:
+        """See Checkpoint."""
+        return tensor_infos(self.model)
+
+    def read(self, name: str) -> Tensor:
+        """See Checkpoint."""
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.path}: there is no tensor '{name}' in it; see nmconvert inspect")
+        tensor = TensorProto()
+        tensor.CopyFrom(self._tensors[name])
+        _load_external(tensor, self.path)
+        return _to_torch(tensor, self.path)
+
+    def manifest_text(self) -> str | None:
+        """See Checkpoint."""
+        return next((entry.value for entry in self.model.metadata_props if entry.key == METADATA_KEY), None)
+
+    def write_copy(self, target: Path, edit: Edits, manifest: Callable[[], str]) -> None:
+        """See Checkpoint."""
+        if edit and any(node.domain == METADATA_KEY for graph, _ in graphs(self.model) for node in graph.node):
+            raise UsageError(f"{self.path}: is compressed already; prune the checkpoint that it was exported from")
+        model = ModelProto()
+        model.CopyFrom(self.model)
+        for name, tensor in named_tensors(model):
+            if name in edit and not uses_external_data(tensor):
+                edited = edit[name](_to_torch(tensor, self.path))
+                tensor.CopyFrom(_from_torch(edited, tensor.name))
+        save_model(model, target, source=self.path, edit=edit, manifest=manifest)
+
+
+def named_tensors(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:
+    """The initialisers of every graph, and the tensors of its Constant nodes under the name of their output."""
+    for graph, _ in graphs(model):
+        yield from ((tensor.name, tensor) for tensor in graph.initializer)
+        for node in graph.node:
+            if (tensor := constant_tensor(node)) is not None:
+                yield node.output[0], tensor
+
+
+def every_tensor(model: ModelProto) -> Iterator[TensorProto]:
+    """The tensors of :func:`named_tensors`, without names."""
+    return (tensor for _, tensor in named_tensors(model))
+
+
+def save_model(
+    model: ModelProto,
+    target: Path,
+    *,
+    source: Path | None = None,
+    edit: Edits | None = None,
+    manifest: Callable[[], str] | None = None,
+    external: bool | None = None,
+) -> None:
+    """Write ``model`` to ``target``, atomically, with a data file beside it where tensors are external or too large.
+
+    External tensors are read from beside ``source`` one at a time, and pass through ``edit`` on their way. The data file gets
+    a name that no earlier one has, so that an old model keeps its old data until the new model is there.
+
+    Raises:
+        CheckpointError: the copy cannot be written; ``target`` is then as it was before.
+    """
+    tensors = dict(named_tensors(model))
+    if external is None:
+        inside = sum(len(t.raw_data) for t in tensors.values())
+        external = inside > EXTERNAL_ABOVE or any(uses_external_data(t) for t in tensors.values())
+    if not external:
+        _write_model(model, target, manifest)
+        return
+    before = _data_files(target)
+    data = target.with_name(f"{target.name}.data")
+    if data.exists():
+        data = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
+    try:
+        with atomic_file(data) as file:
+            for name, tensor in tensors.items():
+                _move_out(name, tensor, file, data.name, source, edit or {})
+        _write_model(model, target, manifest)
+    except BaseException:
+        data.unlink(missing_ok=True)
+        raise
+    for old in before - {data}:
+        old.unlink(missing_ok=True)
+
+
+def _write_model(model: ModelProto, target: Path, manifest: Callable[[], str] | None) -> None:
+    if manifest is not None:
+        set_metadata(model, METADATA_KEY, manifest())
+    with atomic_file(target) as file:
+        file.write(model.SerializeToString())
+
+
+def set_metadata(model: ModelProto, key: str, value: str) -> None:
+    """Set one entry of the model-level metadata, the only one that every tool keeps."""
+    for entry in list(model.metadata_props):
+        if entry.key == key:
+            model.metadata_props.remove(entry)
+    model.metadata_props.add(key=key, value=value)
+
+
+def _move_out(name: str, tensor: TensorProto, file: BinaryIO, location: str, source: Path | None, edit: Edits) -> None:
+    """Write one tensor's bytes to the data file and leave a reference in its place. Small tensors stay."""
+    if uses_external_data(tensor):
+        assert source is not None
+        _load_external(tensor, source)
+        if name in edit:
+            tensor.CopyFrom(_from_torch(edit[name](_to_torch(tensor, source)), tensor.name))
+    if len(tensor.raw_data) < 1024:
+        return
+    file.seek(-file.tell() % _ALIGNMENT, 1)
+    offset = file.tell()
+    file.write(tensor.raw_data)
+    length = len(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def _data_files(path: Path) -> set[Path]:
+    """The data files that an existing model of ours at ``path`` refers to."""
+    if not path.is_file():
+        return set()
+    try:
+        tensors = list(every_tensor(read_model(path)))
+    except CheckpointError:
+        return set()
+    names = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+    return {path.with_name(name) for name in names if name.startswith(path.name) and name.endswith(".data") and "/" not in name}
+
+
+def _load_external(tensor: TensorProto, path: Path) -> None:
+    if not uses_external_data(tensor):
+        return
+    location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+    try:
+        load_external_data_for_tensor(tensor, str(path.parent))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise CheckpointError(
+            f"{path}: the external data '{location}' of '{tensor.name}' cannot be read; keep the two files together"
+        ) from error
+    tensor.data_location = TensorProto.DEFAULT
+    del tensor.external_data[:]
+
+
+def _to_torch(tensor: TensorProto, path: Path) -> Tensor:
+    try:
+        array = numpy_helper.to_array(tensor)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: tensor '{tensor.name}' is damaged: {error}") from error
+    array = np.array(array)  # a copy that may be written to
+    if tensor.data_type == TensorProto.BFLOAT16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _from_torch(tensor: Tensor, name: str) -> TensorProto:
+    if tensor.dtype == torch.bfloat16:
+        raw = tensor.contiguous().view(torch.uint16).numpy().tobytes()
+        return onnx.helper.make_tensor(name, TensorProto.BFLOAT16, list(tensor.shape), raw, raw=True)
+    return numpy_helper.from_array(tensor.contiguous().numpy(), name)

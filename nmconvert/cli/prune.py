@@ -1,0 +1,56 @@
+"""``nmconvert prune``: a checkpoint → its N:M-sparse copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nmconvert.cli.common import layer_patterns, model_options, output_options, show
+from nmconvert.pattern import AXES, Axis, Pattern
+
+
+@click.command("prune")
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.option("--nm", required=True, metavar="N:M", help="Keep N of every M weights, for example 2:4. M is at most 32.")
+@click.option(
+    "--axis", type=click.Choice(AXES), default="channel", show_default=True,
+    help="Groups along the input channels at one kernel position, or along each filter's flattened I·kh·kw.",
+)  # fmt: skip
+@click.option(
+    "--layer", "layers", multiple=True, callback=layer_patterns, metavar="GLOB=N:M",
+    help="Another pattern (or 'dense') for the tensors that match; the last that matches wins. May be repeated.",
+)  # fmt: skip
+@click.option("--include", multiple=True, metavar="GLOB", help="Prune only these, whatever the rules say. May be repeated.")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these dense. May be repeated.")
+@click.option(
+    "--target", type=click.Choice(["generic", "ort", "tensorrt", "cusparselt"]), default="generic", show_default=True,
+    help="Prune only what this runtime can speed up.",
+)  # fmt: skip
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Where to write; default: CHECKPOINT with .nmN-M.")
+@model_options
+@output_options
+def command(
+    checkpoint: Path, nm: str, axis: Axis, layers: list[tuple[str, Pattern | None]], include: tuple[str, ...],
+    exclude: tuple[str, ...], target: str, output: Path | None, model: str | None, model_arguments: dict[str, str],
+    trust: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Keep N of every M weights of CHECKPOINT's convolutions and linear layers, those of largest magnitude.
+
+    CHECKPOINT is a PyTorch file, a safetensors file, a Hugging Face folder or an ONNX model; the copy is of the same kind.
+    Without --model, what a tensor is follows from its name and shape.
+    """
+    pattern = Pattern.parse(nm)
+    from nmconvert import report
+    from nmconvert.prune import prune
+
+    built = None
+    if model is not None:
+        from nmconvert.model import build
+
+        built = build(model, model_arguments, trust=trust)
+    result = prune(
+        checkpoint, pattern, axis, output=output, layers=layers, include=include, exclude=exclude, target=target,
+        model=built, settings={"model": model, "model_arguments": model_arguments or None}, trust=trust,
+    )  # fmt: skip
+    show(report.prune_json(result), as_json=as_json, quiet=quiet, render=lambda: report.prune_report(result))

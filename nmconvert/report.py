@@ -1,0 +1,116 @@
+"""Results → rich tables and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from nmconvert.plan import Plan, Row
+from nmconvert.prune import PruneResult
+from nmconvert.targets import usable_by
+
+
+def new_table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+    """A table in the house style; the columns named in ``right`` are numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.2 MB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def shape(dims: tuple[int, ...]) -> str:
+    """A shape as people write it: 64×32×3×3."""
+    return "×".join(map(str, dims)) or "scalar"
+
+
+def prune_report(result: PruneResult) -> RenderableType:
+    """What was pruned, what was not and why, and where the result is."""
+    pruned = new_table(
+        "Pruned (N of every M weights are kept)",
+        *("tensor", "shape", "axis", "pattern", "density", "energy kept", "faster on"),
+        right=("density", "energy kept"),
+    )
+    for row in result.plan.pruned:
+        layer = result.layer(row.name)
+        pruned.add_row(
+            row.name,
+            shape(row.info.shape),
+            f"{row.axis}{' ?' if row.assumed else ''}",
+            str(row.pattern),
+            f"{density(row):.1%}",
+            f"{layer.energy or 0:.1%}",
+            ", ".join(usable_by(row)) or "-",
+        )
+    parts: list[RenderableType] = [pruned]
+    if any(row.assumed for row in result.plan.pruned):
+        parts.append(Text("? the kind of the layer, and so its axis, was assumed from name and shape; --model makes it known"))
+    parts += [Text(), dense_table(result.plan), Text(), Text(summary(result))]
+    return Group(*parts)
+
+
+def dense_table(plan: Plan) -> RenderableType:
+    """The tensors that stay dense, with the reason; vectors and scalars are counted only."""
+    dense = [row for row in plan.rows if row.pattern is None]
+    shown = [row for row in dense if len(row.info.shape) > 1]
+    table = new_table("Left dense", "tensor", "shape", "why")
+    for row in shown:
+        table.add_row(row.name, shape(row.info.shape), row.reason or "")
+    if len(shown) < len(dense):
+        table.add_row(f"{len(dense) - len(shown)} more", "", "fewer than two dimensions: biases, norms, statistics")
+    return table
+
+
+def density(row: Row) -> float:
+    """Share of a pruned row's weights that is kept, short last groups included."""
+    assert row.pattern is not None
+    return row.pattern.kept(row.view.columns) / row.view.columns
+
+
+def summary(result: PruneResult) -> str:
+    """The last line of a prune: how much of the model is sparse now, and where it lies."""
+    pruned = sum(row.info.numel for row in result.plan.pruned)
+    every = sum(row.info.numel for row in result.plan.rows if row.info.shared_with is None)
+    kept = sum(row.info.numel * density(row) for row in result.plan.pruned)
+    return (
+        f"{len(result.plan.pruned)} of {len(result.plan.rows)} tensors pruned: {pruned / every:.1%} of {every:,} values, "
+        f"{kept:,.0f} of {pruned:,} kept. Written: {result.output} ({result.format})"
+    )
+
+
+def prune_json(result: PruneResult) -> Mapping[str, Any]:
+    """The same for machines."""
+    return {
+        "source": str(result.source),
+        "output": str(result.output),
+        "format": result.format,
+        "tensors": [_row_json(row, result) for row in result.plan.rows],
+    }
+
+
+def _row_json(row: Row, result: PruneResult) -> Mapping[str, Any]:
+    common = {"name": row.name, "shape": list(row.info.shape), "dtype": row.info.dtype_name}
+    if row.pattern is None:
+        return {**common, "pattern": None, "reason": row.reason}
+    return {
+        **common,
+        "pattern": str(row.pattern),
+        "kind": row.info.kind,
+        "axis": row.axis,
+        "assumed": row.assumed,
+        "density": density(row),
+        "energy_kept": result.layer(row.name).energy,
+        "targets": list(usable_by(row)),
+    }
