@@ -30,9 +30,7 @@ class DigitsNet(nn.Module):
 
 
 def _block(inputs: int, width: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-    )
+    return nn.Sequential(nn.Conv2d(inputs, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
 
 
 def digits() -> DigitsNet:

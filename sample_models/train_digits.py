@@ -21,19 +21,19 @@ TEST_IMAGES = 360
 EPOCHS = 30
 BATCH = 64
 
-Arrays = dict[str, NDArray[np.generic]]
 
-
-def data() -> tuple[Arrays, Arrays]:
-    """Training and test part, each ``images`` float32 [N, 1, 8, 8] in [0, 1] and ``labels`` int64 [N]."""
+def data() -> dict[str, NDArray[np.generic]]:
+    """``train_images`` and ``test_images`` float32 [N, 1, 8, 8] in [0, 1], ``train_labels`` and ``test_labels`` int64 [N]."""
     bunch = load_digits()
     images = (bunch.images / 16).astype(np.float32)[:, None]
     labels = bunch.target.astype(np.int64)
     split = len(labels) - TEST_IMAGES
-    return (
-        {"images": images[:split], "labels": labels[:split]},
-        {"images": images[split:], "labels": labels[split:]},
-    )
+    return {
+        "train_images": images[:split],
+        "train_labels": labels[:split],
+        "test_images": images[split:],
+        "test_labels": labels[split:],
+    }
 
 
 def train(images: Tensor, labels: Tensor) -> DigitsNet:
@@ -65,15 +65,14 @@ def top1(model: DigitsNet, images: Tensor, labels: Tensor) -> float:
 
 
 def main() -> None:
-    """Write ``digits.pt``, ``digits_train.npz`` and ``digits_test.npz`` beside this file."""
+    """Write ``digits.npz`` and ``digits.pt`` beside this file."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    parts = dict(zip(("train", "test"), data(), strict=True))
-    for name, arrays in parts.items():
-        np.savez_compressed(HERE / f"digits_{name}.npz", **arrays)  # type: ignore[arg-type]
-    tensors = {name: (torch.from_numpy(a["images"]), torch.from_numpy(a["labels"])) for name, a in parts.items()}
-    model = train(*tensors["train"])
-    accuracy = top1(model, *tensors["test"])
+    arrays = data()
+    np.savez_compressed(HERE / "digits.npz", **arrays)  # type: ignore[arg-type]
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    model = train(tensors["train_images"], tensors["train_labels"])
+    accuracy = top1(model, tensors["test_images"], tensors["test_labels"])
     torch.save({"state_dict": model.state_dict(), "top1": accuracy}, HERE / "digits.pt")
     print(f"top-1 on {TEST_IMAGES} test images: {accuracy:.2%}")
 

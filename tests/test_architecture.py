@@ -37,8 +37,9 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("onnx_graph",),
     ("manifest",),
     ("plan", "rules", "targets"),
-    ("packing", "matrix"),
-    ("pattern", "dist", "extras"),
+    ("tensor", "packing", "detect"),
+    ("matrix",),
+    ("pattern", "inputs", "dist", "extras"),
     ("errors",),
 )
 LEVEL = {room: level for level, rooms in enumerate(rooms for rooms in reversed(ROOMS)) for room in rooms}

@@ -63,16 +63,17 @@ def test_digits_checkpoint_is_what_it_says(sample_models: Path) -> None:
     checkpoint = torch.load(sample_models / "digits.pt", weights_only=True)
     model = digits()
     model.load_state_dict(checkpoint["state_dict"], strict=True)
-    with np.load(sample_models / "digits_test.npz") as arrays:
-        measured = top1(model.eval(), torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]))
+    with np.load(sample_models / "digits.npz") as arrays:
+        images, labels = (torch.from_numpy(arrays[f"test_{name}"]) for name in ("images", "labels"))
+    measured = top1(model.eval(), images, labels)
     assert measured == checkpoint["top1"]
     assert measured > 0.97
     assert (sample_models / "digits.pt").stat().st_size < 500_000
 
 
-def test_digits_files_hold_the_images_of_scikit_learn(sample_models: Path) -> None:
-    for part, expected in zip(("train", "test"), data(), strict=True):
-        with np.load(sample_models / f"digits_{part}.npz") as arrays:
-            assert arrays["images"].dtype == np.float32
-            np.testing.assert_array_equal(arrays["images"], expected["images"])
-            np.testing.assert_array_equal(arrays["labels"], expected["labels"])
+def test_digits_data_are_those_of_scikit_learn(sample_models: Path) -> None:
+    with np.load(sample_models / "digits.npz") as arrays:
+        assert set(arrays) == set(data())
+        for name, expected in data().items():
+            assert arrays[name].dtype == expected.dtype
+            np.testing.assert_array_equal(arrays[name], expected)
