@@ -78,9 +78,7 @@ def load_model(
     if file.suffix == ".onnx":
         return OnnxModel(file)
     if model is None and not (file.is_dir() and (file / "config.json").is_file()):
-        raise UsageError(
-            f"{file}: a checkpoint holds weights only; say what they belong to with --model module:callable"
-        )
+        raise UsageError(f"{file}: a checkpoint holds weights only; say what they belong to with --model module:callable")
     from nmconvert.model import load
 
     built: nn.Module = load(model or str(file), file, arguments, trust=trust)

@@ -69,9 +69,7 @@ class OnnxModel:
         feeds = dict(zip(self.inputs, args, strict=False)) | dict(kwargs)
         if len(args) > len(self.inputs) or set(feeds) != set(self.inputs):
             given = [*[f"#{i}" for i in range(len(args))], *kwargs]
-            raise ModelError(
-                f"{self.file}: the graph has the inputs {', '.join(self.inputs)}; given {', '.join(given)}"
-            )
+            raise ModelError(f"{self.file}: the graph has the inputs {', '.join(self.inputs)}; given {', '.join(given)}")
         return feeds
 
     def _fixed_batch(self) -> int | None:
