@@ -62,9 +62,7 @@ def _coco128_masks(out: Path, folder: Path, images: dict[int, Any], panoptic: An
     found, used = [], []
     for entry in panoptic["annotations"]:
         used.append(images[entry["image_id"]])
-        pixels = np.asarray(Image.open(folder / "panoptic_val2017" / entry["file_name"]).convert("RGB")).astype(
-            np.int64
-        )
+        pixels = np.asarray(Image.open(folder / "panoptic_val2017" / entry["file_name"]).convert("RGB")).astype(np.int64)
         ids = pixels @ np.array([1, 256, 65536])
         for segment in entry["segments_info"]:
             if segment["category_id"] in things:

@@ -31,7 +31,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("srste",),
     ("calibrate",),
     ("permute", "sparsegpt", "masks"),
-    ("runtime",),
+    ("runtime", "onnx_model"),
     ("model",),
     ("checkpoint",),
     ("onnx_graph",),

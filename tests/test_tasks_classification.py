@@ -94,6 +94,15 @@ def test_named_parts_are_used(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", ["d/{}.npz", "d_{}.npz"])
+def test_parts_may_be_files_of_their_own(tmp_path, name):
+    (tmp_path / "d").mkdir()
+    np.savez(tmp_path / name.format("train"), images=PIXELS[:15], labels=LABELS[:15])
+    np.savez(tmp_path / name.format("test"), images=PIXELS[15:], labels=LABELS[15:])
+    task = Classification()
+    assert [len(task.dataset(str(tmp_path / "d"), split=s, augment=False)) for s in ("train", "val", "test")] == [15, 5, 5]
+
+
 def test_float_arrays_are_taken_as_they_are(tmp_path):
     pixels = np.random.default_rng(1).normal(size=(6, 1, 5, 7)).astype(np.float32)
     np.savez(tmp_path / "f.npz", images=pixels, labels=np.zeros(6, int))
@@ -168,9 +177,7 @@ def test_loss_is_cross_entropy_and_metrics_are_counted(arrays):
     result = task.evaluate(task.predictor(model), loader)
     assert result["top1"] == pytest.approx(100 * (logits.argmax(1).numpy() == LABELS).mean())
     assert result["top5"] == 100
-    assert result["loss"] == pytest.approx(
-        float(nn.functional.cross_entropy(logits, batch.targets["labels"])), rel=1e-5
-    )
+    assert result["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, batch.targets["labels"])), rel=1e-5)
 
 
 def test_metrics_of_several_ranks_are_joined(arrays):

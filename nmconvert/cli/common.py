@@ -83,7 +83,8 @@ def task_options(function: F) -> F:
         click.option("--mean", is_eager=True, metavar="X,Y,Z",
                      help="Subtracted from images scaled to 0..1, per channel  [default: ImageNet's]."),
         click.option("--data", required=True, metavar="DATA", help="Folder, file or package.module:callable."),
-        click.option("--task", type=click.Choice(TASKS), default=TASKS[0], show_default=True),
+        click.option("--task", type=click.Choice(TASKS), default=TASKS[0], show_default=True,
+                     help="What the model does: decides on data, loss and metric."),
     ):  # fmt: skip
         function = option(function)
     return function

@@ -42,7 +42,7 @@ def open_source(data: str, split: Split) -> Source:
       classes are the folders' names in sorted order. A folder that holds images and no folders has no labels.
     - An ``.npz`` file with ``images`` (uint8 [N, H, W, C] or [N, H, W], or float [N, C, H, W]) and ``labels`` [N]
       (or without them), or with ``train_images``, ``train_labels``, ``val_images``, …; or a folder with
-      ``train.npz`` and ``val.npz``.
+      ``train.npz`` and ``val.npz``; or ``digits`` for ``digits_train.npz`` and ``digits_val.npz``.
     - ``package.module:callable`` or ``path/to/file.py:callable``: called with the split (``train``, ``val``, ``test``),
       returns a map-style dataset of (image, label).
 
@@ -50,12 +50,13 @@ def open_source(data: str, split: Split) -> Source:
         DataError: there is no such thing, or nothing in it.
     """
     path = Path(data)
+    for part in part_names(split):
+        for file in (path / f"{part}.npz", Path(f"{data}_{part}.npz")):
+            if file.is_file():
+                return _from_arrays(file, split, whole=True)
     if not path.exists():
         return _from_callable(data, split)
     if path.is_dir():
-        for part in part_names(split):
-            if (path / f"{part}.npz").is_file():
-                return _from_arrays(path / f"{part}.npz", split, whole=True)
         return _from_folder(path, split)
     if path.suffix == ".npz":
         return _from_arrays(path, split)
