@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model
-from nmconvert.detect import tightest
+from nmconvert.detect import satisfies, tightest
 from nmconvert.errors import NmconvertError
 from nmconvert.export.calls import PackedLayer, packed_layers
 from nmconvert.manifest import Layer, Manifest
@@ -31,13 +33,10 @@ class Found:
     dtype: str
     density: float
     nbytes: int
-    patterns: dict[Axis, Pattern | None]
+    patterns: Mapping[Axis, Pattern | None]
     packed: bool = False
     promised: Layer | None = None
-
-    def meets(self, required: Pattern) -> bool:
-        """Whether one of the axes satisfies ``required``: as sparse, in groups that nest."""
-        return any(found is not None and implies(found, required) for found in self.patterns.values())
+    meets: bool = True  # the pattern that was required, along one of the axes
 
 
 @dataclass(frozen=True)
@@ -50,26 +49,20 @@ class Inspection:
     others: int
     manifest: Manifest | None
 
-    def failing(self, required: Pattern) -> tuple[Found, ...]:
-        """The tensors that should meet ``required`` and do not: those of the manifest, or if there is none, those with a
-        pattern of their own; all weights where nothing is sparse.
+    @property
+    def failing(self) -> tuple[Found, ...]:
+        """The tensors that should meet the required pattern and do not: of those in the manifest, or where there is none, of
+        those that satisfy any pattern; of all where nothing is sparse.
         """
         promised = tuple(found for found in self.tensors if found.promised)
         sparse = promised or tuple(found for found in self.tensors if any(found.patterns.values()))
-        return tuple(found for found in sparse or self.tensors if not found.meets(required))
+        return tuple(found for found in sparse or self.tensors if not found.meets)
 
 
-def implies(found: Pattern, required: Pattern) -> bool:
-    """Whether every matrix that is ``found`` is ``required`` too: exact for equal m and for multiples either way."""
-    if found.m == required.m:
-        return found.n <= required.n
-    if required.m % found.m == 0:
-        return found.n * (required.m // found.m) <= required.n
-    return found.n <= required.n and found.m >= required.m
+def inspect(path: Path, *, require: Pattern | None = None, trust: bool = False) -> Inspection:
+    """Find the patterns of every tensor in ``path``, and whether each meets ``require``.
 
-
-def inspect(path: Path, *, trust: bool = False) -> Inspection:
-    """Find the patterns of every tensor in ``path``; nothing is taken from the manifest but what it promises.
+    The patterns come from the zeros alone; of the manifest only what it promises is taken.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -81,11 +74,12 @@ def inspect(path: Path, *, trust: bool = False) -> Inspection:
     parts = {name for layer in packed for name in layer.node.input[1:4]}
     tensors = [info for info in checkpoint.tensors() if info.name not in parts]
     weights = [info for info in tensors if len(info.shape) > 1 and info.numel and info.dtype in PRUNABLE_DTYPES]
-    found = [_packed(layer, manifest) for layer in packed] + [_dense(checkpoint, info, manifest) for info in weights]
+    found = [_packed(layer, manifest, require) for layer in packed]
+    found += [_dense(checkpoint, info, manifest, require) for info in weights]
     return Inspection(path, checkpoint.format, tuple(found), len(tensors) - len(weights), manifest)
 
 
-def _packed(layer: PackedLayer, manifest: Manifest | None) -> Found:
+def _packed(layer: PackedLayer, manifest: Manifest | None, require: Pattern | None) -> Found:
     matrix = layer.matrix()
     return Found(
         layer.name,
@@ -96,29 +90,29 @@ def _packed(layer: PackedLayer, manifest: Manifest | None) -> Found:
         {layer.axis: tightest(matrix)},
         packed=True,
         promised=manifest.layer(layer.name) if manifest else None,
+        meets=require is None or satisfies(matrix, require),
     )
 
 
-def _dense(checkpoint: Checkpoint, info: TensorInfo, manifest: Manifest | None) -> Found:
-    weight = checkpoint.read(info.name)
+def _dense(checkpoint: Checkpoint, info: TensorInfo, manifest: Manifest | None, require: Pattern | None) -> Found:
+    nonzero = checkpoint.read(info.name) != 0
     promised = manifest.layer(info.name) if manifest else None
     known = promised.info if promised else replace(info, kind=info.kind or guess_kind(info.name, info.shape))
-    nonzero = weight != 0
-    density = float(nonzero.float().mean()) if nonzero.numel() < 1 << 24 else float(nonzero.sum() / nonzero.numel())
+    matrices = {axis: matrix for axis in AXES if (matrix := _matrix(nonzero, known, axis)) is not None}
     return Found(
         info.name,
         info.shape,
         info.dtype_name,
-        density,
+        int(nonzero.sum()) / nonzero.numel(),
         info.nbytes,
-        {axis: _tightest(nonzero, known, axis) for axis in AXES},
+        {axis: tightest(matrix) for axis, matrix in matrices.items()},
         promised=promised,
+        meets=require is None or any(satisfies(matrix, require) for matrix in matrices.values()),
     )
 
 
-def _tightest(nonzero: Tensor, info: TensorInfo, axis: Axis) -> Pattern | None:
+def _matrix(nonzero: Tensor, info: TensorInfo, axis: Axis) -> npt.NDArray[np.bool_] | None:
     try:
-        view = info.view(axis)
-    except NmconvertError:  # six dimensions or more: no layer's weight
+        return info.view(axis).to_matrix(nonzero).numpy()
+    except NmconvertError:  # too many dimensions: no layer's weight
         return None
-    return tightest(view.to_matrix(nonzero).to(torch.uint8).numpy())

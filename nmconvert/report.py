@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nmconvert.inspect import Inspection
+from nmconvert.pattern import AXES, Pattern
 from nmconvert.plan import Plan, Row
 from nmconvert.prune import PruneResult
 from nmconvert.targets import usable_by
@@ -113,4 +116,69 @@ def _row_json(row: Row, result: PruneResult) -> Mapping[str, Any]:
         "density": density(row),
         "energy_kept": result.layer(row.name).energy,
         "targets": list(usable_by(row)),
+    }
+
+
+def inspect_report(result: Inspection, required: Pattern | None) -> RenderableType:
+    """What pattern each tensor satisfies, and what the manifest says."""
+    table = new_table(
+        f"{result.path} ({result.format})",
+        *(
+            "tensor",
+            "shape",
+            "dtype",
+            "density",
+            "size",
+            "channel axis",
+            "kernel axis",
+            "manifest",
+            *(["meets"] if required else []),
+        ),
+        right=("density", "size"),
+    )
+    for found in result.tensors:
+        promised = f"{found.promised.pattern} {found.promised.axis}" if found.promised else "-"
+        table.add_row(
+            found.name,
+            shape(found.shape),
+            found.dtype,
+            f"{found.density:.1%}",
+            size(found.nbytes) + (" packed" if found.packed else ""),
+            *(str(found.patterns[axis] or "dense") if axis in found.patterns else "-" for axis in AXES),
+            promised,
+            *([("yes" if found.meets else "no")] if required else []),
+        )
+    lines: list[RenderableType] = [
+        table,
+        Text(),
+        Text(f"{result.others} more tensors have fewer than two dimensions or are no floats."),
+    ]
+    if result.manifest is None:
+        lines.append(Text("No nmconvert manifest in this file."))
+    else:
+        stages = ", ".join(str(stage.get("stage")) for stage in result.manifest.history)
+        lines.append(Text(f"Manifest: {len(result.manifest.layers)} sparse tensors; stages: {stages}."))
+    return Group(*lines)
+
+
+def inspect_json(result: Inspection) -> Mapping[str, Any]:
+    """The same for machines."""
+    return {
+        "file": str(result.path),
+        "format": result.format,
+        "tensors": [
+            {
+                "name": found.name,
+                "shape": list(found.shape),
+                "dtype": found.dtype,
+                "density": found.density,
+                "bytes": found.nbytes,
+                "packed": found.packed,
+                "patterns": {axis: None if p is None else str(p) for axis, p in found.patterns.items()},
+                "promised": str(found.promised.pattern) if found.promised else None,
+                "meets": found.meets,
+            }
+            for found in result.tensors
+        ],
+        "manifest": json.loads(result.manifest.to_json()) if result.manifest else None,
     }

@@ -15,6 +15,9 @@ from nmconvert.errors import NmconvertError
 
 COMMANDS = {
     "prune": "keep n of every m weights of a trained checkpoint",
+    "inspect": "what pattern each tensor of any checkpoint or ONNX file satisfies",
+    "export": "write an ONNX file with compressed weights",
+    "verify": "prove that a file is what it says",
     "eval": "measure a checkpoint or an ONNX file with the metric of its task",
 }
 
