@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nmconvert.export import ExportResult
 from nmconvert.inspect import Inspection
 from nmconvert.pattern import AXES, Pattern
 from nmconvert.plan import Plan, Row
@@ -148,11 +149,8 @@ def inspect_report(result: Inspection, required: Pattern | None) -> RenderableTy
             promised,
             *([("yes" if found.meets else "no")] if required else []),
         )
-    lines: list[RenderableType] = [
-        table,
-        Text(),
-        Text(f"{result.others} more tensors have fewer than two dimensions or are no floats."),
-    ]
+    others = f"{result.others} more tensors have fewer than two dimensions or are no floats."
+    lines: list[RenderableType] = [table, Text(), Text(others)]
     if result.manifest is None:
         lines.append(Text("No nmconvert manifest in this file."))
     else:
@@ -181,4 +179,44 @@ def inspect_json(result: Inspection) -> Mapping[str, Any]:
             for found in result.tensors
         ],
         "manifest": json.loads(result.manifest.to_json()) if result.manifest else None,
+    }
+
+
+def export_report(result: ExportResult) -> RenderableType:
+    """What was packed, what it saved, and what was checked."""
+    packed = result.compressed
+    table = new_table(f"{result.output} ({result.flavour})", "packed weight", "shape", "pattern", "axis")
+    for layer in packed.layers:
+        table.add_row(layer.name, shape(layer.info.shape), str(layer.pattern), layer.axis)
+    lines = [f"{name}: dense, {reason}" for name, reason in packed.dense.items()]
+    lines += [f"note: {note}" for note in result.notes]
+    if packed.dense_bytes:
+        share = packed.packed_bytes / packed.dense_bytes
+        saved = f"{size(packed.dense_bytes)} of sparse weights take {size(packed.packed_bytes)} ({share:.1%})"
+        lines.append(f"{len(packed.layers)} weights packed: {saved}; the file has {size(result.nbytes)}.")
+    else:
+        lines.append(f"The file has {size(result.nbytes)}; its sparse weights are zeros in place.")
+    lines.append(
+        "Checked: the ONNX checker, a run in stock onnxruntime, every weight bit for bit, the folded graph; "
+        f"outputs within {result.difference.relative:.1e} of the model's."
+    )
+    parts: list[RenderableType] = [table, Text()] if packed.layers else []
+    return Group(*parts, *(Text(line) for line in lines))
+
+
+def export_json(result: ExportResult) -> Mapping[str, Any]:
+    """The same for machines."""
+    return {
+        "source": str(result.source),
+        "output": str(result.output),
+        "flavour": result.flavour,
+        "bytes": result.nbytes,
+        "dense_weight_bytes": result.compressed.dense_bytes,
+        "packed_weight_bytes": result.compressed.packed_bytes,
+        "packed": [
+            {"name": layer.name, "pattern": str(layer.pattern), "axis": layer.axis} for layer in result.compressed.layers
+        ],
+        "dense": dict(result.compressed.dense),
+        "max_output_difference": result.difference.absolute,
+        "notes": list(result.notes),
     }

@@ -48,7 +48,7 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            with os.fdopen(descriptor, "w+b") as file:
+            with open(partial, "w+b", opener=lambda *_: descriptor) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

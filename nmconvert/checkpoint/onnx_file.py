@@ -138,12 +138,14 @@ def save_model(
     source: Path | None = None,
     edit: Edits | None = None,
     manifest: Callable[[], str] | None = None,
+    check: Callable[[Path], None] | None = None,
     external: bool | None = None,
 ) -> None:
     """Write ``model`` to ``target``, atomically, with a data file beside it where tensors are external or too large.
 
     External tensors are read from beside ``source`` one at a time, and pass through ``edit`` on their way. The data file gets
-    a name that no earlier one has, so that an old model keeps its old data until the new model is there.
+    a name that no earlier one has, so that an old model keeps its old data until the new model is there. ``check`` gets the
+    path of the whole new model before it takes the name ``target``; if it raises, nothing is left.
 
     Raises:
         CheckpointError: the copy cannot be written; ``target`` is then as it was before.
@@ -153,7 +155,7 @@ def save_model(
         inside = sum(len(t.raw_data) for t in tensors.values())
         external = inside > EXTERNAL_ABOVE or any(uses_external_data(t) for t in tensors.values())
     if not external:
-        _write_model(model, target, manifest)
+        _write_model(model, target, manifest, check)
         return
     before = _data_files(target)
     data = target.with_name(f"{target.name}.data")
@@ -163,7 +165,7 @@ def save_model(
         with atomic_file(data) as file:
             for name, tensor in tensors.items():
                 _move_out(name, tensor, file, data.name, source, edit or {})
-        _write_model(model, target, manifest)
+        _write_model(model, target, manifest, check)
     except BaseException:
         data.unlink(missing_ok=True)
         raise
@@ -171,11 +173,16 @@ def save_model(
         old.unlink(missing_ok=True)
 
 
-def _write_model(model: ModelProto, target: Path, manifest: Callable[[], str] | None) -> None:
+def _write_model(
+    model: ModelProto, target: Path, manifest: Callable[[], str] | None, check: Callable[[Path], None] | None
+) -> None:
     if manifest is not None:
         set_metadata(model, METADATA_KEY, manifest())
     with atomic_file(target) as file:
         file.write(model.SerializeToString())
+        file.flush()
+        if check is not None:
+            check(Path(file.name))
 
 
 def set_metadata(model: ModelProto, key: str, value: str) -> None:

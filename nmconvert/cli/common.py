@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from nmconvert.errors import UsageError
 from nmconvert.pattern import Pattern
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -54,6 +57,35 @@ def layer_patterns(ctx: click.Context, parameter: click.Parameter, value: tuple[
         if not glob or not right:
             raise click.BadParameter(f"'{glob or right}' is not of the form GLOB=N:M", ctx, parameter)
     return [(glob, None if right == "dense" else Pattern.parse(right)) for glob, _, right in pairs]
+
+
+def newest_checkpoint(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path:
+    """Callback of an optional CHECKPOINT: the newest file in this folder that nmconvert pruned or trained."""
+    return _newest(value, "checkpoint", "nmconvert prune", lambda path: path.suffix != ".onnx")
+
+
+def newest_onnx(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path:
+    """Callback of an optional FILE: the newest ONNX file in this folder that nmconvert wrote."""
+    return _newest(value, "ONNX file", "nmconvert export --onnx", lambda path: path.suffix == ".onnx")
+
+
+def _newest(given: Path | None, what: str, first: str, wanted: Callable[[Path], bool]) -> Path:
+    if given is not None:
+        return given
+    results = [path for path in Path().glob("*.nm*") if re.search(r"\.nm\d+-\d+(\.|$)", path.name) and wanted(path)]
+    if not results:
+        raise UsageError(f"no {what} was given, and this folder has none of nmconvert's: run {first} first")
+    newest = max(results, key=lambda path: path.stat().st_mtime_ns)
+    click.echo(f"nmconvert: taking {newest}, the newest {what} of nmconvert here", err=True)
+    return newest
+
+
+def dimensions(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[int, str]:
+    """Callback of ``--dynamic AXIS=NAME``."""
+    pairs = key_values(ctx, parameter, value)
+    if not all(axis.isdigit() and name.isidentifier() for axis, name in pairs.items()):
+        raise click.BadParameter("write the number of the dimension and a name for it, for example 0=batch", ctx, parameter)
+    return {int(axis): name for axis, name in pairs.items()}
 
 
 def key_values(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:

@@ -1,0 +1,190 @@
+"""The export stage: a checkpoint or an ONNX file → an ONNX file with compressed weights.
+
+==============  =====================================================================================================
+flavour         sparse weights are
+==============  =====================================================================================================
+``compressed``  packed; each layer calls a function of domain ``nmconvert``, which stock onnxruntime folds away
+``dense``       zeros in place, for TensorRT and anything else
+``inlined``     packed, the functions expanded, for runtimes that know no functions (OpenVINO)
+==============  =====================================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnx.inliner
+import onnx.version_converter
+import torch
+from onnx import ModelProto
+
+from nmconvert.checkpoint import Checkpoint, open_checkpoint
+from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model, save_model
+from nmconvert.errors import ExportError, UsageError
+from nmconvert.export.check import Difference, check_export, run, stock_session
+from nmconvert.export.compress import Compressed, compress
+from nmconvert.export.find import patterns_found, sparse_layers
+from nmconvert.export.functions import FIRST_OPSET, OPSET
+from nmconvert.export.narrow import narrow
+from nmconvert.export.trace import Traced, trace, trace_program
+from nmconvert.inputs import InputSpec, example_feed
+from nmconvert.manifest import Manifest
+from nmconvert.onnx_graph import opset
+
+FLAVOURS = ("compressed", "dense", "inlined")
+DYNAMIC_BATCH: Mapping[int, str] = {0: "batch"}
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The new file and what is in it; ``difference`` is that of its outputs in onnxruntime from the model's."""
+
+    source: Path
+    output: Path
+    flavour: str
+    nbytes: int
+    compressed: Compressed
+    difference: Difference
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model in ONNX form, with a run to hold the export against."""
+
+    model: ModelProto
+    feed: Mapping[str, npt.NDArray[Any]]
+    outputs: Sequence[npt.NDArray[Any]]
+    manifest: Manifest
+    storage: torch.dtype | None  # in which a model that is computed in float32 was stored
+    notes: tuple[str, ...] = ()
+
+
+def export(
+    source: Path,
+    *,
+    output: Path | None = None,
+    flavour: str = "compressed",
+    model: str | None = None,
+    model_arguments: Mapping[str, str] | None = None,
+    inputs: Sequence[InputSpec] = (),
+    dynamic: Mapping[int, str] = DYNAMIC_BATCH,
+    dtype: torch.dtype | None = None,
+    trust: bool = False,
+) -> ExportResult:
+    """Write ``source`` as ONNX, check it, and only then give it its name.
+
+    ``model`` and ``inputs`` (needed for state dicts) are taken from the manifest where they are not given. ``dynamic``
+    names the dimensions of the inputs that stay open. ``dtype`` converts the module first.
+
+    Raises:
+        UsageError: a model or an input is missing, or nothing in ``source`` is sparse.
+        ExportError: the file would not pass its checks; none is left.
+    """
+    checkpoint = open_checkpoint(source, trust=trust)
+    manifest = _manifest(checkpoint)
+    output = output or default_output(source, flavour)
+    if output.resolve() == source.resolve():
+        raise UsageError(f"{output}: is the input itself; give another name with --output")
+    if isinstance(checkpoint, OnnxCheckpoint):
+        loaded = _from_onnx(source, manifest, inputs)
+    elif checkpoint.format == "exported program":
+        traced = trace_program(torch.export.load(source))
+        loaded = _Source(traced.model, traced.feed, traced.outputs, manifest, None, traced.notes)
+    else:
+        loaded = _from_checkpoint(
+            checkpoint, manifest, model, model_arguments, inputs, dynamic=dynamic, dtype=dtype, trust=trust
+        )
+    return _write(source, output, flavour, loaded)
+
+
+def default_output(source: Path, flavour: str) -> Path:
+    """``a.nm2-4.pt`` → ``a.nm2-4.onnx``, with the flavour in the name where it is not the default or the name is taken."""
+    stem = source.name if source.is_dir() else source.stem
+    if flavour == "compressed" and source.suffix != ".onnx":
+        return source.with_name(f"{stem}.onnx")
+    return source.with_name(f"{stem}.{flavour}.onnx")
+
+
+def _manifest(checkpoint: Checkpoint) -> Manifest:
+    text = checkpoint.manifest_text()
+    return Manifest() if text is None else Manifest.from_json(text, str(checkpoint.path))
+
+
+def _from_onnx(source: Path, manifest: Manifest, inputs: Sequence[InputSpec]) -> _Source:
+    model = read_whole_model(source)
+    feed = example_feed(model, inputs or [InputSpec.parse(text) for text in manifest.settings.get("input") or []])
+    outputs = run(stock_session(source), feed)
+    if opset(model) < FIRST_OPSET:
+        try:
+            model = onnx.version_converter.convert_version(model, OPSET)
+        except Exception as error:  # the converter raises RuntimeError and others for operators that it does not know
+            raise ExportError(f"{source}: opset {opset(model)} cannot be raised to {OPSET}: {error}") from error
+    return _Source(model, feed, outputs, manifest, None)
+
+
+def _from_checkpoint(
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    model: str | None,
+    model_arguments: Mapping[str, str] | None,
+    inputs: Sequence[InputSpec],
+    *,
+    dynamic: Mapping[int, str],
+    dtype: torch.dtype | None,
+    trust: bool,
+) -> _Source:
+    from nmconvert.model import load
+
+    path = checkpoint.path
+    spec = model or manifest.settings.get("model") or (str(path) if path.is_dir() else None)
+    if spec is None:
+        raise UsageError(f"{path}: holds weights only; name the module with --model package.module:callable")
+    arguments = model_arguments or manifest.settings.get("model_arguments") or {}
+    inputs = inputs or [InputSpec.parse(text) for text in manifest.settings.get("input") or []]
+    if not inputs:
+        raise UsageError(f"{path}: an example input is needed; give its shape, for example --input 1,3,224,224")
+    module = load(spec, path, arguments, trust=trust)
+    if dtype is not None:
+        module = module.to(dtype)
+    storage = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    traced: Traced = trace(module, inputs, dynamic)
+    settings = {"model": spec, "model_arguments": dict(arguments) or None, "input": [str(spec) for spec in inputs]}
+    return _Source(
+        traced.model,
+        traced.feed,
+        traced.outputs,
+        manifest.with_settings(**settings),
+        storage if storage == torch.bfloat16 else None,
+        traced.notes,
+    )
+
+
+def _write(source: Path, output: Path, flavour: str, loaded: _Source) -> ExportResult:
+    model = loaded.model
+    patterns = {(layer.pattern, layer.axis) for layer in loaded.manifest.layers} or patterns_found(model)
+    if not patterns and flavour != "dense":
+        raise UsageError(f"{source}: nothing in it is N:M sparse; run nmconvert prune first, or export with --flavour dense")
+    if loaded.storage is torch.bfloat16:
+        narrow(model)
+    compressed = compress(model, list(patterns)) if flavour != "dense" else Compressed()
+    if flavour == "inlined":
+        model = onnx.inliner.inline_local_functions(model)
+    manifest = replace(
+        loaded.manifest.after("export", flavour=flavour),
+        layers=tuple(compressed.layers) if flavour != "dense" else tuple(sparse_layers(model, patterns)),
+        dense=compressed.dense,
+    )
+    differences: list[Difference] = []
+    layers = manifest.layers if flavour == "compressed" else ()
+
+    def check(path: Path) -> None:
+        differences.append(check_export(path, loaded.feed, loaded.outputs, layers))
+
+    save_model(model, output, manifest=manifest.to_json, check=check)
+    nbytes = output.stat().st_size + sum(path.stat().st_size for path in output.parent.glob(f"{output.name}*.data"))
+    return ExportResult(source, output, flavour, nbytes, compressed, differences[0], loaded.notes)
