@@ -5,7 +5,10 @@ format                                   manifest                     module
 =======================================  ===========================  =========================
 torch zip, TorchScript, pickled module   record ``nmconvert.json``    ``torch_zip``
 torch legacy                             behind the last storage      ``torch_legacy``
+exported program (.pt2)                  record ``nmconvert.json``    ``exported_program``
 safetensors                              entry of ``__metadata__``    ``safetensors_file``
+Hugging Face folder                      of its weights, or the       ``hf_folder``
+                                         file ``nmconvert.json``
 ONNX                                     entry of the metadata        ``onnx_file``
 =======================================  ===========================  =========================
 """
@@ -14,8 +17,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nmconvert.checkpoint.base import Checkpoint, Edit, Edits
-from nmconvert.checkpoint.onnx_file import looks_like_onnx, open_onnx
+from nmconvert.checkpoint.base import Checkpoint, Edit, Edits, FileCheckpoint
+from nmconvert.checkpoint.exported_program import is_exported_program, open_exported_program
+from nmconvert.checkpoint.hf_folder import open_hf_folder
+from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, looks_like_onnx, open_onnx
 from nmconvert.checkpoint.pickles import require_trust
 from nmconvert.checkpoint.safetensors_file import looks_like_safetensors, open_safetensors
 from nmconvert.checkpoint.torch_legacy import MAGIC, open_torch_legacy
@@ -45,6 +50,20 @@ def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
         CheckpointError: it is not there, not a checkpoint, or damaged.
     """
     path = Path(path)
+    if path.is_dir():
+        return open_hf_folder(path, _open_weights, trust=trust)
+    return _open_file(path, trust=trust)
+
+
+def _open_weights(path: Path, *, trust: bool) -> FileCheckpoint:
+    """One of the weight files of a Hugging Face folder."""
+    checkpoint = _open_file(path, trust=trust)
+    if not isinstance(checkpoint, FileCheckpoint):
+        raise CheckpointError(f"{path}: {checkpoint.format}, where a Hugging Face folder has its weights; rename it")
+    return checkpoint
+
+
+def _open_file(path: Path, *, trust: bool) -> FileCheckpoint | OnnxCheckpoint:
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -61,8 +80,10 @@ def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
     raise _unknown(path, head, trust=trust)
 
 
-def _open_zip(path: Path, *, trust: bool) -> Checkpoint:
+def _open_zip(path: Path, *, trust: bool) -> FileCheckpoint:
     archive = open_archive(path)
+    if is_exported_program(archive):
+        return open_exported_program(archive, trust=trust)
     for name in archive.records:
         if name.endswith("/data.pkl") and name.count("/") == 1:
             return open_torch_zip(archive, name.removesuffix("data.pkl"), trust=trust)

@@ -102,12 +102,15 @@ class Slot:
         return typed.as_strided(info.shape, self.stride)
 
 
-Rewrite = Callable[[BinaryIO, BinaryIO, Edits, Callable[[], str]], None]
+Rewrite = Callable[[BinaryIO, BinaryIO, Edits, Callable[[], str] | None], None]
 
 
 @dataclass(frozen=True)
 class FileCheckpoint:
-    """A container that is one file; ``rewrite(source, target, edits, manifest)`` is what differs between formats."""
+    """A container that is one file; ``rewrite(source, target, edits, manifest)`` is what differs between formats.
+
+    Without a manifest (None), the copy carries none.
+    """
 
     path: Path
     format: str

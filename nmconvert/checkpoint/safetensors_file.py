@@ -62,6 +62,7 @@ def open_safetensors(path: Path) -> FileCheckpoint:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "its metadata is not a table of strings")
+    manifest = metadata.pop(MANIFEST, None)
     slots = sorted(
         (_slot(path, name, entry, begin) for name, entry in header.items()), key=lambda slot: (slot.offset, slot.nbytes)
     )
@@ -73,16 +74,16 @@ def open_safetensors(path: Path) -> FileCheckpoint:
     if position != size:
         raise _damaged(path, f"it should be {position:,} bytes and is {size:,}")
 
-    def rewrite(source: BinaryIO, target: BinaryIO, edits: Edits, text: Callable[[], str]) -> None:
+    def rewrite(source: BinaryIO, target: BinaryIO, edits: Edits, text: Callable[[], str] | None) -> None:
         room = _ROOM + sum(_ROOM_PER_TENSOR + len(name) for name in header)
-        start = _padded(8 + len(_encode(header, {**metadata, MANIFEST: ""})) + room)
+        start = _padded(8 + len(_encode(header, metadata)) + (room if text else 0))
         target.seek(start)
 
         def write(piece: Piece, data: memoryview) -> None:
             target.write(data)
 
         pump(source, pieces([(begin, size)], edited_slots(by_name, edits)), write=write)
-        encoded = _encode(header, {**metadata, MANIFEST: text()})
+        encoded = _encode(header, {**metadata, MANIFEST: text()} if text else metadata)
         if 8 + len(encoded) > start:
             needed = _padded(8 + len(encoded))
             _move_back(target, start, size - begin, needed - start)
@@ -91,7 +92,7 @@ def open_safetensors(path: Path) -> FileCheckpoint:
         target.write(struct.pack("<Q", start - 8) + encoded.ljust(start - 8))
 
     by_name = link_shared(slots)
-    return FileCheckpoint(path, "safetensors", by_name, metadata.get(MANIFEST), rewrite)
+    return FileCheckpoint(path, "safetensors", by_name, manifest, rewrite)
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:
@@ -141,7 +142,8 @@ def _slot(path: Path, name: str, entry: Any, begin: int) -> Slot:
 
 
 def _encode(header: dict[str, Any], metadata: dict[str, str]) -> bytes:
-    return json.dumps({"__metadata__": metadata, **header}, ensure_ascii=False, separators=(",", ":")).encode()
+    table = {"__metadata__": metadata, **header} if metadata else header
+    return json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _padded(size: int) -> int:

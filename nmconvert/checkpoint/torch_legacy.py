@@ -47,13 +47,14 @@ def open_torch_legacy(path: Path, *, trust: bool) -> FileCheckpoint:
 
     slots = link_shared(make_slots(path, structure, locate))
 
-    def rewrite(source: BinaryIO, target: BinaryIO, edits: Edits, text: Callable[[], str]) -> None:
+    def rewrite(source: BinaryIO, target: BinaryIO, edits: Edits, text: Callable[[], str] | None) -> None:
         def write(piece: Piece, data: memoryview) -> None:
             target.write(data)
 
         pump(source, pieces([(0, end)], edited_slots(slots, edits)), write=write)
-        data = text().encode()
-        target.write(_TRAILER + struct.pack("<Q", len(data)) + data)
+        if text is not None:
+            data = text().encode()
+            target.write(_TRAILER + struct.pack("<Q", len(data)) + data)
 
     return FileCheckpoint(path, kind, slots, manifest, rewrite)
 

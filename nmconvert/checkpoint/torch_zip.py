@@ -7,11 +7,11 @@ The manifest is a further record, ``nmconvert.json``, which torch does not look 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from nmconvert.checkpoint.base import Edits, FileCheckpoint, Slot, link_shared
+from nmconvert.checkpoint.base import Edits, FileCheckpoint, Rewrite, Slot, link_shared
 from nmconvert.checkpoint.pickles import Structure, TensorRef, read_pickle, require_trust, state_dicts
 from nmconvert.checkpoint.stream import edited_slots
 from nmconvert.checkpoint.zip_records import Archive, Record, rewrite_archive
@@ -43,10 +43,16 @@ def open_torch_zip(archive: Archive, prefix: str, *, trust: bool) -> FileCheckpo
     name = f"{prefix}{MANIFEST}"
     manifest = archive.read(name).decode() if name in records else None
 
-    def rewrite(source: BinaryIO, target: BinaryIO, edits: Edits, text: Callable[[], str]) -> None:
-        rewrite_archive(archive, source, target, edited_slots(slots, edits), (name, lambda: text().encode()))
+    return FileCheckpoint(path, kind, slots, manifest, rewriter(archive, slots, name))
 
-    return FileCheckpoint(path, kind, slots, manifest, rewrite)
+
+def rewriter(archive: Archive, slots: Mapping[str, Slot], manifest: str) -> Rewrite:
+    """How to write an archive again, with the manifest in the record of that name."""
+
+    def rewrite(source: BinaryIO, target: BinaryIO, edits: Edits, text: Callable[[], str] | None) -> None:
+        rewrite_archive(archive, source, target, edited_slots(slots, edits), manifest, text)
+
+    return rewrite
 
 
 def describe(structure: Structure) -> str:
@@ -82,4 +88,4 @@ def _locate(archive: Archive, prefix: str, ref: TensorRef) -> tuple[int, int, in
             f"{archive.path}: damaged: storage {ref.storage.key} should be {ref.storage.nbytes:,} bytes and is {held}; "
             "copy the file anew"
         )
-    return record.offset, record.size, record.crc
+    return archive.stored(record), record.size, record.crc

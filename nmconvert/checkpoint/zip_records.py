@@ -20,6 +20,7 @@ from nmconvert.errors import CheckpointError
 _LOCAL, _CENTRAL, _END, _END64, _LOCATOR64, _DESCRIPTOR = (
     b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"PK\x07\x08",
 )  # fmt: skip
+_STORED, _DEFLATED = 0, 8
 _STREAMED = 1 << 3  # the checksum follows the data
 _ENCRYPTED = 1 << 0
 _MAX32, _MAX16 = 0xFFFFFFFF, 0xFFFF
@@ -27,15 +28,25 @@ _MAX32, _MAX16 = 0xFFFFFFFF, 0xFFFF
 
 @dataclass(frozen=True)
 class Record:
-    """One record: its data is ``size`` bytes at ``offset``; ``entry`` is its part of the central directory."""
+    """One record: its data is ``packed`` bytes at ``offset``, and ``size`` when they are unpacked, with checksum ``crc``.
+
+    ``entry`` is its part of the central directory.
+    """
 
     name: str
     header: int
     offset: int
     size: int
+    packed: int
     crc: int
     flags: int
+    method: int
     entry: bytes
+
+    @property
+    def end(self) -> int:
+        """Where its data ends."""
+        return self.offset + self.packed
 
 
 @dataclass(frozen=True)
@@ -51,17 +62,40 @@ class Archive:
         record = self.records[name]
         with self.path.open("rb") as file:
             file.seek(record.offset)
-            data = file.read(record.size)
+            data = file.read(record.packed)
+        if record.method == _DEFLATED:
+            data = self._inflate(record, data)
         if zlib.crc32(data) != record.crc:
             raise _damaged(self.path, f"the checksum of '{name}' does not match")
         return data
+
+    def stored(self, record: Record) -> int:
+        """The offset of a record that can be read and changed in place.
+
+        Raises:
+            CheckpointError: it is compressed.
+        """
+        if record.method != _STORED:
+            raise CheckpointError(
+                f"{self.path}: '{record.name}' is compressed; load the file in torch and torch.save it once more"
+            )
+        return record.offset
+
+    def _inflate(self, record: Record, data: bytes) -> bytes:
+        try:
+            unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, record.size + 1)
+        except zlib.error as error:
+            raise _damaged(self.path, f"'{record.name}' cannot be unpacked") from error
+        if len(unpacked) != record.size:
+            raise _damaged(self.path, f"'{record.name}' is not the size it should be")
+        return unpacked
 
 
 def open_archive(path: Path) -> Archive:
     """Read the central directory of ``path`` and check it against the records.
 
     Raises:
-        CheckpointError: not a whole zip file, or one whose records are compressed, encrypted or overlap.
+        CheckpointError: not a whole zip file, or one whose records are encrypted or overlap.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -80,7 +114,7 @@ def open_archive(path: Path) -> Archive:
             raise _damaged(path, "its directory is cut short") from error
     ordered = sorted(records.values(), key=lambda record: record.header)
     for record, following in zip(ordered, [*(r.header for r in ordered[1:]), directory], strict=True):
-        if record.offset + record.size > following:
+        if record.end > following:
             raise _damaged(path, f"'{record.name}' lies over the record that follows")
     return Archive(path, {record.name: record for record in ordered}, directory)
 
@@ -124,8 +158,8 @@ def _read_entry(file: BinaryIO, raw: bytes, position: int, path: Path) -> tuple[
     name = raw[position + 46 : position + 46 + name_size].decode()
     extra = raw[position + 46 + name_size : position + 46 + name_size + extra_size]
     size, packed, header = _zip64(extra, size, packed, header)
-    if method != 0 or size != packed:
-        raise CheckpointError(f"{path}: '{name}' is compressed; load the file in torch and torch.save it once more")
+    if method not in (_STORED, _DEFLATED) or (method == _STORED and size != packed):
+        raise _damaged(path, f"'{name}' is packed in an unknown way")
     if flags & _ENCRYPTED:
         raise CheckpointError(f"{path}: '{name}' is encrypted; unpack the archive with its password first")
     file.seek(header)
@@ -136,7 +170,7 @@ def _read_entry(file: BinaryIO, raw: bytes, position: int, path: Path) -> tuple[
     if file.read(local_name) != raw[position + 46 : position + 46 + name_size]:
         raise _damaged(path, f"'{name}' has another name in its own header")
     offset = header + 30 + local_name + local_extra
-    return Record(name, header, offset, size, crc, flags, raw[position:end]), end
+    return Record(name, header, offset, size, packed, crc, flags, method, raw[position:end]), end
 
 
 def _zip64(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:
@@ -158,48 +192,44 @@ def rewrite_archive(
     source: BinaryIO,
     target: BinaryIO,
     groups: Sequence[list[tuple[Slot, Edit]]],
-    appended: tuple[str, Callable[[], bytes]],
+    appended: str,
+    text: Callable[[], str] | None,
 ) -> None:
-    """Copy the archive, with edits made in its records, and one record more, which is made and written last.
+    """Copy the archive, with edits made in its records, and one record more, ``appended``, made and written last.
 
     All that was there stays where it was; only edited data and its checksums change. An earlier record of the name of
-    the appended one is dropped from the directory.
+    the appended one is dropped.
     """
     records = list(archive.records.values())
-    if records and records[-1].name == appended[0]:
-        records.pop()
-        stop = archive.records[appended[0]].header
-    else:
-        records = [record for record in records if record.name != appended[0]]
-        stop = archive.directory
-    before, after = [0] * len(records), dict.fromkeys(range(len(records)), 0)
+    # Ours is the last one, and makes room; should another program have moved it, its bytes stay behind, unlisted.
+    stop = records[-1].header if records[-1].name == appended else archive.directory
+    records = [record for record in records if record.name != appended]
     regions, owner = _regions(records, stop)
+    changing = {index for index, record in enumerate(records) if _is_edited(record, groups)}
+    before, after = [0] * len(records), [0] * len(records)
 
     def check(piece: Piece, data: memoryview) -> None:
         index = owner[piece.region]
-        if index is None:
+        if index is None or records[index].method != _STORED:
             return
         before[index] = zlib.crc32(data, before[index])
-        record = records[index]
-        if piece.end == record.offset + record.size and before[index] != record.crc:
-            raise _damaged(archive.path, f"the checksum of '{record.name}' does not match")
-
-    edited = {id(slot) for group in groups for slot, _ in group}
-    changed = [index for index, record in enumerate(records) if _is_edited(record, groups)] if edited else []
+        if piece.end == records[index].end and before[index] != records[index].crc:
+            raise _damaged(archive.path, f"the checksum of '{records[index].name}' does not match")
 
     def write(piece: Piece, data: memoryview) -> None:
         index = owner[piece.region]
-        if index is not None and index in changing:
+        if index in changing:
             after[index] = zlib.crc32(data, after[index])
         target.write(data)
 
-    changing = set(changed)
     pump(source, pieces(regions, groups), check=check, write=write)
-    for index in changed:
+    entries = [record.entry for record in records]
+    for index in changing:
         _patch_crc(source, target, records[index], after[index])
+        entries[index] = entries[index][:16] + struct.pack("<I", after[index]) + entries[index][20:]
     target.seek(stop)
-    entries = [_with_crc(r.entry, after[i]) if i in changing else r.entry for i, r in enumerate(records)]
-    entries.append(_append(target, appended[0], appended[1]()))
+    if text is not None:
+        entries.append(_append(target, appended, text().encode()))
     _write_directory(target, entries)
 
 
@@ -209,14 +239,14 @@ def _regions(records: Sequence[Record], stop: int) -> tuple[list[tuple[int, int]
     owner: list[int | None] = []
     position = 0
     for index, record in enumerate(records):
-        regions += [(position, record.offset), (record.offset, record.offset + record.size)]
+        regions += [(position, record.offset), (record.offset, record.end)]
         owner += [None, index]
-        position = record.offset + record.size
+        position = record.end
     return [*regions, (position, stop)], [*owner, None]
 
 
 def _is_edited(record: Record, groups: Sequence[list[tuple[Slot, Edit]]]) -> bool:
-    return any(record.offset <= group[0][0].offset < record.offset + record.size for group in groups)
+    return any(record.offset <= group[0][0].offset < record.end for group in groups)
 
 
 def _patch_crc(source: BinaryIO, target: BinaryIO, record: Record, crc: int) -> None:
@@ -224,18 +254,14 @@ def _patch_crc(source: BinaryIO, target: BinaryIO, record: Record, crc: int) -> 
         target.seek(record.header + 14)
         target.write(struct.pack("<I", crc))
         return
-    source.seek(record.offset + record.size)
+    source.seek(record.end)
     descriptor = source.read(8)
     # Its signature is optional; without one, four bytes that are the old checksum are the descriptor.
     for shift, expected in ((4, _DESCRIPTOR + struct.pack("<I", record.crc)), (0, struct.pack("<I", record.crc))):
         if descriptor.startswith(expected):
-            target.seek(record.offset + record.size + shift)
+            target.seek(record.end + shift)
             target.write(struct.pack("<I", crc))
             return
-
-
-def _with_crc(entry: bytes, crc: int) -> bytes:
-    return entry[:16] + struct.pack("<I", crc) + entry[20:]
 
 
 def _append(target: BinaryIO, name: str, data: bytes) -> bytes:
