@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from nmconvert.pattern import MAX_M, Pattern
 
@@ -40,6 +43,13 @@ def tightest(matrix: Array) -> Pattern | None:
         if not found.is_dense and (best is None or found.density < best.density):
             best = found
     return best
+
+
+def as_array(tensor: Tensor) -> Array:
+    """A torch tensor as a NumPy array, bfloat16 included."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 def digest(weight: Array) -> str:

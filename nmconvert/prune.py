@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
-from nmconvert.detect import canonical_bytes
+from nmconvert.detect import as_array, canonical_bytes
 from nmconvert.errors import UsageError, WeightError
 from nmconvert.manifest import Layer, Manifest
 from nmconvert.masks import CRITERIA, nm_mask
@@ -139,7 +139,7 @@ class Magnitude:
         self._total += _energy(matrix)
         pruned = view.from_matrix(matrix.masked_fill(~nm_mask(scores, self.pattern), 0))
         self._kept += _energy(pruned)
-        self._hash.update(canonical_bytes(pruned.contiguous().view(_BITS[weight.dtype.itemsize]).numpy()).data)
+        self._hash.update(canonical_bytes(as_array(pruned)).data)
         return pruned
 
     def layer(self) -> Layer:
@@ -153,9 +153,6 @@ class Magnitude:
             return self.row.view
         assert self.row.axis is not None
         return replace(self.row.info, shape=tuple(weight.shape)).view(self.row.axis)
-
-
-_BITS = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 
 
 def _energy(weight: Tensor) -> float:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nmconvert.export import ExportResult
-from nmconvert.inspect import Inspection
-from nmconvert.pattern import AXES, Pattern
-from nmconvert.plan import Plan, Row
-from nmconvert.prune import PruneResult
+from nmconvert.pattern import AXES
 from nmconvert.targets import usable_by
+
+if TYPE_CHECKING:
+    from nmconvert.export import ExportResult
+    from nmconvert.inspect import Inspection
+    from nmconvert.pattern import Pattern
+    from nmconvert.plan import Plan, Row
+    from nmconvert.prune import PruneResult
+    from nmconvert.verify import Verification
 
 
 def new_table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
@@ -219,4 +223,24 @@ def export_json(result: ExportResult) -> Mapping[str, Any]:
         "dense": dict(result.compressed.dense),
         "max_output_difference": result.difference.absolute,
         "notes": list(result.notes),
+    }
+
+
+def verify_report(result: Verification) -> RenderableType:
+    """Every check, those that fail first."""
+    title = f"{result.path}" + (f" against {result.against}" if result.against else "")
+    table = new_table(title, "", "check", "seen")
+    for check in sorted(result.checks, key=lambda check: check.holds):
+        mark = Text("ok", style="green") if check.holds else Text("FAILS", style="bold red")
+        table.add_row(mark, check.what, check.seen)
+    return Group(table, Text(), Text(f"{len(result.checks) - len(result.failed)} of {len(result.checks)} checks hold."))
+
+
+def verify_json(result: Verification) -> Mapping[str, Any]:
+    """The same for machines."""
+    return {
+        "file": str(result.path),
+        "against": str(result.against) if result.against else None,
+        "verified": not result.failed,
+        "checks": [{"what": check.what, "holds": check.holds, "seen": check.seen} for check in result.checks],
     }

@@ -60,7 +60,7 @@ def stock_session(path: Path, optimized: Path | None = None) -> onnxruntime.Infe
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common base
-        raise ExportError(f"{path.name}: onnxruntime cannot load it: {_first_line(error)}") from error
+        raise ExportError(f"{path.name}: onnxruntime cannot load it: {first_line(error)}") from error
 
 
 def run(session: onnxruntime.InferenceSession, feed: Arrays) -> list[npt.NDArray[Any]]:
@@ -73,7 +73,7 @@ def run(session: onnxruntime.InferenceSession, feed: Arrays) -> list[npt.NDArray
         outputs: list[npt.NDArray[Any]] = session.run(None, dict(feed))
         return outputs
     except Exception as error:  # as above
-        raise ExportError(f"onnxruntime fails on {', '.join(feed)}: {_first_line(error)}") from error
+        raise ExportError(f"onnxruntime fails on {', '.join(feed)}: {first_line(error)}") from error
 
 
 def compare(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> Difference:
@@ -105,7 +105,7 @@ def check_export(path: Path, feed: Arrays, expected: Sequence[npt.NDArray[Any]],
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # the checker and shape inference raise classes of their own
-        raise ExportError(f"{path.name}: the ONNX checker rejects it: {_first_line(error)}") from error
+        raise ExportError(f"{path.name}: the ONNX checker rejects it: {first_line(error)}") from error
     check_weights(path, layers)
     with tempfile.TemporaryDirectory(prefix="nmconvert-") as folder:
         optimized = Path(folder) / "optimized.onnx"
@@ -156,5 +156,6 @@ def check_folded(path: Path, model: ModelProto, optimized: ModelProto) -> None:
                 raise ExportError(f"{path.name}: onnxruntime did not fold {node.op_type} '{node.name}'; report this model")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, cut to one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

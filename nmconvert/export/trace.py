@@ -55,8 +55,7 @@ def trace(module: nn.Module, specs: Sequence[InputSpec], dynamic: Mapping[int, s
             raise
         model = _export(module, arguments, {})
         notes = ("the shape of the inputs is fixed: torch could not export it with a dynamic one",)
-    with torch.no_grad():
-        outputs = _flatten(module(**arguments))
+    outputs = _outputs(module, arguments)
     feed = dict(zip((value.name for value in model.graph.input), (a.numpy() for a in arguments.values()), strict=True))
     return Traced(model, feed, outputs, notes)
 
@@ -149,9 +148,27 @@ def _name_dimensions(model: ModelProto, dynamic: Mapping[int, str]) -> None:
                 dim.dim_param = names[dim.dim_param]
 
 
+def run_module(module: nn.Module, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    """The outputs of a module, in evaluation mode, for arrays by the names of its forward's parameters, or in their order."""
+    names = [name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs")]
+    by_name = feed if set(feed) <= set(names) else dict(zip(names, feed.values(), strict=False))
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    arguments = {name: torch.from_numpy(array) for name, array in by_name.items()}
+    arguments = {name: value.to(dtype) if value.is_floating_point() else value for name, value in arguments.items()}
+    if hasattr(module, "config") and hasattr(module.config, "use_cache"):
+        module.config.use_cache = False
+    return _outputs(module.eval(), arguments)
+
+
+def _outputs(module: nn.Module, arguments: Mapping[str, torch.Tensor]) -> list[npt.NDArray[Any]]:
+    with torch.no_grad():
+        return _flatten(module(**arguments))
+
+
 def _flatten(outputs: Any) -> list[npt.NDArray[Any]]:
     leaves = torch.utils._pytree.tree_leaves(dict(outputs) if hasattr(outputs, "keys") else outputs)
-    return [leaf.detach().numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return [(t.float() if t.dtype == torch.bfloat16 else t).numpy() for t in tensors]
 
 
 @contextmanager

@@ -1,0 +1,239 @@
+"""The verify stage: whether a file is what it says, and whether it agrees with another one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from nmconvert.checkpoint import Checkpoint, open_checkpoint
+from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, named_tensors, read_whole_model
+from nmconvert.detect import Array, as_array, digest, satisfies, tightest
+from nmconvert.errors import ExportError, NmconvertError, UsageError
+from nmconvert.export.calls import PackedLayer, packed_layers
+from nmconvert.export.check import compare, first_line, run, stock_session
+from nmconvert.export.trace import run_module
+from nmconvert.inputs import InputSpec, example_feed
+from nmconvert.manifest import Layer, Manifest
+from nmconvert.model import load
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: whether it holds, and what was seen."""
+
+    what: str
+    holds: bool
+    seen: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of one file."""
+
+    path: Path
+    against: Path | None
+    checks: tuple[Check, ...]
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The checks that do not hold."""
+        return tuple(check for check in self.checks if not check.holds)
+
+
+def verify(
+    path: Path,
+    against: Path | None = None,
+    *,
+    model: str | None = None,
+    model_arguments: Mapping[str, str] | None = None,
+    inputs: Sequence[InputSpec] = (),
+    trust: bool = False,
+) -> Verification:
+    """Hold ``path`` against its own manifest, the ONNX checker and onnxruntime, and against another file.
+
+    Two checkpoints are compared tensor by tensor, two ONNX files by their outputs and weights, an ONNX file and a checkpoint
+    by their outputs (``model`` and ``inputs`` are taken from the manifest where they are not given).
+
+    Raises:
+        CheckpointError: a file cannot be read at all.
+        UsageError: the comparison needs a model and none is known.
+    """
+    checkpoint = open_checkpoint(path, trust=trust)
+    manifest = _manifest(checkpoint)
+    checks = list(_own_checks(checkpoint, manifest))
+    if isinstance(checkpoint, OnnxCheckpoint):
+        checks += _onnx_checks(path, manifest, inputs)
+    if against is not None:
+        other = open_checkpoint(against, trust=trust)
+        checks += _comparison(checkpoint, other, manifest, model, model_arguments, inputs, trust=trust)
+    return Verification(path, against, tuple(checks))
+
+
+def _manifest(checkpoint: Checkpoint) -> Manifest | None:
+    text = checkpoint.manifest_text()
+    return None if text is None else Manifest.from_json(text, str(checkpoint.path))
+
+
+def _own_checks(checkpoint: Checkpoint, manifest: Manifest | None) -> Iterator[Check]:
+    """The pattern and hash of every sparse tensor."""
+    weights = _Weights(checkpoint)
+    if manifest is None or not manifest.layers:
+        yield from _without_manifest(weights)
+        return
+    for layer in manifest.layers:
+        yield _check_layer(layer, weights)
+    promised = {layer.name for layer in manifest.layers}
+    for name in weights.packed.keys() - promised:
+        yield Check(name, False, "packed, but the manifest does not know it")
+
+
+def _check_layer(layer: Layer, weights: _Weights) -> Check:
+    try:
+        weight = weights.read(layer.name)
+        if tuple(weight.shape) != layer.info.shape:
+            return Check(layer.name, False, f"shape {list(weight.shape)}, the manifest says {list(layer.info.shape)}")
+        if not satisfies(layer.view.to_matrix(weight), layer.pattern):
+            return Check(layer.name, False, f"not {layer.pattern} along the {layer.axis} axis")
+    except NmconvertError as error:
+        return Check(layer.name, False, str(error))
+    if digest(weight) != layer.digest:
+        return Check(layer.name, False, f"{layer.pattern}, but its values are not those of the manifest (SHA-256)")
+    return Check(layer.name, True, f"{layer.pattern} along the {layer.axis} axis, SHA-256 as in the manifest")
+
+
+def _without_manifest(weights: _Weights) -> Iterator[Check]:
+    for name, layer in weights.packed.items():
+        try:
+            holds = satisfies(layer.matrix(), layer.pattern)
+            yield Check(name, holds, f"{layer.pattern} along the {layer.axis} axis" if holds else f"not {layer.pattern}")
+        except NmconvertError as error:
+            yield Check(name, False, str(error))
+    if not weights.packed:
+        yield Check("manifest", False, "none: nothing in this file says what it should be; see nmconvert inspect")
+
+
+class _Weights:
+    """The weights of a checkpoint or an ONNX file by name, packed ones unpacked."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        is_onnx = isinstance(checkpoint, OnnxCheckpoint)
+        layers = packed_layers(read_whole_model(checkpoint.path), str(checkpoint.path)) if is_onnx else ()
+        self.packed: dict[str, PackedLayer] = {layer.name: layer for layer in layers}
+
+    def read(self, name: str) -> Array:
+        """One weight, in its operator's or its container's shape."""
+        if name in self.packed:
+            layer = self.packed[name]
+            return layer.view.from_matrix(layer.matrix())
+        return as_array(self.checkpoint.read(name))
+
+
+def _onnx_checks(path: Path, manifest: Manifest | None, inputs: Sequence[InputSpec]) -> Iterator[Check]:
+    yield _attempt("ONNX checker", lambda: onnx.checker.check_model(str(path), full_check=True), "accepts the file")
+
+    def run_it() -> None:
+        outputs = run(stock_session(path), _feed(path, manifest, inputs))
+        if not all(np.isfinite(output).all() for output in outputs if output.dtype.kind == "f"):
+            raise ExportError("an output holds NaN or infinite values for a random input")
+
+    yield _attempt("stock onnxruntime", run_it, "loads and runs it")
+
+
+def _attempt(what: str, action: Callable[[], object], success: str) -> Check:
+    try:
+        action()
+    except Exception as error:  # the checker's and onnxruntime's errors have no common base; each is the finding itself
+        return Check(what, False, first_line(error))
+    return Check(what, True, success)
+
+
+def _feed(path: Path, manifest: Manifest | None, inputs: Sequence[InputSpec]) -> dict[str, Array]:
+    said = manifest.settings.get("input") or [] if manifest else []
+    return example_feed(read_whole_model(path), inputs or [InputSpec.parse(text) for text in said])
+
+
+def _comparison(
+    checkpoint: Checkpoint,
+    other: Checkpoint,
+    manifest: Manifest | None,
+    model: str | None,
+    model_arguments: Mapping[str, str] | None,
+    inputs: Sequence[InputSpec],
+    *,
+    trust: bool,
+) -> Iterator[Check]:
+    first, second = isinstance(checkpoint, OnnxCheckpoint), isinstance(other, OnnxCheckpoint)
+    if not first and not second:
+        yield from _compare_tensors(checkpoint, other)
+        return
+    feed = _feed(checkpoint.path if first else other.path, manifest, inputs)
+    settings = [m.settings for m in (manifest, _manifest(other)) if m is not None]
+
+    def outputs(side: Checkpoint) -> list[Array]:
+        if isinstance(side, OnnxCheckpoint):
+            return run(stock_session(side.path), feed)
+        spec = model or next((s["model"] for s in settings if s.get("model")), None)
+        if spec is None and side.path.is_dir():
+            spec = str(side.path)
+        if spec is None:
+            raise UsageError(f"{side.path}: holds weights only; name the module with --model package.module:callable")
+        arguments = model_arguments or next((s["model_arguments"] for s in settings if s.get("model_arguments")), {})
+        return run_module(load(spec, side.path, arguments, trust=trust), feed)
+
+    yield from _compare_outputs(outputs(checkpoint), outputs(other), other.path)
+    if first and second:
+        yield from _compare_weights(_Weights(checkpoint), _Weights(other))
+
+
+def _compare_outputs(found: Sequence[Array], expected: Sequence[Array], other: Path) -> Iterator[Check]:
+    if len(found) != len(expected):
+        yield Check("outputs", False, f"{len(found)}, {other} has {len(expected)}")
+        return
+    for number, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        try:
+            difference = compare(mine, theirs)
+        except ExportError as error:
+            yield Check(f"output {number}", False, str(error))
+            continue
+        seen = f"differs from {other} by at most {difference.absolute:.3g} (largest value {difference.scale:.3g})"
+        yield Check(f"output {number}", difference.accepted, seen)
+
+
+def _compare_weights(mine: _Weights, theirs: _Weights) -> Iterator[Check]:
+    """The packed weights of one ONNX file against the weights of the same name in another."""
+    tensors = dict(named_tensors(theirs.checkpoint.model)) if isinstance(theirs.checkpoint, OnnxCheckpoint) else {}
+    for name, layer in mine.packed.items():
+        if name not in theirs.packed and name not in tensors:
+            continue
+        weight, other = layer.view.from_matrix(layer.matrix()), theirs.read(name)
+        same = weight.size == other.size and digest(np.sort(weight, axis=None)) == digest(np.sort(other, axis=None))
+        if weight.shape == other.shape:
+            same = digest(weight) == digest(other)
+        yield Check(name, same, "the same weight, bit for bit" if same else f"not the weight of {theirs.checkpoint.path}")
+
+
+def _compare_tensors(checkpoint: Checkpoint, other: Checkpoint) -> Iterator[Check]:
+    """Every tensor of two checkpoints: identical, or identical where the sparser one keeps anything."""
+    mine = {info.name: info for info in checkpoint.tensors()}
+    theirs = {info.name: info for info in other.tensors()}
+    for name in mine.keys() ^ theirs.keys():
+        yield Check(name, False, f"only in {checkpoint.path if name in mine else other.path}")
+    for name in [name for name in mine if name in theirs]:
+        if (mine[name].shape, mine[name].dtype) != (theirs[name].shape, theirs[name].dtype):
+            yield Check(name, False, f"{mine[name].dtype_name} {list(mine[name].shape)} against another shape or type")
+            continue
+        first, second = checkpoint.read(name), other.read(name)
+        if torch.equal(first, second):
+            yield Check(name, True, "identical")
+        elif first.is_floating_point() and torch.equal(first[first != 0], second[first != 0]):
+            pruned = tightest(as_array(first.reshape(first.shape[0], -1))) if first.ndim > 1 else None
+            yield Check(name, True, f"identical where it is kept{f' ({pruned} or sparser)' if pruned else ''}")
+        else:
+            changed = int((first != second).sum())
+            yield Check(name, False, f"{changed:,} of {first.numel():,} values differ")
