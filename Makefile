@@ -20,7 +20,7 @@ NATIVE    := $(wildcard CMakeLists.txt nmconvert/native/*)
 .PHONY: demo test check docs clean
 
 demo: $(INSTALLED)
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash sample_models/demo.sh
+	$(BIN)/python -m sample_models.demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS)
