@@ -6,13 +6,14 @@ Every function works in a single process too, where it costs nothing, so that th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as td
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nmconvert.errors import NmconvertError
 
@@ -77,6 +78,56 @@ def barrier() -> None:
     """Wait for all ranks."""
     if world() > 1:
         td.barrier()
+
+
+def parallelize(
+    model: nn.Module, *, shard_dim: Callable[[nn.Parameter], int] | None = None, not_shared: Collection[str] = ()
+) -> nn.Module:
+    """What to call in place of ``model`` so that gradients are averaged over all processes; itself, if there is one.
+
+    Without ``shard_dim`` every process has a copy (DDP), equal but for the buffers named in ``not_shared``, which each
+    keeps for itself. With it, parameters are spread over the processes along the dimension that it names (FSDP2), in place; the
+    blocks in the model's `torch.nn.ModuleList`\\ s are gathered one after the other.
+    """
+    if world() == 1:
+        return model
+    if shard_dim is not None:
+        _shard(model, shard_dim)
+        return model
+    device = next(model.parameters()).device
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(not_shared))
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def _shard(model: nn.Module, shard_dim: Callable[[nn.Parameter], int]) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(shard_dim(parameter))
+
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                fully_shard(block, shard_placement_fn=placement)
+    fully_shard(model, shard_placement_fn=placement)
+
+
+def sync_gradients(parallel: nn.Module, wanted: bool) -> AbstractContextManager[None]:
+    """A context for forward and backward: whether their gradients are averaged over the processes already."""
+    if isinstance(parallel, DistributedDataParallel):
+        return nullcontext() if wanted else parallel.no_sync()
+    if hasattr(parallel, "set_requires_gradient_sync"):
+        parallel.set_requires_gradient_sync(wanted)
+    return nullcontext()
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process the buffers (statistics of norms) of the first; masks are equal on all as it is."""
+    if world() > 1:
+        for buffer in model.buffers():
+            if buffer.dtype != torch.bool:
+                td.broadcast(buffer, 0)
 
 
 def is_sharded(tensor: Tensor) -> bool:

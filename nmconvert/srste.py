@@ -34,8 +34,9 @@ from nmconvert.errors import ModelError, UsageError
 from nmconvert.masks import magnitude, nm_mask
 from nmconvert.matrix import Kind, MatrixView
 from nmconvert.pattern import Axis, Pattern
-from nmconvert.plan import Plan, Row, TensorInfo, make_plan
+from nmconvert.plan import Plan, Row, make_plan
 from nmconvert.rules import output_matrix
+from nmconvert.tensor import TensorInfo
 
 Method = Literal["sr-ste", "ste", "fixed-mask"]
 """``sr-ste``; ``ste``: without the decay; ``fixed-mask``: the first mask stays and pruned weights get no gradient (ASP)."""
@@ -75,6 +76,7 @@ class WeightMask(nn.Module):
         self.register_buffer("mask", self.mask_of(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
+        """The masked weight."""
         if self.straight_through:
             masked: Tensor = _StraightThrough.apply(weight, self.mask)
             return masked
@@ -108,6 +110,7 @@ class WeightMask(nn.Module):
         return {rank - 1} if self.kind == "linear" else {rank - 2}
 
     def extra_repr(self) -> str:
+        """For print(model)."""
         return f"{self.pattern}, axis={self.axis}"
 
 
@@ -164,6 +167,7 @@ class Sparse:
         self._anneal: Anneal = "constant"
         self._freeze_at: float = 0.0 if method == "fixed-mask" else float("inf")
         self._hooks: list[Any] = []
+        self._flips: Tensor | int = 0
         self._reset_statistics()
         self._follow_steps()
 
@@ -282,13 +286,20 @@ class Sparse:
 
     def state_dict(self) -> dict[str, Any]:
         """What, besides the model's state_dict (where the masks are), training goes on from."""
-        return {"steps": self.steps}
+        return {
+            "steps": self.steps,
+            "first_step": self._first_step,
+            "flips": int(self._flips),
+            "first": {weight.name: first for weight, first in zip(self.weights, self._first, strict=True)},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, after `attach` and after the model's state_dict was loaded."""
-        self.steps = int(state["steps"])
+        self.steps, self._first_step = int(state["steps"]), int(state["first_step"])
+        self._flips = int(state["flips"])
+        for weight, first in zip(self.weights, self._first, strict=True):
+            first.copy_(state["first"][weight.name])
         self._follow_steps()
-        self._reset_statistics()
 
     @torch.no_grad()
     def statistics(self) -> Statistics:
@@ -315,7 +326,22 @@ class Sparse:
     def _reset_statistics(self) -> None:
         self._first_step = self.steps
         self._first = [weight.mask.mask.clone() for weight in self.weights]
-        self._flips: Tensor | int = 0
+        self._flips = 0
+
+    def shard_dim(self, parameter: nn.Parameter) -> int:
+        """Along which dimension to spread ``parameter`` over processes, so that groups of weights stay on one of them.
+
+        Where no such dimension divides evenly (all but the first have to), 0: masks are then computed from gathered weights.
+        """
+        mask = next((weight.mask for weight in self.weights if weight.dense is parameter), None)
+        free = sorted(set(range(parameter.dim())) - mask.grouped_dims(parameter.dim())) if mask else []
+        return next((dim for dim in free if dim == 0 or parameter.shape[dim] % dist.world() == 0), 0)
+
+    def mask_names(self) -> list[str]:
+        """The names of the masks among the model's buffers."""
+        return [
+            f"{path}parametrizations.{attribute}.0.mask" for path, _, attribute, _ in _masked(self.model)
+        ]
 
     def finalize(self) -> nn.Module:
         """Make the model plain again, each weight exactly N:M in the parameter it had; returns the model.
@@ -378,13 +404,37 @@ def sparsify_plan(model: nn.Module, plan: Plan, *, method: Method = "sr-ste", de
 
 
 def refresh_masks(model: nn.Module) -> None:
-    """Recompute every mask in ``model`` from its dense weights: for a copy that was averaged or loaded."""
-    for module in model.modules():
+    """Recompute every mask in ``model`` from its dense weights: for a copy that was averaged, or given other weights."""
+    for _, module, attribute, mask in _masked(model):
+        mask.mask.copy_(mask.mask_of(module.parametrizations[attribute].original))  # type: ignore[index, union-attr]
+
+
+@torch.no_grad()
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict that ``model``, or a copy of it, would have once finalized: plain names, weights exactly N:M.
+
+    Sharded tensors are gathered: every process has to call this, and gets all of them.
+    """
+    prefixes = {f"{path}parametrizations.{attribute}.": f"{path}{attribute}" for path, _, attribute, _ in _masked(model)}
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    plain = {}
+    for name, value in state.items():
+        value = value.full_tensor() if dist.is_sharded(value) else value  # type: ignore[operator]
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if prefix is None:
+            plain[name] = value.detach().clone()
+        elif name == f"{prefix}original":
+            plain[prefixes[prefix]] = value.masked_fill(~state[f"{prefix}0.mask"], 0.0)
+    return plain
+
+
+def _masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, WeightMask]]:
+    """Every (prefix of its names, module, attribute, mask) in ``model``; a shared mask comes once for each owner."""
+    for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
-            for steps in module.parametrizations.values():  # type: ignore[operator, union-attr]
-                for step in steps:
-                    if isinstance(step, WeightMask):
-                        step.mask.copy_(step.mask_of(steps.original))
+            for attribute, steps in module.parametrizations.items():  # type: ignore[operator, union-attr]
+                if isinstance(steps[0], WeightMask):
+                    yield (f"{path}." if path else ""), module, attribute, steps[0]
 
 
 def _mask_weight(model: nn.Module, row: Row) -> SparseWeight:
@@ -430,8 +480,7 @@ def weights_of(model: nn.Module) -> list[TensorInfo]:
                 continue
             seen.add(id(weight))
             name = f"{path}.{attribute}" if path else attribute
-            dtype = str(weight.dtype).removeprefix("torch.")
-            infos.append(TensorInfo(name, tuple(weight.shape), dtype, kind, groups))
+            infos.append(TensorInfo(name, tuple(weight.shape), weight.dtype, kind=kind, groups=groups))
     last = output_matrix([(info.name, info.shape) for info in infos])
     return [replace(info, output=info.name == last) for info in infos]
 

@@ -15,10 +15,11 @@ from nmconvert.errors import ModelError, PatternError, UsageError
 from nmconvert.masks import nm_mask
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Pattern
-from nmconvert.srste import DECAY, refresh_masks, sparsify
+from nmconvert.srste import DECAY, plain_state_dict, refresh_masks, sparsify
 
 AXES = ["channel", "kernel"]
 EVERYTHING = ["*"]
+TWO_OF_FOUR = Pattern(2, 4)
 
 
 class Conv1D(nn.Module):
@@ -67,7 +68,7 @@ LAYERS = {
 }
 
 
-def is_nm(weight, kind, groups, axis, pattern=Pattern(2, 4)):
+def is_nm(weight, kind, groups, axis, pattern=TWO_OF_FOUR):
     matrix = MatrixView.of(kind, weight.shape, axis, groups).to_matrix(weight.detach())
     padded = F.pad((matrix != 0).int(), (0, -matrix.shape[1] % pattern.m))
     return bool((padded.reshape(len(matrix), -1, pattern.m).sum(-1) <= pattern.n).all())
@@ -260,6 +261,31 @@ def test_state_dict_round_trip_goes_on_bit_for_bit():
         assert torch.equal(value, others[0].state_dict()[name]), name
 
 
+def test_statistics_survive_a_round_trip():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=3.0)
+    sparse = sparsify(model, include=EVERYTHING).attach(optimizer)
+    train(model, optimizer, 3)
+    twin = sparsify(mlp(), include=EVERYTHING)
+    twin.model.load_state_dict(model.state_dict())
+    twin.load_state_dict(copy.deepcopy(sparse.state_dict()))
+    statistics = twin.statistics()
+    assert statistics.sad > 0
+    assert statistics == sparse.statistics()
+
+
+def test_plain_state_dict_is_what_finalize_leaves():
+    torch.manual_seed(0)
+    model = nn.Sequential(Tied(), nn.BatchNorm1d(10))
+    names = list(model.state_dict())
+    sparse = sparsify(model, include=EVERYTHING)
+    plain = plain_state_dict(model)
+    sparse.finalize()
+    assert plain.keys() == set(names)
+    for name, value in model.state_dict().items():
+        assert torch.equal(plain[name], value), name
+
+
 def test_deepcopy_is_independent_and_can_be_refreshed():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -289,7 +315,7 @@ def test_autocast_keeps_fp32_masters_and_exact_masks(dtype):
     optimizer.step()
     for weight in sparse.weights:
         assert weight.dense.dtype == torch.float32
-        assert torch.equal(weight.mask.mask, nm_mask(weight.dense.detach().abs(), Pattern(2, 4)))
+        assert torch.equal(weight.mask.mask, nm_mask(weight.dense.detach().abs(), TWO_OF_FOUR))
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
@@ -369,7 +395,7 @@ def test_decay_is_annealed(anneal, expected):
     sparse.attach(torch.optim.SGD(sparse.model.parameters()), steps=4, anneal=anneal)
     seen = []
     for step in range(5):
-        sparse.load_state_dict({"steps": step})
+        sparse.load_state_dict({**sparse.state_dict(), "steps": step})
         seen.append(sparse.current_decay / DECAY)
     assert seen == pytest.approx(expected)
 
