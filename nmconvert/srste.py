@@ -1,0 +1,499 @@
+"""SR-STE: train the weights of a model so that they end as N:M (Zhou et al., "Learning N:M fine-grained structured sparse
+neural networks from scratch", ICLR 2021; "the paper" below).
+
+The forward pass sees ``mask ⊙ w``, where the mask keeps the largest weights of each group and follows the dense weight once
+per optimiser step; the gradient passes the mask unchanged (straight through); and pruned weights decay, by λ·(1-mask)·w.
+Three lines put it into any training loop::
+
+    sparse = nmconvert.sparsify(model, "2:4", axis="channel")
+    sparse.attach(optimizer)
+    ...                              # train as before
+    sparse.finalize()
+
+The mask is a parametrization (`torch.nn.utils.parametrize`), so the parameter is the very same object before and after,
+and whatever knows modules (deepcopy, state_dict, compile, autocast, DDP, FSDP2) knows this. The decay is applied by hooks
+of the optimiser, outside autograd: once per step, however many processes, accumulated batches or loss scales there are.
+With SGD it is added to the gradient, as in the paper. With any other optimiser it is decoupled, as AdamW's weight decay:
+inside the gradient, the second moment would divide it away again (and be spoilt by it: STEP, ICML 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import cos, pi
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from nmconvert import dist
+from nmconvert.errors import ModelError, UsageError
+from nmconvert.masks import magnitude, nm_mask
+from nmconvert.matrix import Kind, MatrixView
+from nmconvert.pattern import Axis, Pattern
+from nmconvert.plan import Plan, Row, make_plan
+from nmconvert.rules import output_matrix
+from nmconvert.tensor import TensorInfo
+
+Method = Literal["sr-ste", "ste", "fixed-mask"]
+"""``sr-ste``; ``ste``: without the decay; ``fixed-mask``: the first mask stays and pruned weights get no gradient (ASP)."""
+METHODS: tuple[Method, ...] = get_args(Method)
+
+Anneal = Literal["constant", "rise", "fall"]
+"""λ over the steps: as given, from 0 up to it, or from it down to 0, along half a cosine."""
+ANNEALS: tuple[Anneal, ...] = get_args(Anneal)
+
+DECAY = 2e-4  # λ of the paper, section 4.1
+
+
+class _StraightThrough(torch.autograd.Function):
+    """mask ⊙ w forward, the identity backward (the paper, equation 5)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class WeightMask(nn.Module):
+    """The parametrization of one weight: its N:M mask, a bool buffer of the weight's shape.
+
+    With ``straight_through`` the gradient passes unchanged; without, that of pruned weights is zero.
+    """
+
+    mask: Tensor
+
+    def __init__(self, weight: Tensor, kind: Kind, groups: int, pattern: Pattern, axis: Axis) -> None:
+        super().__init__()
+        self.kind, self.groups, self.pattern, self.axis = kind, groups, pattern, axis
+        self.straight_through = True
+        self.register_buffer("mask", self.mask_of(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The masked weight."""
+        if self.straight_through:
+            masked: Tensor = _StraightThrough.apply(weight, self.mask)
+            return masked
+        return weight * self.mask
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What is assigned to the weight becomes the dense weight."""
+        return weight
+
+    @torch.no_grad()
+    def mask_of(self, weight: Tensor) -> Tensor:
+        """The mask, bool [*weight.shape], that keeps the largest of each group of ``weight``.
+
+        Of a sharded weight each rank computes its part, unless groups cross the ranks; the result is whole on each.
+        """
+        crosses = dist.shard_dims(weight) & self.grouped_dims(weight.dim())
+        part: Tensor = weight.full_tensor() if crosses else dist.local(weight)  # type: ignore[operator]
+        if part.numel():
+            view = MatrixView.of(self.kind, part.shape, self.axis, self.groups)
+            mask = view.from_matrix(nm_mask(magnitude(view.to_matrix(part)), self.pattern))
+        else:
+            mask = torch.empty(part.shape, dtype=torch.bool, device=part.device)
+        return (mask if crosses else dist.assemble(mask, like=weight)).contiguous()
+
+    def grouped_dims(self, rank: int) -> set[int]:
+        """The dimensions of the weight that its groups run along: it must not be sharded along these."""
+        if self.kind == "conv_transpose":
+            return {0} if self.axis == "channel" else {0, *range(2, rank)}
+        if self.kind == "conv":
+            return {1} if self.axis == "channel" else set(range(1, rank))
+        return {rank - 1} if self.kind == "linear" else {rank - 2}
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"{self.pattern}, axis={self.axis}"
+
+
+@dataclass(frozen=True)
+class SparseWeight:
+    """One masked weight of a model, under its plain name; ``owners`` are all (module, attribute) that share it."""
+
+    name: str
+    owners: tuple[tuple[nn.Module, str], ...]
+    mask: WeightMask
+
+    @property
+    def dense(self) -> nn.Parameter:
+        """The dense weight, the parameter that is trained (looked up each time: FSDP2 replaces it)."""
+        module, attribute = self.owners[0]
+        parameter: nn.Parameter = module.parametrizations[attribute].original  # type: ignore[index, union-attr, assignment]
+        return parameter
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How the masks moved since they were last asked for.
+
+    ``flip_rate``: share of mask entries changed per step, on average. ``sad``: entries that differ between the first and the
+    last mask (sparse architecture divergence, the paper, section 3.3). ``pruned_energy``: Σ((1-mask)·w²) / Σw² now.
+    """
+
+    steps: int
+    flip_rate: float
+    sad: int
+    pruned_energy: float
+
+
+class Sparse:
+    """A model under SR-STE. Made by `sparsify`; see the module docstring.
+
+    Attributes:
+        weights: the masked weights.
+        plan: a row for every weight, with the reason of those that stay dense.
+        decay: λ; None until `attach` chooses: 2e-4 (the paper).
+        steps: optimiser steps taken.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, method: Method, decay: float | None) -> None:
+        if method not in METHODS:
+            raise UsageError(f"method '{method}' is none of {', '.join(METHODS)}")
+        if decay is not None and not 0 <= decay < float("inf"):
+            raise UsageError(f"decay {decay} must be 0 or more")
+        self.model, self.plan, self.method = model, plan, method
+        self.decay = DECAY if decay is None else decay
+        self.weights = [_mask_weight(model, row) for row in plan.pruned]
+        self.steps = 0
+        self._total_steps: int | None = None
+        self._anneal: Anneal = "constant"
+        self._freeze_at: float = 0.0 if method == "fixed-mask" else float("inf")
+        self._hooks: list[Any] = []
+        self._flips: Tensor | int = 0
+        self._reset_statistics()
+        self._follow_steps()
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def attach(
+        self,
+        optimizer: Optimizer,
+        *,
+        decoupled: bool | None = None,
+        steps: int | None = None,
+        anneal: Anneal = "constant",
+        freeze_masks: float = 0.0,
+    ) -> Sparse:
+        """Have every ``optimizer.step()`` apply the decay and then renew the masks; returns self.
+
+        Args:
+            optimizer: any; the weights that it does not hold keep their masks.
+            decoupled: w ← w - lr·λ·(1-mask)·w before the step, rather than λ·(1-mask)·w in the gradient. Left out: for
+                all but SGD.
+            steps: how many steps there will be; needed by the two below.
+            anneal: how λ goes over the steps.
+            freeze_masks: share of the steps, at the end, for which masks stand still and pruned weights rest.
+
+        Raises:
+            UsageError: the optimiser holds none of the sparse weights; ``steps`` is missing; ``freeze_masks`` is no share.
+        """
+        if not 0 <= freeze_masks <= 1:
+            raise UsageError(f"freeze_masks {freeze_masks} must be a share of the training, 0 to 1")
+        if steps is None and (anneal != "constant" or freeze_masks):
+            raise UsageError("anneal and freeze_masks need steps: how many optimiser steps there will be")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if self.weights and not any(id(w.dense) in held for w in self.weights):
+            raise UsageError(
+                "the optimizer holds none of the sparse weights: was it made for another model, or before fully_shard?"
+            )
+        if steps is not None:
+            self._total_steps, self._anneal = steps, anneal
+            if self.method != "fixed-mask":
+                self._freeze_at = round(steps * (1 - freeze_masks)) if freeze_masks else float("inf")
+        in_gradient = isinstance(optimizer, torch.optim.SGD) if decoupled is None else not decoupled
+
+        def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if in_gradient and (len(args) > 1 or kwargs.get("closure") is not None):
+                raise UsageError(
+                    "optimizer.step(closure) computes gradients too late for the decay: call backward first"
+                )
+            self._apply_decay(optimizer, in_gradient)
+
+        def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._renew_masks(optimizer)
+
+        self._hooks += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        self._follow_steps()
+        return self
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the masks stand still."""
+        return self.steps >= self._freeze_at
+
+    @property
+    def current_decay(self) -> float:
+        """λ of the step to come."""
+        if self.method != "sr-ste" or self.frozen:
+            return 0.0
+        if self._anneal == "constant" or not self._total_steps:
+            return self.decay
+        risen = (1 - cos(pi * min(1.0, self.steps / self._total_steps))) / 2
+        return self.decay * (risen if self._anneal == "rise" else 1 - risen)
+
+    @torch.no_grad()
+    def _apply_decay(self, optimizer: Optimizer, in_gradient: bool) -> None:
+        decay = self.current_decay
+        if not decay:
+            return
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimiser unscales gradients itself, later
+        skipped = getattr(optimizer, "found_inf", None)  # and then skips the step itself, too
+        for weight, group in self._held(optimizer):
+            w = dist.local(weight.dense)
+            pruned = ~dist.local_part(weight.mask.mask, like=weight.dense)
+            if in_gradient:
+                sign = -1 if group.get("maximize") else 1
+                gradient = dist.local(weight.dense.grad)  # type: ignore[arg-type]
+                if scale is None:
+                    gradient.addcmul_(w, pruned, value=sign * decay)
+                else:
+                    gradient.addcmul_(w * (scale * sign * decay), pruned)
+            else:
+                shrink = group["lr"] * decay * (1.0 if skipped is None else 1.0 - skipped)
+                w.addcmul_(w * shrink, pruned, value=-1)
+
+    @torch.no_grad()
+    def _renew_masks(self, optimizer: Optimizer) -> None:
+        was_frozen = self.frozen
+        self.steps += 1
+        if not was_frozen:
+            for weight, _ in self._held(optimizer):
+                mask = weight.mask.mask_of(weight.dense)
+                self._flips = self._flips + torch.count_nonzero(mask ^ weight.mask.mask)
+                weight.mask.mask.copy_(mask)
+        self._follow_steps()
+
+    def _follow_steps(self) -> None:
+        for weight in self.weights:
+            weight.mask.straight_through = not self.frozen
+
+    def _held(self, optimizer: Optimizer) -> Iterator[tuple[SparseWeight, dict[str, Any]]]:
+        """The sparse weights that the optimiser is about to change, or has changed, each with its parameter group."""
+        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        for weight in self.weights:
+            if id(weight.dense) in group_of and weight.dense.grad is not None:
+                yield weight, group_of[id(weight.dense)]
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What, besides the model's state_dict (where the masks are), training goes on from."""
+        return {
+            "steps": self.steps,
+            "first_step": self._first_step,
+            "flips": int(self._flips),
+            "first": {weight.name: first for weight, first in zip(self.weights, self._first, strict=True)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, after `attach` and after the model's state_dict was loaded."""
+        self.steps, self._first_step = int(state["steps"]), int(state["first_step"])
+        self._flips = int(state["flips"])
+        for weight, first in zip(self.weights, self._first, strict=True):
+            first.copy_(state["first"][weight.name])
+        self._follow_steps()
+
+    @torch.no_grad()
+    def statistics(self) -> Statistics:
+        """How the masks moved since the last call of this."""
+        entries = sum(weight.mask.mask.numel() for weight in self.weights)
+        steps = max(1, self.steps - self._first_step)
+        sad = sum(
+            int((weight.mask.mask ^ first).sum()) for weight, first in zip(self.weights, self._first, strict=True)
+        )
+        flips = int(self._flips)
+        result = Statistics(self.steps - self._first_step, flips / steps / max(1, entries), sad, self._pruned_energy())
+        self._reset_statistics()
+        return result
+
+    def _pruned_energy(self) -> float:
+        energy = torch.zeros(2, dtype=torch.float64)
+        for weight in self.weights:
+            squares = dist.local(weight.dense).double().square()
+            pruned = squares.masked_fill(dist.local_part(weight.mask.mask, like=weight.dense), 0.0)
+            part = torch.stack([pruned.sum(), squares.sum()])
+            energy += (dist.total(part) if dist.is_sharded(weight.dense) else part).cpu()
+        return float(energy[0] / energy[1]) if energy[1] else 0.0
+
+    def _reset_statistics(self) -> None:
+        self._first_step = self.steps
+        self._first = [weight.mask.mask.clone() for weight in self.weights]
+        self._flips = 0
+
+    def shard_dim(self, parameter: nn.Parameter) -> int:
+        """Along which dimension to spread ``parameter`` over processes, so that groups of weights stay on one of them.
+
+        Where no such dimension divides evenly (all but the first have to), 0: masks are then computed from gathered weights.
+        """
+        mask = next((weight.mask for weight in self.weights if weight.dense is parameter), None)
+        free = sorted(set(range(parameter.dim())) - mask.grouped_dims(parameter.dim())) if mask else []
+        return next((dim for dim in free if dim == 0 or parameter.shape[dim] % dist.world() == 0), 0)
+
+    def mask_names(self) -> list[str]:
+        """The names of the masks among the model's buffers."""
+        return [
+            f"{path}parametrizations.{attribute}.0.mask" for path, _, attribute, _ in _masked(self.model)
+        ]
+
+    def finalize(self) -> nn.Module:
+        """Make the model plain again, each weight exactly N:M in the parameter it had; returns the model.
+
+        Raises:
+            ModelError: the model is sharded (gather it first).
+        """
+        for hook in self._hooks:
+            hook.remove()
+        for weight in self.weights:
+            if dist.is_sharded(weight.dense):
+                raise ModelError(f"'{weight.name}' is sharded over ranks: gather the model before it is finalized")
+            for module, attribute in weight.owners:
+                parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+        self._hooks, self.weights = [], []
+        return self.model
+
+
+def sparsify(
+    model: nn.Module,
+    pattern: str | Pattern = "2:4",
+    *,
+    axis: Axis = "channel",
+    method: Method = "sr-ste",
+    decay: float | None = None,
+    layers: Sequence[tuple[str, str | Pattern | None]] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Sparse:
+    """Put ``model`` under SR-STE, in place: convolutions, linear layers, packed attention and Hugging Face Conv1D.
+
+    Args:
+        model: its parameters stay the same objects, so an optimiser may be made before or after.
+        pattern: n:m, n kept of m.
+        axis: along which convolutions are grouped, ``channel`` or ``kernel``.
+        method: see `Method`.
+        decay: λ; left out: 2e-4.
+        layers: (glob on weight names, pattern or None for dense); the last that matches wins.
+        include: globs; only these, the first and last layer too where named.
+        exclude: globs that stay dense.
+
+    Raises:
+        PatternError: ``pattern`` is none.
+        UsageError: a glob that matches nothing, an unknown method.
+        ModelError: the model is sparse already.
+    """
+    chosen = [(glob, None if p is None else Pattern.parse(p)) for glob, p in layers]
+    infos = weights_of(model)
+    plan = make_plan(infos, Pattern.parse(pattern), axis, layers=chosen, include=include, exclude=exclude)
+    return sparsify_plan(model, plan, method=method, decay=decay)
+
+
+def sparsify_plan(model: nn.Module, plan: Plan, *, method: Method = "sr-ste", decay: float | None = None) -> Sparse:
+    """`sparsify` with a plan (of a manifest, say) instead of rules; names are those of the model's parameters.
+
+    Raises:
+        ModelError: the model lacks a weight of the plan, or is sparse already.
+    """
+    return Sparse(model, plan, method, decay)
+
+
+def refresh_masks(model: nn.Module) -> None:
+    """Recompute every mask in ``model`` from its dense weights: for a copy that was averaged, or given other weights."""
+    for _, module, attribute, mask in _masked(model):
+        mask.mask.copy_(mask.mask_of(module.parametrizations[attribute].original))  # type: ignore[index, union-attr]
+
+
+@torch.no_grad()
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict that ``model``, or a copy of it, would have once finalized: plain names, weights exactly N:M.
+
+    Sharded tensors are gathered: every process has to call this, and gets all of them.
+    """
+    prefixes = {f"{path}parametrizations.{attribute}.": f"{path}{attribute}" for path, _, attribute, _ in _masked(model)}
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    plain = {}
+    for name, value in state.items():
+        value = value.full_tensor() if dist.is_sharded(value) else value  # type: ignore[operator]
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if prefix is None:
+            plain[name] = value.detach().clone()
+        elif name == f"{prefix}original":
+            plain[prefixes[prefix]] = value.masked_fill(~state[f"{prefix}0.mask"], 0.0)
+    return plain
+
+
+def _masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, WeightMask]]:
+    """Every (prefix of its names, module, attribute, mask) in ``model``; a shared mask comes once for each owner."""
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            for attribute, steps in module.parametrizations.items():  # type: ignore[operator, union-attr]
+                if isinstance(steps[0], WeightMask):
+                    yield (f"{path}." if path else ""), module, attribute, steps[0]
+
+
+def _mask_weight(model: nn.Module, row: Row) -> SparseWeight:
+    assert row.pattern is not None
+    assert row.axis is not None
+    assert row.info.kind is not None
+    path, _, attribute = row.name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+        if parametrize.is_parametrized(module, attribute):
+            raise ModelError(f"'{row.name}' is parametrized already: finalize the model first")
+        parameter = getattr(module, attribute)
+    except AttributeError as error:
+        raise ModelError(f"the model has no weight '{row.name}': was it pruned from another model?") from error
+    if tuple(parameter.shape) != row.info.shape:
+        raise ModelError(
+            f"'{row.name}' has shape {list(parameter.shape)} in the model, {list(row.info.shape)} in the plan"
+        )
+    mask = WeightMask(parameter, row.info.kind, row.info.groups, row.pattern, row.axis)
+    owners = tuple(_owners(model.modules(), parameter))
+    for owner, name in owners:
+        parametrize.register_parametrization(owner, name, mask)
+    return SparseWeight(row.name, owners, mask)
+
+
+def _owners(modules: Iterable[nn.Module], parameter: Tensor) -> list[tuple[nn.Module, str]]:
+    return [
+        (module, name)
+        for module in modules
+        for name, value in module.named_parameters(recurse=False, remove_duplicate=False)
+        if value is parameter
+    ]
+
+
+def weights_of(model: nn.Module) -> list[TensorInfo]:
+    """The prunable weights of ``model``, once each."""
+    seen: set[int] = set()
+    infos = []
+    for path, module in model.named_modules():
+        for attribute, kind, groups in _weights_in(module):
+            weight = getattr(module, attribute)
+            if weight is None or id(weight) in seen:
+                continue
+            seen.add(id(weight))
+            name = f"{path}.{attribute}" if path else attribute
+            infos.append(TensorInfo(name, tuple(weight.shape), weight.dtype, kind=kind, groups=groups))
+    last = output_matrix([(info.name, info.shape) for info in infos])
+    return [replace(info, output=info.name == last) for info in infos]
+
+
+def _weights_in(module: nn.Module) -> list[tuple[str, Kind, int]]:
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return [("weight", "conv_transpose", module.groups)]
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return [("weight", "conv", module.groups)]
+    if isinstance(module, nn.Linear):
+        return [("weight", "linear", 1)]
+    if isinstance(module, nn.MultiheadAttention):
+        return [(n, "linear", 1) for n in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")]
+    if type(module).__name__ == "Conv1D":  # Hugging Face's, imported by nobody but its models
+        return [("weight", "matmul", 1)]
+    return []
