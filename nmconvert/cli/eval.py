@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     help="An argument of the callable; may be repeated.",
 )
 @click.option("--trust", is_flag=True, help="Load files that can execute code (pickled modules, .pt2).")
-@click.option("--batch-size", default=100, show_default=True, type=click.IntRange(1),
-              help="How many samples at once.")
+@click.option("--batch-size", default=100, show_default=True, type=click.IntRange(1), help="How many samples at once.")
 @click.option("--workers", default=0, show_default=True, type=click.IntRange(0), help="Processes that read the data.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many samples.")
 @click.option("--device", default="cpu", show_default=True, help="Where a checkpoint's model runs, e.g. cuda:0.")
