@@ -303,9 +303,10 @@ def _module_tensors(module: Opaque, prefix: str) -> Iterator[tuple[str, TensorRe
     if not isinstance(state, dict):
         return
     parts = [state[key] for key in ("_parameters", "_buffers", "_modules") if isinstance(state.get(key), dict)]
+    transient = state.get("_non_persistent_buffers_set", ())
     for part in parts or [state]:
         for name, value in part.items():
-            if isinstance(value, TensorRef):
+            if isinstance(value, TensorRef) and name not in transient:
                 yield f"{prefix}{name}", value
             elif isinstance(value, Opaque):
                 yield from _module_tensors(value, f"{prefix}{name}.")

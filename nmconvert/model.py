@@ -1,0 +1,353 @@
+"""An ``nn.Module`` from an import path, a Python file, a Hugging Face folder or an exported program; and its layers.
+
+Naming a callable runs it: that is what ``--model`` says, and needs no trust. Loading a file that holds a program does.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmconvert.checkpoint import Checkpoint, open_checkpoint
+from nmconvert.errors import ModelError, UsageError
+from nmconvert.extras import require
+from nmconvert.matrix import Kind
+
+_FORM = "give it as package.module:callable, path/to/file.py:callable, or a Hugging Face model folder"
+_SHOWN = 3  # names in an error; the rest is counted
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight that can be sparse: parameter ``parameter`` of ``module``, which is called ``name`` in the model."""
+
+    name: str
+    module: nn.Module
+    parameter: str
+    kind: Kind
+    groups: int
+    weight: Tensor
+
+    @property
+    def tensor(self) -> str:
+        """The name of the weight in the model's state dict."""
+        return f"{self.name}.{self.parameter}" if self.name else self.parameter
+
+
+def layers(model: nn.Module) -> list[Layer]:
+    """The weights of convolutions, linear layers and attention, in the model's order; no forward pass is needed.
+
+    A weight that several modules share is one layer, the first of them.
+    """
+    found: dict[int, Layer] = {}
+    for name, module in model.named_modules():
+        for parameter, kind, groups in _weights(module):
+            weight = getattr(module, parameter)
+            if isinstance(weight, Tensor):
+                found.setdefault(id(weight), Layer(name, module, parameter, kind, groups, weight))
+    return list(found.values())
+
+
+def _weights(module: nn.Module) -> list[tuple[str, Kind, int]]:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return [("weight", "conv_transpose" if module.transposed else "conv", module.groups)]
+    if isinstance(module, nn.Linear):
+        return [("weight", "linear", 1)]
+    if isinstance(module, nn.MultiheadAttention):
+        return [(name, "linear", 1) for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")]
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers.pytorch_utils, not imported for it
+        return [("weight", "matmul", 1)]
+    return []
+
+
+def build(spec: str, arguments: Mapping[str, str] | None = None, *, trust: bool = False) -> nn.Module:
+    """The module that ``spec`` stands for, with the weights that it comes with.
+
+    Args:
+        spec: ``package.module:callable``, ``path/to/file.py:callable``, a Hugging Face model folder, or with ``trust`` an
+            exported program, a TorchScript archive or a pickled module.
+        arguments: keyword arguments of the callable as text, read as Python literals.
+        trust: allow files that execute code when they are loaded.
+
+    Raises:
+        UsageError: ``spec`` has none of these forms, or the arguments do not fit.
+        ModelError: the module cannot be imported or built.
+        UntrustedFileError: the file is a program, and ``trust`` is False.
+    """
+    keywords = {name: literal(text) for name, text in (arguments or {}).items()}
+    path = Path(spec)
+    if path.is_dir():
+        _no_arguments(spec, keywords)
+        return _build_hf(path)
+    if path.suffix != ".py" and path.is_file():
+        _no_arguments(spec, keywords)
+        return _load_program(path, trust=trust)
+    where, colon, name = spec.rpartition(":")
+    if not colon or not where or not name:
+        raise UsageError(f"--model '{spec}' does not say what builds the model; {_FORM}")
+    with _importable(where):
+        made = _call(spec, _attribute(spec, _import(spec, where), name), keywords)
+    if not isinstance(made, nn.Module):
+        raise ModelError(f"{spec} returned a {type(made).__name__}, not a torch.nn.Module; name what builds the model")
+    return made
+
+
+def load(spec: str, checkpoint: Path, arguments: Mapping[str, str] | None = None, *, trust: bool = False) -> nn.Module:
+    """The module of ``spec`` with the weights of ``checkpoint`` in it, every name and shape matched; in eval mode.
+
+    Where all floating tensors of the checkpoint have one dtype, the module gets it. Checkpoints whose names all start with
+    one more part than the module's (``model.`` of Lightning) fit too.
+
+    Raises:
+        ModelError: as :func:`build`, or names or shapes differ.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    if checkpoint.is_dir() and (checkpoint / "config.json").is_file():
+        _no_arguments(spec, arguments or {})
+        return _load_hf(checkpoint).eval()
+    model = build(spec, arguments, trust=trust)
+    fill(model, open_checkpoint(checkpoint, trust=trust))
+    return model.eval()
+
+
+def fill(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's tensors into ``model``, strictly.
+
+    Raises:
+        ModelError: names or shapes differ.
+    """
+    own = model.state_dict(keep_vars=True)
+    infos = [info for info in checkpoint.tensors() if not info.secondary]
+    names = _matched([info.name for info in infos], own)
+    shapes = {names[info.name]: info.shape for info in infos}
+    for name, shape in shapes.items():
+        if name in own and tuple(own[name].shape) != shape:
+            raise ModelError(
+                f"{checkpoint.path}: '{name}' is {list(shape)}, and {list(own[name].shape)} in the model; "
+                "choose the model's size with --model-arg"
+            )
+    dtypes = {info.dtype for info in infos if info.dtype.is_floating_point}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    state = {names[info.name]: checkpoint.read(info.name) for info in infos}
+    result = model.load_state_dict(state, strict=False)
+    tied = {id(own[name]) for name in state if name in own}
+    missing = [name for name in result.missing_keys if id(own.get(name)) not in tied]
+    if missing or result.unexpected_keys:
+        raise ModelError(f"{checkpoint.path}: does not fit the model: {_differences(missing, result.unexpected_keys)}")
+
+
+def literal(text: str) -> Any:
+    """The Python value that ``text`` writes, or the text itself: ``10``, ``0.5``, ``[1,2]``, ``true``, ``none``, ``relu``."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+# ── import paths ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _importable(where: str) -> Iterator[None]:
+    """Modules of the current folder, and those beside a named file, can be imported, as with ``python -m``."""
+    before = sys.path[:]
+    sys.path[:0] = [str(Path(where).resolve().parent)] if where.endswith(".py") else [str(Path.cwd())]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _import(spec: str, where: str) -> ModuleType:
+    try:
+        return _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if where == missing or where.startswith(f"{missing}."):
+            raise ModelError(
+                f"--model {spec}: there is no module '{missing}'; install it, run from the folder that holds it, or {_FORM}"
+            ) from error
+        raise ModelError(f"--model {spec}: it imports '{missing}', which is not installed: pip install {missing}") from error
+    except FileNotFoundError as error:
+        raise ModelError(f"--model {spec}: there is no file {where}") from error
+    except Exception as error:  # it is somebody's program: it can raise anything
+        raise ModelError(f"--model {spec}: importing it failed with {_brief(error)}; --debug shows where") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = f"nmconvert_model_{path.stem}"
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # dataclasses and pickle look their module up there
+    specification.loader.exec_module(module)
+    return module
+
+
+def _attribute(spec: str, module: ModuleType, name: str) -> Any:
+    value: Any = module
+    for part in name.split("."):
+        if not hasattr(value, part):
+            close = get_close_matches(part, dir(value), 1)
+            hint = f"did you mean '{close[0]}'?" if close else "see what it defines"
+            raise ModelError(f"--model {spec}: there is no '{part}' in {getattr(value, '__name__', name)}; {hint}")
+        value = getattr(value, part)
+    return value
+
+
+def _call(spec: str, factory: Any, keywords: Mapping[str, Any]) -> Any:
+    if isinstance(factory, nn.Module):
+        _no_arguments(spec, keywords)
+        return factory
+    if not callable(factory):
+        raise ModelError(f"--model {spec} is a {type(factory).__name__}, which cannot be called; {_FORM}")
+    _check_arguments(spec, factory, keywords)
+    try:
+        return factory(**keywords)
+    except Exception as error:  # as above
+        raise ModelError(f"--model {spec}: building it failed with {_brief(error)}; --debug shows where") from error
+
+
+def _check_arguments(spec: str, factory: Callable[..., Any], keywords: Mapping[str, Any]) -> None:
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except ValueError:  # built in: it has no signature, and calling it will tell
+        return
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    needed = [p.name for p in named if p.default is p.empty and p.name not in keywords]
+    if needed:
+        raise UsageError(f"--model {spec} needs {', '.join(needed)}; give --model-arg {needed[0]}=VALUE")
+    unknown = [name for name in keywords if name not in {p.name for p in named}]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        takes = ", ".join(p.name for p in named) or "none"
+        raise UsageError(f"--model {spec} takes no argument '{unknown[0]}'; its arguments: {takes}")
+
+
+def _no_arguments(spec: str, keywords: Mapping[str, Any]) -> None:
+    if keywords:
+        raise UsageError(f"--model-arg {next(iter(keywords))}: {spec} is not a callable and takes no arguments")
+
+
+def _brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _build_hf(folder: Path) -> nn.Module:
+    with _hf_errors(folder) as transformers:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        model: nn.Module = _hf_class(transformers, config)._from_config(config)
+        return model
+
+
+def _load_hf(folder: Path) -> nn.Module:
+    with _hf_errors(folder) as transformers:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        made = _hf_class(transformers, config).from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, dtype="auto"
+        )
+    model: nn.Module = made[0]
+    missing, mismatched = sorted(made[1]["missing_keys"]), [str(key) for key in made[1]["mismatched_keys"]]
+    if missing or mismatched:
+        raise ModelError(f"{folder}: its weights do not fit its config.json: {_differences([*missing, *mismatched], [])}")
+    return model
+
+
+def _hf_class(transformers: ModuleType, config: Any) -> Any:
+    names = config.architectures or []
+    for name in names:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    raise ModelError(f"its architecture {', '.join(names) or '(none)'} is not in transformers {transformers.__version__}")
+
+
+@contextmanager
+def _hf_errors(folder: Path) -> Iterator[ModuleType]:
+    """transformers, whose errors become one line; folders of code (``trust_remote_code``) are never run."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"--model {folder}: a folder without config.json, so no Hugging Face model; {_FORM}")
+    transformers = require("transformers", "hf")
+    try:
+        yield transformers
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, ModelError) as error:
+        raise ModelError(f"{folder}: transformers cannot build it: {_brief(error)}") from error
+
+
+def _load_program(path: Path, *, trust: bool) -> nn.Module:
+    form = open_checkpoint(path, trust=trust).format
+    try:
+        if form == "exported program":
+            return _without_mode(torch.export.load(path).module())
+        if form == "TorchScript":
+            script: nn.Module = torch.jit.load(path, map_location="cpu")
+            return script
+        if form == "pickled module":
+            return _first_module(torch.load(path, map_location="cpu", weights_only=False))
+    except Exception as error:  # what is loaded is a program
+        raise ModelError(f"{path}: loading it failed with {_brief(error)}; --debug shows where") from error
+    raise UsageError(f"--model {path}: a checkpoint ({form}) holds weights and no model; {_FORM}")
+
+
+def _without_mode(module: nn.Module) -> nn.Module:
+    """An exported graph is the same in both modes; torch gives it ``eval`` and ``train`` that raise, here they do nothing."""
+    for name in ("eval", "train"):
+        module.__dict__.pop(name, None)
+    return module
+
+
+def _first_module(value: Any) -> nn.Module:
+    candidates = [value, *(value.values() if isinstance(value, Mapping) else ())]
+    for candidate in candidates:
+        if isinstance(candidate, nn.Module):
+            return candidate
+    raise TypeError("no torch.nn.Module in it")
+
+
+# ── names ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _matched(names: list[str], own: Mapping[str, Tensor]) -> dict[str, str]:
+    """Each name of the checkpoint → its name in the model: the same, or without a first part that all of them have."""
+    first = {name.partition(".")[0] for name in names}
+    if len(first) == 1 and not any(name in own for name in names):
+        shorter = {name: name.partition(".")[2] for name in names}
+        if any(name in own for name in shorter.values()):
+            return shorter
+    return {name: name for name in names}
+
+
+def _differences(missing: list[str], unexpected: list[str]) -> str:
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} missing ({_some(missing, unexpected)})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} too many ({_some(unexpected, [])})")
+    return ", ".join(parts) + "; choose the model that it was saved from with --model and --model-arg"
+
+
+def _some(names: list[str], others: list[str]) -> str:
+    shown = []
+    for name in names[:_SHOWN]:
+        close = get_close_matches(name, others, 1)
+        shown.append(f"{name}, nearest {close[0]}" if close else name)
+    return "; ".join(shown) + (", …" if len(names) > _SHOWN else "")
