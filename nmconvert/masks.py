@@ -20,7 +20,27 @@ def magnitude(weight: Tensor) -> Tensor:
     return weight.detach().abs()
 
 
+def wanda(weight: Tensor, hessian: Tensor) -> Tensor:
+    """|w|·‖x‖ (Sun et al. 2024, equation 1): score [rows, K] of ``weight`` [rows, K].
+
+    ``hessian`` [K, K] is the mean of x xᵀ over the layer's inputs; only its diagonal, ‖x‖² per input, is read.
+    """
+    return magnitude(weight) * hessian.diagonal().clamp_min(0).sqrt()
+
+
+def ria(weight: Tensor, hessian: Tensor) -> Tensor:
+    """Relative importance and activations (Zhang et al. 2024, equation 4): score [rows, K] of ``weight`` [rows, K].
+
+    (|w| / its column's sum + |w| / its row's sum) · ‖x‖^½, with ``hessian`` [K, K] as for :func:`wanda`.
+    """
+    size = magnitude(weight)
+    tiny = torch.finfo(size.dtype).tiny
+    share = size / size.sum(0, keepdim=True).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
+    return share * hessian.diagonal().clamp_min(0).pow(0.25)
+
+
 CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {"magnitude": magnitude}
+CALIBRATED_CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"wanda": wanda, "ria": ria}
 
 
 def nm_mask(scores: Tensor, pattern: Pattern) -> Tensor:
