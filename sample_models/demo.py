@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nmconvert.report import new_table, size
+
 HERE = Path(__file__).parent
 FILES = ("digits.pt", "digits.py", "digits.npz")
 
@@ -46,13 +48,11 @@ def main() -> None:
 
 def comparison(folder: Path) -> Table:
     """Size and accuracy of every file of ``MEASURED``, each measured by ``nmconvert eval``."""
-    table = Table(title="360 test images of scikit-learn's digits")
-    for heading, justify in (("file", "left"), ("", "left"), ("size", "right"), ("top-1", "right")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    table = new_table("What happened, on 360 test images", "file", "what it is", "size", "top-1", right=("size", "top-1"))
     for name, what in MEASURED:
         command = f"nmconvert eval {name} --data digits.npz --model digits.py:digits --json"
         top1 = json.loads(nmconvert(command, folder, capture=True))["metrics"]["top1"]
-        table.add_row(name, what, f"{(folder / name).stat().st_size / 1000:.1f} kB", f"{top1:.2f} %")
+        table.add_row(name, what, size((folder / name).stat().st_size), f"{top1:.2f} %")
     return table
 
 
