@@ -58,11 +58,12 @@ def comparison(folder: Path) -> Table:
 
 def nmconvert(command: str, folder: Path, *, capture: bool = False) -> str:
     """Run ``command`` in ``folder`` with this Python; what it printed, where that is asked for."""
-    sys.stdout.flush()
     program = [sys.executable, "-m", *shlex.split(command)]
-    path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
+    paths = filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))  # the checkout, installed or not
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    sys.stdout.flush()
     run = subprocess.run(
-        program, cwd=folder, check=True, text=True, stdout=subprocess.PIPE if capture else None, env=os.environ | {"PYTHONPATH": path}
+        program, cwd=folder, env=environment, check=True, text=True, stdout=subprocess.PIPE if capture else None
     )
     return run.stdout or ""
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 from itertools import chain
 from pathlib import Path
 
-import click
 import pytest
+import torch
+from click.testing import CliRunner
 
 import nmconvert
 from docs.reference import README, updated
@@ -34,24 +37,44 @@ def test_links_lead_to_files(document: Path) -> None:
     assert missing == []
 
 
-def shell_lines() -> list[str]:
-    """The lines of the README's ``sh`` blocks that call nmconvert or make, continuation lines joined."""
-    blocks = re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL)
-    lines = chain.from_iterable(block.replace("\\\n", " ").splitlines() for block in blocks)
-    return [line.partition(" #")[0].strip() for line in lines if re.match(r"(nmconvert|make) ", line)]
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
-def test_commands_in_the_text_exist() -> None:
+def shell_lines(program: str) -> list[list[str]]:
+    """The words of every line of the README's ``sh`` blocks that calls ``program``, without its name."""
+    lines = chain.from_iterable(block.splitlines() for block in blocks("sh"))
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(f"{program} ")]
+
+
+@pytest.fixture
+def samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the digits model, its definition and its data; it is the current one."""
+    for name in ("digits.pt", "digits.py", "digits.npz"):
+        shutil.copy(ROOT / "sample_models" / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_make_targets_in_the_text_exist() -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.MULTILINE)
-    for line in shell_lines():
-        program, name, *rest = line.split()
-        if program == "make":
-            assert name in targets, line
-            continue
-        command = group.get_command(click.Context(group), name)
-        assert command is not None, line
-        known = set(chain.from_iterable(p.opts for p in command.params if isinstance(p, click.Option)))
-        assert {word.partition("=")[0] for word in rest if word.startswith("-")} <= known, line
+    assert {words[0] for words in shell_lines("make")} <= set(targets)
+
+
+def test_commands_in_the_text_run_as_printed(samples: Path) -> None:
+    commands = shell_lines("nmconvert")
+    assert commands
+    for arguments in commands:
+        result = CliRunner().invoke(group, arguments)
+        assert result.exit_code == 0, f"nmconvert {shlex.join(arguments)}: {result.exception or result.output}"
+
+
+def test_python_in_the_text_runs_as_printed(samples: Path) -> None:
+    for block in blocks("python"):
+        exec(compile(block, str(README), "exec"), {"__name__": "__main__"})
+    weight = torch.load("digits.trained.pt")["features.1.0.weight"]
+    kept = (weight.permute(0, 2, 3, 1).reshape(-1, 4) != 0).sum(dim=1)
+    assert kept.max() == 2
 
 
 def test_changelog_has_this_version_or_is_unreleased() -> None:
