@@ -15,7 +15,7 @@ from nmconvert.pattern import Pattern
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-TASKS = ("classification",)
+TASKS = ("classification", "detection", "segmentation", "translation", "language_model")
 """The keys of `nmconvert.tasks.TASKS`, without the import of torch that they cost."""
 
 

@@ -42,8 +42,9 @@ def command(
     from nmconvert.evaluate import evaluate
     from nmconvert.tasks import build_task
 
+    chosen = build_task(task, settings, folder=Path(model or file))
     result = evaluate(
-        file, build_task(task, settings), data, model=model, model_arguments=model_arguments, trust=trust,
+        file, chosen, data, model=model, model_arguments=model_arguments, trust=trust,
         batch_size=batch_size, workers=workers, limit=limit, device=device,
     )  # fmt: skip
     show(dataclasses.asdict(result), as_json=as_json, quiet=quiet, render=lambda: table(result))
