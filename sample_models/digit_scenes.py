@@ -1,7 +1,8 @@
 """Scikit-learn's digits on canvases, as COCO files with boxes and masks: ``python -m sample_models.digit_scenes OUT``.
 
-Each canvas has 64×64 pixels and one to five digits of 14 to 26 pixels, on a gray ground with noise and some strokes. The last 360
-digits, which no training image shows, are on the 300 images of ``val.json``; the others on the 1,500 of ``train.json``.
+Each canvas has 64×64 pixels and one to five digits of 14 to 26 pixels, on a gray ground with noise and some strokes. The
+last 360 digits, which no training image shows, are on the 300 images of ``val.json``; the others on the 1,500 of
+``train.json``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def scene(digits: NDArray[np.float64], labels: NDArray[np.int64], rng: Generator
     for _ in range(rng.integers(1, 6)):
         number = int(rng.integers(len(digits)))
         size = int(rng.integers(14, 27))
-        ink = np.asarray(Image.fromarray((digits[number] * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)) / 255
+        digit = Image.fromarray((digits[number] * 255).astype(np.uint8))
+        ink = np.asarray(digit.resize((size, size), Image.Resampling.BICUBIC)) / 255
         top, left = (int(v) for v in rng.integers(0, SIDE - size + 1, 2))
         place = (slice(top, top + size), slice(left, left + size))
         if any(mask[place].any() for _, mask in found):
@@ -53,10 +55,8 @@ def annotation(number: int, image: int, label: int, mask: NDArray[np.bool_]) -> 
     counts = np.diff([0, *edges, mask.size]).tolist()
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = [int(v) for v in (columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)]
-    shape = {"size": [SIDE, SIDE], "counts": counts}
-    return {"id": number, "image_id": image, "category_id": label + 1, "bbox": box, "area": int(mask.sum()), "iscrowd": 0} | {
-        "segmentation": shape
-    }
+    known = {"bbox": box, "area": int(mask.sum()), "segmentation": {"size": [SIDE, SIDE], "counts": counts}}
+    return {"id": number, "image_id": image, "category_id": label + 1, "iscrowd": 0} | known
 
 
 def write(out: Path) -> None:
