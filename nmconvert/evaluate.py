@@ -11,9 +11,12 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from nmconvert.checkpoint import open_checkpoint
 from nmconvert.errors import UsageError
+from nmconvert.manifest import Manifest
+from nmconvert.model import load
 from nmconvert.onnx_model import OnnxModel
-from nmconvert.tasks import Task
+from nmconvert.tasks import Task, build_task
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,49 @@ def evaluate(
     return Evaluation(str(file), task.name, data, len(dataset), task.metric, metrics, seconds)
 
 
+def evaluate_again(
+    file: Path,
+    task: str | None = None,
+    settings: Mapping[str, str] | None = None,
+    data: str | None = None,
+    *,
+    model: str | None = None,
+    model_arguments: Mapping[str, str] | None = None,
+    trust: bool = False,
+    batch_size: int = 100,
+    workers: int = 0,
+    limit: int | None = None,
+    device: str = "cpu",
+) -> Evaluation:
+    """As `evaluate`, where what is not said is taken from the file's manifest: the task, its settings, the data, the model.
+
+    Raises:
+        UsageError: the data, or a checkpoint's model, was never said.
+    """
+    text = open_checkpoint(file, trust=trust).manifest_text()
+    said = Manifest() if text is None else Manifest.from_json(text, str(file))
+    name = task or str(said.settings.get("task") or "classification")
+    before = said.settings.get("task_settings") or {} if name == said.settings.get("task") else {}
+    data = data or said.settings.get("data")
+    if data is None:
+        raise UsageError(f"{file}: measured on what? Give --data, a folder or a file of the task '{name}'")
+    spec = model or said.settings.get("model")
+    arguments = model_arguments or said.settings.get("model_arguments") or {}
+    chosen = build_task(name, {**before, **(settings or {})}, folder=Path(spec or file))
+    return evaluate(
+        file,
+        chosen,
+        data,
+        model=spec,
+        model_arguments=arguments,
+        trust=trust,
+        batch_size=batch_size,
+        workers=workers,
+        limit=limit,
+        device=device,
+    )
+
+
 def load_model(
     file: Path, model: str | None, arguments: Mapping[str, str], *, trust: bool = False, device: str = "cpu"
 ) -> OnnxModel | nn.Module:
@@ -79,7 +125,4 @@ def load_model(
         return OnnxModel(file)
     if model is None and not (file.is_dir() and (file / "config.json").is_file()):
         raise UsageError(f"{file}: a checkpoint holds weights only; say what they belong to with --model module:callable")
-    from nmconvert.model import load
-
-    built: nn.Module = load(model or str(file), file, arguments, trust=trust)
-    return built.to(device).eval()
+    return load(model or str(file), file, arguments, trust=trust).to(device).eval()

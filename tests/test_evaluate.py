@@ -109,3 +109,56 @@ def test_several_outputs_are_a_dict(tmp_path):
     assert found["flat"].shape == (2, 12)
     weight = numpy_helper.to_array(model.graph.initializer[0])
     assert torch.allclose(found["logits"], torch.tensor(weight.sum(0)).expand(2, 4), atol=1e-5)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """The same weights as the graph's, under ``state_dict``, and the module that they belong to."""
+    (tmp_path / "flat.py").write_text(
+        "from torch import nn\n"
+        "def flat(classes=4):\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, classes, bias=False))\n"
+    )
+    torch.save({"state_dict": {"1.weight": torch.tensor(WEIGHT.T.copy())}}, tmp_path / "m.pth")
+    return tmp_path / "m.pth"
+
+
+def test_a_checkpoint_and_its_graph_are_measured_alike(tmp_path, data, checkpoint):
+    task = build_task("classification")
+    graph = evaluate(linear(tmp_path / "m.onnx"), task, data)
+    module = evaluate(checkpoint, task, data, model=f"{tmp_path / 'flat.py'}:flat")
+    assert module.metrics == pytest.approx(graph.metrics, rel=1e-5)
+
+
+def test_model_arguments_and_misfits_are_said(tmp_path, data, checkpoint):
+    with pytest.raises(ModelError, match=r"1\.weight"):
+        evaluate(checkpoint, build_task("classification"), data, model=f"{tmp_path / 'flat.py'}:flat",
+                 model_arguments={"classes": "7"})  # fmt: skip
+
+
+def test_what_was_said_once_is_in_the_manifest(tmp_path, data, checkpoint):
+    prune = ["prune", str(checkpoint), "--nm", "1:4", "--model", f"{tmp_path / 'flat.py'}:flat", "--include", "*", "--quiet"]
+    pruned = tmp_path / "p.pth"
+    done = CliRunner().invoke(group, [*prune, "--output", str(pruned)])
+    assert done.exit_code == 0, done.output
+    result = json.loads(CliRunner().invoke(group, ["eval", str(pruned), "--data", data, "--json"]).stdout)
+    assert result["metrics"]["top1"] < 80
+    nothing = CliRunner().invoke(group, ["eval", str(pruned)])
+    assert isinstance(nothing.exception, UsageError)
+    assert "--data" in str(nothing.exception)
+
+
+def test_published_resnet20_has_its_published_accuracy(tmp_path, data_dir, sample_models):
+    """91.73 % on all 10,000 images; here on the first 1,250, within three standard errors."""
+    image = pytest.importorskip("PIL.Image")
+    tiles = [np.asarray(image.open(f).convert("RGB")) for f in sorted((data_dir / "cifar10" / "test").glob("*.webp"))[:2]]
+    images = np.concatenate([t.reshape(25, 32, 25, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3) for t in tiles])
+    labels = np.load(data_dir / "cifar10" / "labels_test.npy")[: len(images)]
+    np.savez(tmp_path / "cifar.npz", images=images, labels=labels)
+    result = evaluate(
+        data_dir / "checkpoints" / "resnet20-12fca82f.th", build_task("classification"), str(tmp_path / "cifar.npz"),
+        model=f"{sample_models / 'resnet.py'}:resnet20",
+    )  # fmt: skip
+    assert result.metrics["top1"] == pytest.approx(91.73, abs=2.4)

@@ -15,7 +15,7 @@ from nmconvert.pattern import Pattern
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-TASKS = ("classification",)
+TASKS = ("classification", "detection", "segmentation", "translation", "language_model")
 """The keys of `nmconvert.tasks.TASKS`, without the import of torch that they cost."""
 
 
@@ -69,6 +69,11 @@ def newest_onnx(ctx: click.Context, parameter: click.Parameter, value: Path | No
     return _newest(value, "ONNX file", "nmconvert export --onnx", lambda path: path.suffix == ".onnx")
 
 
+def newest_result(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path:
+    """Callback of an optional FILE: the newest file in this folder that nmconvert wrote, checkpoint or ONNX."""
+    return _newest(value, "result", "nmconvert prune", lambda path: True)
+
+
 def _newest(given: Path | None, what: str, first: str, wanted: Callable[[Path], bool]) -> Path:
     if given is not None:
         return given
@@ -114,9 +119,9 @@ def task_options(function: F) -> F:
         click.option("--std", is_eager=True, metavar="X,Y,Z", help="Divides after that, as in --mean."),
         click.option("--mean", is_eager=True, metavar="X,Y,Z",
                      help="Subtracted from images scaled to 0..1, per channel  [default: ImageNet's]."),
-        click.option("--data", required=True, metavar="DATA", help="Folder, file or package.module:callable."),
-        click.option("--task", type=click.Choice(TASKS), default=TASKS[0], show_default=True,
-                     help="What the model does: decides on data, loss and metric."),
+        click.option("--data", metavar="DATA", help="Folder, file or package.module:callable."),
+        click.option("--task", type=click.Choice(TASKS),
+                     help="What the model does: decides on data, loss and metric.  [default: classification]"),
     ):  # fmt: skip
         function = option(function)
     return function

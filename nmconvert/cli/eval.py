@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nmconvert.cli.common import key_values, output_options, show, task_options
+from nmconvert.cli.common import model_options, newest_result, output_options, show, task_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,34 +17,29 @@ if TYPE_CHECKING:
 
 
 @click.command("eval")
-@click.argument("file", type=click.Path(exists=True, path_type=Path))
+@click.argument("file", required=False, callback=newest_result, type=click.Path(exists=True, path_type=Path))
 @task_options
-@click.option("--model", metavar="SPEC", help="package.module:callable, path/to/file.py:callable or a model folder.")
-@click.option(
-    "--model-arg",
-    "model_arguments",
-    multiple=True,
-    callback=key_values,
-    metavar="NAME=VALUE",
-    help="An argument of the callable; may be repeated.",
-)
-@click.option("--trust", is_flag=True, help="Load files that can execute code (pickled modules, .pt2).")
+@model_options
 @click.option("--batch-size", default=100, show_default=True, type=click.IntRange(1), help="How many samples at once.")
 @click.option("--workers", default=0, show_default=True, type=click.IntRange(0), help="Processes that read the data.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many samples.")
 @click.option("--device", default="cpu", show_default=True, help="Where a checkpoint's model runs, e.g. cuda:0.")
 @output_options
 def command(
-    file: Path, task: str, data: str, settings: dict[str, str], model: str | None, model_arguments: dict[str, str],
-    trust: bool, batch_size: int, workers: int, limit: int | None, device: str, as_json: bool, quiet: bool,
+    file: Path, task: str | None, data: str | None, settings: dict[str, str], model: str | None,
+    model_arguments: dict[str, str], trust: bool, batch_size: int, workers: int, limit: int | None, device: str,
+    as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Measure FILE, a checkpoint or an ONNX file, with the metric of its task on DATA."""
-    from nmconvert.evaluate import evaluate
-    from nmconvert.tasks import build_task
+    """Measure FILE, a checkpoint or an ONNX file, with the metric of its task on DATA.
 
-    result = evaluate(
-        file, build_task(task, settings), data, model=model, model_arguments=model_arguments, trust=trust,
-        batch_size=batch_size, workers=workers, limit=limit, device=device,
+    FILE is by default the newest result of nmconvert in this folder. What was said before (--task, --data, --model) need
+    not be said again.
+    """
+    from nmconvert.evaluate import evaluate_again
+
+    result = evaluate_again(
+        file, task, settings, data, model=model, model_arguments=model_arguments, trust=trust, batch_size=batch_size,
+        workers=workers, limit=limit, device=device,
     )  # fmt: skip
     show(dataclasses.asdict(result), as_json=as_json, quiet=quiet, render=lambda: table(result))
 

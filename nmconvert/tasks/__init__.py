@@ -8,22 +8,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from nmconvert.errors import UsageError
 from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, Task
 from nmconvert.tasks.classification import Classification
+from nmconvert.tasks.detection import Detection
+from nmconvert.tasks.language_model import LanguageModel
+from nmconvert.tasks.segmentation import Segmentation
+from nmconvert.tasks.translation import Translation
 
 __all__ = ["TASKS", "Batch", "Gather", "Predict", "Samples", "Split", "Task", "build_task"]
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
+    "detection": Detection,
+    "segmentation": Segmentation,
+    "translation": Translation,
+    "language_model": LanguageModel,
 }
 
 
-def build_task(name: str, settings: Mapping[str, str] | None = None) -> Task:
+def build_task(name: str, settings: Mapping[str, str] | None = None, *, folder: Path | None = None) -> Task:
     """The task ``name`` with ``settings``, texts that are read as the type of the field says (lists: ``1,2,3``).
+
+    Where no tokenizer is among the settings, that of ``folder`` is taken, the Hugging Face folder of the model.
 
     Raises:
         UsageError: no such task or setting, or a text that does not fit.
@@ -33,6 +44,8 @@ def build_task(name: str, settings: Mapping[str, str] | None = None) -> Task:
     hints = get_type_hints(TASKS[name])
     known = [field.name for field in dataclasses.fields(TASKS[name])]  # type: ignore[arg-type]
     values: dict[str, Any] = {}
+    if folder is not None and "tokenizer" in known and (folder / "tokenizer.json").is_file():
+        values["tokenizer"] = str(folder)
     for key, text in (settings or {}).items():
         if key not in known:
             raise UsageError(f"the task {name} has no setting '{key}': it has {', '.join(known)}")

@@ -1,0 +1,291 @@
+"""Object detection and instance segmentation: formats, the metric, and the conventions of the models."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from nmconvert.errors import DataError
+from nmconvert.tasks.coco_ap import average_precision, record
+from nmconvert.tasks.detection import Detection, dense_distance
+from nmconvert.tasks.scenes import Scene, decode, encode, open_scenes
+from nmconvert.tasks.segmentation import Segmentation
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("pycocotools")
+
+HEIGHT, WIDTH = 30, 40
+POLYGON = [5, 5, 15, 5, 15, 25, 5, 25]
+
+
+def annotations() -> list[dict]:
+    flat = np.zeros((HEIGHT, WIDTH), bool)
+    flat[10:20, 20:30] = True
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flat.T.ravel().astype(int)])))
+    counts = np.diff([0, *edges, flat.size]).tolist()
+    return [
+        {"id": 1, "image_id": 7, "category_id": 1, "bbox": [5, 5, 10, 20], "segmentation": [POLYGON]},
+        {"id": 2, "image_id": 7, "category_id": 3, "bbox": [20, 10, 10, 10],
+         "segmentation": {"size": [HEIGHT, WIDTH], "counts": counts}},
+        {"id": 3, "image_id": 8, "category_id": 3, "bbox": [0, 0, 40, 30], "iscrowd": 1},
+        {"id": 4, "image_id": 8, "category_id": 1, "bbox": [1, 2, 8, 9], "segmentation": [POLYGON]},
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """Two images with four annotations, of which one is a crowd; the same as train.json and val.json."""
+    (tmp_path / "images").mkdir()
+    for number in (7, 8):
+        Image.new("RGB", (WIDTH, HEIGHT), (number, 100, 200)).save(tmp_path / "images" / f"{number}.png")
+    images = [{"id": i, "file_name": f"{i}.png", "height": HEIGHT, "width": WIDTH} for i in (7, 8)]
+    content = {"images": images, "annotations": annotations(), "categories": [{"id": 1}, {"id": 3}]}
+    for part in ("train", "val"):
+        (tmp_path / f"{part}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+class Oracle(nn.Module):
+    """Finds what it was told, by the red of the image; in training mode it returns a loss of 1 for each box."""
+
+    num_classes = 4
+
+    def __init__(self, found: dict[int, dict], scale: float = 1.0) -> None:
+        super().__init__()
+        self.found, self.scale = found, scale
+
+    def forward(self, images, targets=None):
+        if self.training:
+            return {
+                "a": sum(t["boxes"].sum() for t in targets),
+                "b": torch.tensor(float(sum(len(t["labels"]) for t in targets))),
+            }
+        return [self.found[round(float(image[0, 0, 0]) * 255)] for image in images]
+
+
+def perfect(task: Detection, data: str) -> dict[int, dict]:
+    """What an oracle has to say about each image of the data: exactly what is there."""
+    found = {}
+    for scene in task.dataset(data, split="val", augment=False):
+        target = task._target(scene)
+        target["scores"] = torch.ones(len(target["labels"]))
+        found[int(scene.image[0, 0, 0])] = target
+    return found
+
+
+def run(task: Detection, model: nn.Module, data: str) -> dict[str, float]:
+    loader = DataLoader(task.dataset(data, split="val", augment=False), 2, collate_fn=task.collate)
+    return task.evaluate(task.predictor(model.eval()), loader)
+
+
+@pytest.mark.parametrize("task", [Detection(), Detection(size=64), Segmentation(), Segmentation(size=64)])
+def test_an_oracle_is_right(coco, task):
+    result = run(task, Oracle(perfect(task, str(coco))), str(coco))
+    assert result["ap50"] == pytest.approx(100)
+    assert result["ap"] == pytest.approx(100)
+    if task.with_masks:
+        assert result["mask_ap50"] == pytest.approx(100)
+
+
+def test_half_of_it_is_half(coco):
+    found = perfect(Detection(), str(coco))
+    found[7] = {name: value[:1] for name, value in found[7].items()}  # the only single object of class 3 is missed
+    assert run(Detection(), Oracle(found), str(coco))["ap"] == pytest.approx(50)
+
+
+def test_nothing_found_is_zero(coco):
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
+    assert run(Detection(), Oracle({7: nothing, 8: nothing}), str(coco))["ap"] == 0
+
+
+def test_the_padding_of_onnx_outputs_does_not_count(coco):
+    found = perfect(Detection(), str(coco))
+
+    def graph(images):
+        """As an ONNX file: three rows an image, the score of unused ones 0."""
+        rows = [found[round(float(image[0, 0, 0]) * 255)] for image in images]
+        fill = {"boxes": torch.zeros(3, 4), "labels": torch.zeros(3, dtype=torch.int64), "scores": torch.zeros(3)}
+        return {name: torch.stack([torch.cat([r[name], fill[name]])[:3] for r in rows]) for name in fill}
+
+    loader = DataLoader(Detection().dataset(str(coco), split="val", augment=False), 2, collate_fn=Detection().collate)
+    assert Detection().evaluate(Detection().predictor(graph), loader)["ap"] == pytest.approx(100)
+
+
+def test_boxes_and_masks_are_those_of_the_file_without_crowds(coco):
+    scenes = [*Segmentation().dataset(str(coco), split="val", augment=False)]
+    assert scenes[0].boxes.tolist() == [[5, 5, 15, 25], [20, 10, 30, 20]]
+    assert scenes[0].labels.tolist() == [1, 3]
+    assert scenes[1].labels.tolist() == [1]
+    assert scenes[0].masks.sum((1, 2)).tolist() == [200, 100]
+    assert scenes[0].masks[1, 10:20, 20:30].all()
+    assert len(scenes[1].truth) == 2
+
+
+def test_a_flip_moves_boxes_with_pixels_and_masks():
+    image = np.zeros((6, 10, 3), np.uint8)
+    image[1:3, 2:5] = 255
+    mask = (image[..., 0] > 0).astype(np.uint8)[None]
+    flipped = Scene(image, np.array([[2, 1, 5, 3]], np.float32), np.array([1]), [], mask).flipped()
+    x1, y1, x2, y2 = flipped.boxes[0].astype(int)
+    assert (flipped.image[y1:y2, x1:x2] == 255).all()
+    assert flipped.masks[0, y1:y2, x1:x2].sum() == mask.sum() == (flipped.image[..., 0] > 0).sum()
+
+
+def test_resizing_moves_boxes_and_masks(coco):
+    scene = Segmentation(size=60).dataset(str(coco), split="val", augment=False)[0]
+    assert scene.image.shape == (60, 60, 3)
+    x1, y1, x2, y2 = scene.boxes[1].round().astype(int)
+    assert scene.masks[1, y1:y2, x1:x2].mean() > 0.95
+    assert scene.masks[1].sum() == pytest.approx((x2 - x1) * (y2 - y1), rel=0.1)
+
+
+def test_encoding_undoes_decoding():
+    mask = np.random.default_rng(0).integers(0, 2, (9, 7)).astype(np.uint8)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.T.ravel().astype(int)])))
+    rle = {"segmentation": {"size": [9, 7], "counts": np.diff([0, *edges, mask.size]).tolist()}}
+    assert (decode(encode(rle, 9, 7)) == mask).all()
+
+
+def test_the_loss_is_the_sum_of_the_models(coco):
+    task = Detection()
+    batch = task.collate([*task.dataset(str(coco), split="train", augment=False)])
+    assert task.loss(Oracle({}).train(), batch) == sum(t["boxes"].sum() for t in batch.targets["targets"]) + 3
+
+
+def test_a_teacher_that_has_no_dense_maps_gives_its_detections(coco):
+    task, teacher = Detection(), Oracle(perfect(Detection(), str(coco))).eval()
+    batch = task.collate([*task.dataset(str(coco), split="train", augment=False)])
+    assert task.distill(Oracle({}).train(), teacher, batch) == task.loss(Oracle({}).train(), batch)
+    for found in teacher.found.values():
+        found["scores"] = torch.full_like(found["scores"], 0.1)
+    assert task.distill(Oracle({}).train(), teacher, batch) == 0
+
+
+def test_dense_distance_is_nothing_between_equals():
+    maps = {"logits": torch.randn(2, 3, 4, 4), "box": torch.randn(2, 4, 4, 4)}
+    other = {name: value + 1 for name, value in maps.items()}
+    assert dense_distance(maps, maps).abs() < 1e-5
+    assert dense_distance(other, maps) > 0.1
+    with pytest.raises(DataError, match="same architecture"):
+        dense_distance({"logits": maps["logits"]}, maps)
+
+
+def test_unlabelled_images_serve_for_distillation_only(coco):
+    task = Detection()
+    batch = task.collate([*task.dataset(str(coco / "images"), split="test", augment=False)])
+    assert not batch.labelled
+    teacher = Oracle(perfect(task, str(coco))).eval()
+    assert task.distill(Oracle({}).train(), teacher, batch) > 0
+    with pytest.raises(DataError, match="no labels"):
+        task.loss(Oracle({}).train(), batch)
+
+
+def test_ranks_are_joined(coco):
+    task = Detection()
+    model = Oracle(perfect(task, str(coco))).eval()
+    data, seen = task.dataset(str(coco), split="val", augment=False), []
+    for number in (0, 1):
+        result = task.evaluate(task.predictor(model), [task.collate([data[number]])], gather=lambda m: seen.extend(m) or seen)
+    assert result["ap"] == pytest.approx(100)
+
+
+def voc(folder: Path) -> Path:
+    (folder / "Annotations").mkdir(parents=True)
+    (folder / "JPEGImages").mkdir()
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    for number, (name, difficult) in enumerate([("dog", 0), ("cat", 1)]):
+        Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "JPEGImages" / f"{number}.jpg")
+        box = "<bndbox><xmin>3</xmin><ymin>4</ymin><xmax>12</xmax><ymax>23</ymax></bndbox>"
+        thing = f"<object><name>{name}</name><difficult>{difficult}</difficult>{box}</object>"
+        text = f"<annotation><filename>{number}.jpg</filename>{thing}</annotation>"
+        (folder / "Annotations" / f"{number}.xml").write_text(text)
+    (folder / "ImageSets" / "Main" / "train.txt").write_text("0\n1\n")
+    return folder
+
+
+def test_pascal_voc(tmp_path):
+    scenes = [*Detection().dataset(str(voc(tmp_path / "voc")), split="train", augment=False)]
+    assert scenes[0].boxes.tolist() == [[2, 3, 12, 23]]
+    assert scenes[0].labels.tolist() == [2]  # cat is 1
+    assert scenes[1].labels.tolist() == []  # difficult
+    assert scenes[1].truth[0]["iscrowd"] == 1
+
+
+def test_official_names_of_coco_folders(coco):
+    (coco / "annotations").mkdir()
+    (coco / "val.json").rename(coco / "annotations" / "instances_val2017.json")
+    (coco / "images").rename(coco / "val2017")
+    assert len(Detection().dataset(str(coco), split="val", augment=False)[0].boxes) == 2
+
+
+def test_a_label_beyond_the_model_is_said(coco):
+    task = Detection(label_offset=5)
+    batch = task.collate([*task.dataset(str(coco), split="train", augment=False)])
+    with pytest.raises(DataError, match="label 8 is out of range: the model has 4 classes"):
+        task.loss(Oracle({}).train(), batch)
+
+
+@pytest.mark.parametrize("output", [torch.zeros(2, 10), {"logits": torch.zeros(2, 5)}, [torch.zeros(3)]])
+def test_a_model_of_another_task_is_said(coco, output):
+    class Other(nn.Module):
+        def forward(self, images):
+            return output
+
+    with pytest.raises(DataError, match="of another task"):
+        run(Detection(), Other(), str(coco))
+
+
+def test_data_of_another_task_is_said(coco, tmp_path):
+    boxes = json.loads((coco / "val.json").read_text())
+    for annotation in boxes["annotations"]:
+        annotation.pop("segmentation", None)
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    (tmp_path / "broken.json").write_text('{"images": [')
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    cases = {"boxes.json": "no 'segmentation'", "broken.json": "no COCO file", "other.json": "no COCO file", "x": "COCO file"}
+    for name, message in cases.items():
+        with pytest.raises(DataError, match=message):
+            open_scenes(str(tmp_path / name), "test", with_masks=True)
+
+
+def test_a_missing_image_is_named(coco):
+    (coco / "images" / "8.png").unlink()
+    with pytest.raises(DataError, match=r"8\.png: No such file"):
+        [*Detection().dataset(str(coco), split="val", augment=False)]
+    with pytest.warns(UserWarning, match=r"8\.png"):
+        assert [*Detection(skip_bad=True).dataset(str(coco), split="val", augment=False)][1] is None
+
+
+def test_precision_agrees_with_a_ranking_by_hand():
+    """Three objects; found: a hit (.9), a miss (.8), a hit (.7). AP at every IoU: precision 1 to recall 1/3, 2/3 to 2/3."""
+    truth = [{"bbox": [i * 20, 0, 10, 10], "category_id": 1, "area": 100, "iscrowd": 0} for i in range(3)]
+    boxes = torch.tensor([[0.0, 0, 10, 10], [60, 60, 70, 70], [20, 0, 30, 10]])
+    found = {"boxes": boxes, "labels": torch.ones(3, dtype=torch.int64), "scores": torch.tensor([0.9, 0.8, 0.7])}
+    one = record(truth, found, (100, 100), (100, 100), False)
+    recalls = np.linspace(0, 1, 101)
+    goal = np.mean(np.where(recalls <= 1 / 3, 1.0, np.where(recalls <= 2 / 3, 2 / 3, 0.0)))
+    assert average_precision([one], "bbox")["ap"] == pytest.approx(100 * goal, abs=1e-6)
+
+
+def test_hugging_face_detectors(coco):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.YolosConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[32, 48],
+        patch_size=16, num_detection_tokens=5, num_labels=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    task, model = Detection(size=48), transformers.YolosForObjectDetection(config)
+    batch = task.collate([*task.dataset(str(coco), split="train", augment=False)])
+    try:
+        loss = task.loss(model.train(), batch)
+    except ImportError as error:  # transformers matches boxes with SciPy
+        pytest.skip(str(error))
+    assert torch.isfinite(loss)
+    assert task.distill(model.eval(), model, batch).abs() < 1e-4
+    found = task.predictor(model.eval())(batch.inputs)
+    assert found[0]["boxes"].shape == (5, 4)
+    assert set(run(task, model, str(coco))) == {"ap", "ap50", "ap75"}
