@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nmconvert.errors import NmconvertError
@@ -100,9 +102,6 @@ def parallelize(
 
 
 def _shard(model: nn.Module, shard_dim: Callable[[nn.Parameter], int]) -> None:
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Shard
-
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(shard_dim(parameter))
 
@@ -117,7 +116,7 @@ def sync_gradients(parallel: nn.Module, wanted: bool) -> AbstractContextManager[
     """A context for forward and backward: whether their gradients are averaged over the processes already."""
     if isinstance(parallel, DistributedDataParallel):
         return nullcontext() if wanted else parallel.no_sync()
-    if hasattr(parallel, "set_requires_gradient_sync"):
+    if isinstance(parallel, FSDPModule):
         parallel.set_requires_gradient_sync(wanted)
     return nullcontext()
 
@@ -130,48 +129,41 @@ def broadcast_buffers(model: nn.Module) -> None:
                 td.broadcast(buffer, 0)
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds a part of ``tensor`` only (a DTensor, as FSDP2 makes of a parameter)."""
-    return hasattr(tensor, "placements")
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether this rank holds a part of ``tensor`` only, as FSDP2 makes of a parameter."""
+    return isinstance(tensor, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of ``tensor`` that this rank holds: all of it, unless it is sharded."""
-    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
-    return part
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of ``tensor``, gathered where it is sharded; then every rank has to call this."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local_part(full: Tensor, like: Tensor) -> Tensor:
     """The part of ``full`` that belongs to this rank's part of ``like``; a view."""
     if not is_sharded(like):
         return full
-    mesh = like.device_mesh  # type: ignore[attr-defined]
-    for mesh_dim, placement in enumerate(like.placements):  # type: ignore[attr-defined]
-        if placement.is_shard():
-            parts = full.chunk(mesh.size(mesh_dim), placement.dim)  # as DTensor does: the last ones may be missing
-            index = mesh.get_local_rank(mesh_dim)
+    for mesh_dim, placement in enumerate(like.placements):
+        if isinstance(placement, Shard):
+            parts = full.chunk(like.device_mesh.size(mesh_dim), placement.dim)  # as DTensor does: the last may be missing
+            index = like.device_mesh.get_local_rank(mesh_dim)
             full = parts[index] if index < len(parts) else full.narrow(placement.dim, 0, 0)
     return full
 
 
 def shard_dims(tensor: Tensor) -> set[int]:
     """The dimensions along which ``tensor`` is spread over ranks."""
-    if not is_sharded(tensor):
-        return set()
-    return {p.dim for p in tensor.placements if p.is_shard()}  # type: ignore[attr-defined]
+    return {p.dim for p in tensor.placements if isinstance(p, Shard)} if is_sharded(tensor) else set()
 
 
 def assemble(part: Tensor, like: Tensor) -> Tensor:
     """The whole tensor of which each rank has ``part``, spread as ``like`` is."""
     if not is_sharded(like):
         return part
-    from torch.distributed.tensor import DTensor
-
-    whole = DTensor.from_local(
-        part,
-        like.device_mesh,  # type: ignore[attr-defined]
-        like.placements,  # type: ignore[attr-defined]
-        shape=like.shape,
-        stride=like.stride(),
-    )
-    return whole.full_tensor()
+    spread = DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return spread.full_tensor()

@@ -57,7 +57,7 @@ class _StraightThrough(torch.autograd.Function):
         return weight * mask
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -78,7 +78,7 @@ class WeightMask(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The masked weight."""
         if self.straight_through:
-            masked: Tensor = _StraightThrough.apply(weight, self.mask)
+            masked: Tensor = _StraightThrough.apply(weight, self.mask)  # type: ignore[no-untyped-call]
             return masked
         return weight * self.mask
 
@@ -93,7 +93,7 @@ class WeightMask(nn.Module):
         Of a sharded weight each rank computes its part, unless groups cross the ranks; the result is whole on each.
         """
         crosses = dist.shard_dims(weight) & self.grouped_dims(weight.dim())
-        part: Tensor = weight.full_tensor() if crosses else dist.local(weight)  # type: ignore[operator]
+        part = dist.whole(weight) if crosses else dist.local(weight)
         if part.numel():
             view = MatrixView.of(self.kind, part.shape, self.axis, self.groups)
             mask = view.from_matrix(nm_mask(magnitude(view.to_matrix(part)), self.pattern))
@@ -126,7 +126,7 @@ class SparseWeight:
     def dense(self) -> nn.Parameter:
         """The dense weight, the parameter that is trained (looked up each time: FSDP2 replaces it)."""
         module, attribute = self.owners[0]
-        parameter: nn.Parameter = module.parametrizations[attribute].original  # type: ignore[index, union-attr, assignment]
+        parameter: nn.Parameter = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
         return parameter
 
 
@@ -212,9 +212,7 @@ class Sparse:
 
         def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if in_gradient and (len(args) > 1 or kwargs.get("closure") is not None):
-                raise UsageError(
-                    "optimizer.step(closure) computes gradients too late for the decay: call backward first"
-                )
+                raise UsageError("optimizer.step(closure) computes gradients too late for the decay: call backward first")
             self._apply_decay(optimizer, in_gradient)
 
         def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -306,9 +304,7 @@ class Sparse:
         """How the masks moved since the last call of this."""
         entries = sum(weight.mask.mask.numel() for weight in self.weights)
         steps = max(1, self.steps - self._first_step)
-        sad = sum(
-            int((weight.mask.mask ^ first).sum()) for weight, first in zip(self.weights, self._first, strict=True)
-        )
+        sad = sum(int((weight.mask.mask ^ first).sum()) for weight, first in zip(self.weights, self._first, strict=True))
         flips = int(self._flips)
         result = Statistics(self.steps - self._first_step, flips / steps / max(1, entries), sad, self._pruned_energy())
         self._reset_statistics()
@@ -339,9 +335,7 @@ class Sparse:
 
     def mask_names(self) -> list[str]:
         """The names of the masks among the model's buffers."""
-        return [
-            f"{path}parametrizations.{attribute}.0.mask" for path, _, attribute, _ in _masked(self.model)
-        ]
+        return [f"{path}parametrizations.{attribute}.0.mask" for path, _, attribute, _ in _masked(self.model)]
 
     def finalize(self) -> nn.Module:
         """Make the model plain again, each weight exactly N:M in the parameter it had; returns the model.
@@ -419,7 +413,7 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     plain = {}
     for name, value in state.items():
-        value = value.full_tensor() if dist.is_sharded(value) else value  # type: ignore[operator]
+        value = dist.whole(value)
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
         if prefix is None:
             plain[name] = value.detach().clone()
@@ -432,7 +426,7 @@ def _masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, WeightMask]
     """Every (prefix of its names, module, attribute, mask) in ``model``; a shared mask comes once for each owner."""
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
-            for attribute, steps in module.parametrizations.items():  # type: ignore[operator, union-attr]
+            for attribute, steps in module.parametrizations.items():
                 if isinstance(steps[0], WeightMask):
                     yield (f"{path}." if path else ""), module, attribute, steps[0]
 
@@ -450,9 +444,7 @@ def _mask_weight(model: nn.Module, row: Row) -> SparseWeight:
     except AttributeError as error:
         raise ModelError(f"the model has no weight '{row.name}': was it pruned from another model?") from error
     if tuple(parameter.shape) != row.info.shape:
-        raise ModelError(
-            f"'{row.name}' has shape {list(parameter.shape)} in the model, {list(row.info.shape)} in the plan"
-        )
+        raise ModelError(f"'{row.name}' has shape {list(parameter.shape)} in the model, {list(row.info.shape)} in the plan")
     mask = WeightMask(parameter, row.info.kind, row.info.groups, row.pattern, row.axis)
     owners = tuple(_owners(model.modules(), parameter))
     for owner, name in owners:

@@ -109,9 +109,7 @@ def test_sgd_takes_exactly_the_step_of_the_paper(pattern, axis):
         x = torch.randn(2, 32, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
         mask = view.from_matrix(nm_mask(view.to_matrix(weight).abs(), Pattern.parse(pattern)))
         masked = (weight * mask).requires_grad_()
-        grad, grad_bias = torch.autograd.grad(
-            F.conv2d(x, masked, bias.requires_grad_()).square().mean(), (masked, bias)
-        )
+        grad, grad_bias = torch.autograd.grad(F.conv2d(x, masked, bias.requires_grad_()).square().mean(), (masked, bias))
         weight = weight - lr * (grad + decay * (1 - mask.double()) * weight)
         bias = (bias - lr * grad_bias).detach()
 
@@ -154,9 +152,7 @@ def test_decay_is_the_same_under_gradient_accumulation():
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    "optimizer_class", [torch.optim.AdamW, torch.optim.Adam, torch.optim.RMSprop, torch.optim.NAdam]
-)
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.Adam, torch.optim.RMSprop, torch.optim.NAdam])
 def test_decay_is_decoupled_for_all_but_sgd(optimizer_class):
     """The plain optimiser, given the same gradients, takes the same step from weights that were shrunk before it."""
     decay, lr = 2.0, 1e-2

@@ -34,7 +34,9 @@ class Batches:
                 f"accumulated parts: give a multiple of {shares}"
             )
         if len(dataset) < settings.batch:
-            raise DataError(f"the data has {len(dataset)} samples, fewer than a batch of {settings.batch}: give a smaller --batch")
+            raise DataError(
+                f"the data has {len(dataset)} samples, fewer than a batch of {settings.batch}: give a smaller --batch"
+            )
         self.dataset, self.task, self.settings, self.device = dataset, task, settings, device
         self.part = settings.batch // shares
         self.steps = len(dataset) // settings.batch

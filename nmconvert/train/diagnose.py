@@ -63,9 +63,8 @@ def out_of_memory_named(batch: int, accumulate: int) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "can't allocate memory" not in str(error):
-                raise
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
         raise NmconvertError(
             f"out of memory at batches of {batch}: --accumulate {2 * accumulate} takes each in twice as many parts and gives "
             "the same result, a smaller --batch another one; --precision bf16 needs less as well"

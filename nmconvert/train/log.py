@@ -114,7 +114,11 @@ class Display:
     def __init__(self, metric: str, *, show: bool) -> None:
         self.metric, self.rows = metric, list[Row]()
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn()
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
         )
         console = Console(stderr=True)
         self.live = Live(console=console, auto_refresh=False) if show and sys.stderr.isatty() else None

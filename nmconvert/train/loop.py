@@ -6,8 +6,8 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from math import isfinite
+from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -137,9 +137,7 @@ class Run:
             dist.parallelize(self.teacher, shard_dim=lambda parameter: 0)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if settings.ema is not None else None
         self.optimizer = settings.make_optimizer(self.model)
-        self.sparse.attach(
-            self.optimizer, steps=self.steps, anneal=settings.anneal, freeze_masks=settings.freeze_masks
-        )
+        self.sparse.attach(self.optimizer, steps=self.steps, anneal=settings.anneal, freeze_masks=settings.freeze_masks)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.step = 0
         self.rows: list[Row] = []
@@ -213,10 +211,10 @@ class Run:
             assert self.settings.ema is not None
             weight = 1 - min(self.settings.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
-                for mean, now in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                    mean.lerp_(now, weight)
-                for mean, now in zip(self.average.buffers(), self.model.buffers(), strict=True):
-                    mean.copy_(now)
+                for mean, trained in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                    mean.lerp_(trained, weight)
+                for ours, buffer in zip(self.average.buffers(), self.model.buffers(), strict=True):
+                    ours.copy_(buffer)
 
     def _autocast(self) -> Any:
         if self.settings.precision == "fp32":

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
 
 from nmconvert import dist
@@ -34,7 +36,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], progress: dict[str
         partial.mkdir(parents=True)
     dist.barrier()
     with _quiet():
-        dcp.save(tensors, checkpoint_id=partial, no_dist=dist.world() == 1)
+        save_tensors(tensors, checkpoint_id=partial, no_dist=dist.world() == 1)
     dist.barrier()
     if dist.rank() == 0:
         (partial / PROGRESS).write_text(json.dumps(progress))
@@ -71,12 +73,12 @@ def load(state: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: a tensor is missing or has another shape: the run was of another model or other settings.
     """
-    saved = dcp.FileSystemReader(state).read_metadata().state_dict_metadata
+    saved = FileSystemReader(state).read_metadata().state_dict_metadata
     for name, tensor in tensors.items():
         if name not in saved or saved[name].size != tensor.shape:  # type: ignore[union-attr]
             raise CheckpointError(f"{state}: '{name}' is not in it as this run has it: was --resume given for another run?")
     with _quiet():
-        dcp.load(tensors, checkpoint_id=state, no_dist=dist.world() == 1)
+        load_tensors(tensors, checkpoint_id=state, no_dist=dist.world() == 1)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -91,7 +93,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
 
 def prepare_optimizer(model: nn.Module, optimizer: Optimizer, state: Path) -> None:
     """Give a fresh optimiser zeros of the kind that ``state`` has, for `load` to fill."""
-    saved = dcp.FileSystemReader(state).read_metadata().state_dict_metadata
+    saved = FileSystemReader(state).read_metadata().state_dict_metadata
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
         for key, meta in saved.items():
@@ -99,9 +101,7 @@ def prepare_optimizer(model: nn.Module, optimizer: Optimizer, state: Path) -> No
                 like_parameter = meta.size == parameter.shape  # type: ignore[union-attr]
                 dtype = meta.properties.dtype  # type: ignore[union-attr]
                 value = (
-                    torch.zeros_like(parameter, dtype=dtype)
-                    if like_parameter
-                    else torch.zeros(meta.size, dtype=dtype)  # type: ignore[union-attr]
+                    torch.zeros_like(parameter, dtype=dtype) if like_parameter else torch.zeros(meta.size, dtype=dtype)  # type: ignore[union-attr]
                 )
                 optimizer.state[parameter][key.removeprefix(prefix)] = value
 

@@ -1,0 +1,361 @@
+"""The training loop: what it reaches, that it goes on bit for bit, and what it says when it cannot."""
+
+import copy
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nmconvert.errors import CheckpointError, DataError, NmconvertError, UsageError
+from nmconvert.pattern import Pattern
+from nmconvert.plan import make_plan
+from nmconvert.srste import weights_of
+from nmconvert.tasks import Classification, Samples
+from nmconvert.tasks.images import shifted
+from nmconvert.train import Settings, train
+from nmconvert.train.batches import Batches
+from nmconvert.train.curves import curves_svg
+
+CLASSES = 4
+TASK = Classification(mean=(0.5,), std=(0.25,), flip=False)
+
+
+def samples(count=96, *, seed=0, augment=False, labelled=True):
+    """Gray 8×8 images, each class with a bright quadrant of its own."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, count)
+    images = rng.integers(0, 120, (count, 8, 8, 1)).astype(np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        top, left = divmod(int(label), 2)
+        image[4 * top : 4 * top + 4, 4 * left : 4 * left + 4] += 60
+    read = partial(_read, images, labels if labelled else np.full(count, -1))
+    return Samples(read, count, augment=_shifted if augment else None)
+
+
+def _read(images, labels, index):
+    return images[index], int(labels[index])
+
+
+def _shifted(sample, rng):
+    return shifted(sample[0], 1, rng), sample[1]
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.AvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(32, CLASSES),
+    )
+
+
+def plan_of(model, pattern="2:4"):
+    return make_plan(weights_of(model), Pattern.parse(pattern))
+
+
+def run(settings=None, *, model=None, teacher=None, data=None, **more):
+    model = network() if model is None else model
+    data = samples(augment=True) if data is None else data
+    return train(
+        model, plan_of(model), TASK, data, samples(64, seed=1), settings or Settings(batch=32), teacher=teacher, **more
+    )
+
+
+def accuracy(rows):
+    return [row.metrics["top1"] for row in rows]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """A network that was trained dense."""
+    model = network()
+    plan = make_plan(weights_of(model), Pattern(2, 4), exclude=["*"])
+    result = train(model, plan, TASK, samples(), samples(64, seed=1), Settings(epochs=12, batch=16, lr=0.05))
+    assert accuracy(result.rows)[-1] > 95
+    return model
+
+
+def test_it_learns_and_ends_nm():
+    model = network()
+    result = run(Settings(epochs=10, batch=16, freeze_masks=0.3), model=model)
+    assert accuracy(result.rows)[-1] > 90 > accuracy(result.rows)[0]
+    assert [row.label for row in result.rows] == ["start", *map(str, range(1, 11))]
+    assert same(result.weights, model.state_dict())
+    matrix = result.weights["3.weight"].permute(0, 2, 3, 1).reshape(-1, 4)
+    assert int((matrix != 0).sum(1).max()) == 2
+    assert result.rows[-1].sad == 0, "the masks stood still in the last epochs"
+    assert result.rows[1].sad > 0
+
+
+def test_a_teacher_replaces_labels(dense):
+    model = copy.deepcopy(dense)
+    result = run(Settings(epochs=3, batch=16, lr=0.02), model=model, teacher=copy.deepcopy(dense), data=samples(labelled=False))
+    assert [row.label for row in result.rows[:2]] == ["dense", "start"]
+    assert accuracy(result.rows)[-1] >= accuracy(result.rows)[1]
+    assert accuracy(result.rows)[-1] > 95
+    with pytest.raises(DataError, match="labels"):
+        run(Settings(batch=16), data=samples(labelled=False))
+
+
+@pytest.mark.parametrize("method", ["sr-ste", "ste", "fixed-mask"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_method_and_precision_learns(method, precision, dense):
+    settings = Settings(epochs=3, batch=16, lr=0.02, method=method, precision=precision, clip=5.0)
+    assert accuracy(run(settings, model=copy.deepcopy(dense)).rows)[-1] > 90
+
+
+def test_adamw_and_averaged_weights_learn(dense):
+    settings = Settings(epochs=4, batch=16, optimizer="adamw", lr=2e-3, ema=0.9)
+    result = run(settings, model=copy.deepcopy(dense), teacher=copy.deepcopy(dense))
+    assert accuracy(result.rows)[-1] > 90
+    matrix = result.weights["3.weight"].permute(0, 2, 3, 1).reshape(-1, 4)
+    assert int((matrix != 0).sum(1).max()) == 2
+
+
+def test_accumulation_gives_the_same_weights():
+    """To rounding, in a network without batch norm or dropout."""
+    results = []
+    for parts in (1, 4):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, CLASSES)).double()
+        task = _Doubled(mean=(0.5,), std=(0.25,))
+        settings = Settings(epochs=2, batch=32, accumulate=parts, clip=1.0)
+        results.append(train(model, plan_of(model), task, samples(), samples(8), settings).weights)
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-9, atol=1e-11)
+
+
+class _Doubled(Classification):
+    def collate(self, batch):
+        made = super().collate(batch)
+        return type(made)(made.inputs.double(), made.targets, made.size, made.labelled)
+
+
+def test_the_order_of_samples_does_not_depend_on_parts_or_start():
+    def order(settings, first=0):
+        batches = Batches(_Numbers(50), _Lists(), settings, torch.device("cpu"))
+        return [sorted(n for part in step for n in part.numbers) for step in batches.epoch(3, first)]
+
+    whole = order(Settings(batch=12, seed=5))
+    assert len(whole) == 4
+    assert len({n for step in whole for n in step}) == 48
+    assert order(Settings(batch=12, seed=5, accumulate=3)) == whole
+    assert order(Settings(batch=12, seed=5), first=2) == whole[2:]
+    assert order(Settings(batch=12, seed=6)) != whole
+
+
+class _Numbers(torch.utils.data.Dataset):
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return index
+
+
+class _Lists:
+    class Numbers:
+        def __init__(self, numbers):
+            self.numbers = numbers
+
+        def to(self, device):
+            return self
+
+    def collate(self, numbers):
+        return self.Numbers(numbers)
+
+
+# -- resume ---------------------------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "sgd": Settings(epochs=3, batch=16, save_minutes=0.0005, workers=2, freeze_masks=0.3),
+    "adamw-ema-fp16": Settings(
+        epochs=3, batch=16, save_minutes=0.0, optimizer="adamw", ema=0.9, precision="fp16", accumulate=2
+    ),
+}
+
+
+def _child(variant, folder, resume):
+    """A run of its own in a process of its own; its weights go into ``folder``."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of its workers, which would import everything anew otherwise
+    result = run(VARIANTS[variant], folder=folder / "state", log=folder / "log.jsonl", resume=resume)
+    torch.save([result.weights, [row.metrics for row in result.rows], [row.sad for row in result.rows]], folder / "result.pt")
+
+
+def _start(*arguments):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_train"])
+    process = context.Process(target=_child, args=arguments)
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_killed_and_resumed_runs_end_with_the_same_weights(variant, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    whole = _start(variant, tmp_path / "whole", False)
+    whole.join()
+    assert whole.exitcode == 0
+
+    rng, kills, resume, folder = random.Random(variant), 0, False, tmp_path / "killed"
+    for goal in [*sorted(rng.sample(range(1, 17), 3)), None]:
+        process = _start(variant, folder, resume)
+        while goal is not None and process.is_alive() and _steps_logged(folder / "log.jsonl") < goal:
+            time.sleep(0.002)
+        if goal is not None:
+            time.sleep(rng.random() / 50)
+            os.kill(process.pid, signal.SIGKILL)
+            kills += process.is_alive()
+            resume = any((folder / "state").glob("step-*/progress.json"))
+        process.join()
+    assert process.exitcode == 0
+    expected, got = (torch.load(tmp_path / name / "result.pt") for name in ("whole", "killed"))
+    assert same(expected[0], got[0])
+    assert expected[1:] == got[1:], "the table is the same too"
+    logs = [_without_times(tmp_path / name / "log.jsonl") for name in ("whole", "killed")]
+    assert logs[0] == logs[1], "the log is that of one run"
+
+
+def _steps_logged(path):
+    return sum('"step"' in line for line in path.read_text().splitlines()) if path.is_file() else 0
+
+
+def _without_times(path):
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+
+
+def test_resume_refuses_another_run(tmp_path):
+    run(Settings(epochs=1, batch=32), folder=tmp_path)
+    with pytest.raises(UsageError, match=r"lr was None and is 0\.1 now"):
+        run(Settings(epochs=1, batch=32, lr=0.1), folder=tmp_path, resume=True)
+    with pytest.raises(UsageError, match="samples was 96 and is 64 now"):
+        run(Settings(epochs=1, batch=32), folder=tmp_path, resume=True, data=samples(64))
+    with pytest.raises(UsageError, match="go on with --resume"):
+        run(Settings(epochs=1, batch=32), folder=tmp_path)
+    wider = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(288, CLASSES))
+    with pytest.raises(CheckpointError, match="for another run"):
+        run(Settings(epochs=1, batch=32), model=wider, folder=tmp_path, resume=True)
+    (next(tmp_path.glob("step-*")) / "progress.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        run(Settings(epochs=1, batch=32), folder=tmp_path, resume=True)
+
+
+def test_a_finished_run_resumes_to_its_result(tmp_path):
+    first = run(Settings(epochs=2, batch=32), folder=tmp_path)
+    again = run(Settings(epochs=2, batch=32), folder=tmp_path, resume=True)
+    assert same(first.weights, again.weights)
+    assert first.rows == again.rows
+    assert len(list(tmp_path.iterdir())) == 1, "older states are removed"
+
+
+def test_early_stopping_comes_back_to_the_best_epoch(tmp_path, dense):
+    """With a learning rate that destroys, the best epoch is the first."""
+    settings = Settings(epochs=6, batch=16, lr=30.0, warmup=1.0, clip=1.0, patience=2)
+    result = run(settings, model=copy.deepcopy(dense), folder=tmp_path)
+    best = max(range(1, len(result.rows)), key=lambda i: accuracy(result.rows)[i])
+    assert result.stopped_early
+    assert len(result.rows) == best + 3
+    model = network()
+    model.load_state_dict(result.weights)
+    loader = [TASK.collate([samples(64, seed=1)[i] for i in range(64)])]
+    assert TASK.evaluate(model.eval(), loader)["top1"] == accuracy(result.rows)[best]
+    with pytest.raises(UsageError, match="patience needs a folder"):
+        run(settings)
+
+
+# -- what is left to read -------------------------------------------------------------------------------------------------
+
+
+def test_log_and_curves(tmp_path):
+    result = run(Settings(epochs=2, batch=32), log=tmp_path / "log.jsonl", teacher=network())
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [line["label"] for line in lines if line["kind"] == "row"] == ["dense", "start", "1", "2"]
+    assert all(math.isfinite(line["loss"]) for line in lines if line["kind"] == "step")
+    assert [line["metrics"] for line in lines if line["kind"] == "row"] == [row.metrics for row in result.rows]
+    svg = (tmp_path / "log.svg").read_text()
+    assert svg.count("<polyline") == 4
+    assert ">dense<" in svg
+
+
+def test_curves_leave_out_what_is_not_finite_and_escape_names():
+    svg = curves_svg({"a<b": [(0, 1.0), (1, math.nan), (2, 3.0)], "nothing": [], "flat": [(0, 5.0)]})
+    assert "a&lt;b" in svg
+    assert "nan" not in svg
+    assert svg.count("<polyline") == 2
+
+
+# -- what goes wrong ------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_nan_names_step_and_layer(tmp_path):
+    model = network()
+
+    class Breaks(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            if self.training:
+                Breaks.calls += 1
+            return x / 0 if Breaks.calls > 4 else x
+
+    model[4] = Breaks()
+    with pytest.raises(NmconvertError, match=r"step 5 \(epoch 2\): '4' is the first layer .*step-3 is the last good state"):
+        run(Settings(epochs=2, batch=32), model=model, folder=tmp_path)
+    model = network()
+    model[8].weight.data.fill_(math.nan)
+    with pytest.raises(NmconvertError, match=r"step 1 .*the weight '8\.weight' holds NaN"):
+        run(Settings(epochs=2, batch=32), model=model)
+
+
+def test_memory_that_runs_out_names_the_remedy():
+    class Greedy(nn.Module):
+        def forward(self, x):
+            return x + torch.empty(1 << 60) if self.training else x
+
+    with pytest.raises(NmconvertError, match=r"batches of 32: --accumulate 2"):
+        run(model=nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES), Greedy()))
+
+
+def test_bad_settings_and_data_are_named():
+    with pytest.raises(DataError, match="96 samples, fewer than a batch of 128"):
+        run(Settings(batch=128))
+    with pytest.raises(UsageError, match="multiple of 3"):
+        run(Settings(batch=32, accumulate=3))
+    for wrong in ({"epochs": 0}, {"lr": -1.0}, {"freeze_masks": 1.5}, {"ema": 1.0}, {"patience": 0}):
+        with pytest.raises(UsageError, match=next(iter(wrong)).replace("_", "-")):
+            Settings(**wrong)
+    with pytest.raises(DataError, match="label 3 is out of range: the model has 2 classes"):
+        run(model=nn.Sequential(nn.Flatten(), nn.Linear(64, 2)))
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    settings = Settings(lr=0.1, warmup=0.2)
+    rates = [settings.lr_at(step, 10) for step in range(10)]
+    assert rates[:2] == pytest.approx([0.05, 0.1])
+    assert rates[2] == pytest.approx(0.1)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert 0 < rates[-1] < 0.005
