@@ -288,7 +288,7 @@ def test_real_checkpoints(data_dir: Path, tmp_path: Path, name: str) -> None:
 
 def test_a_bare_pickle_is_not_loaded(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"w": 1}))
-    with pytest.raises(CheckpointError, match="a bare pickle; .* pass --trust only if"):
+    with pytest.raises(CheckpointError, match=r"a bare pickle; .* pass --trust only if"):
         open_checkpoint(tmp_path / "a.pkl")
     with pytest.raises(CheckpointError, match=r"torch.save its state dict"):
         open_checkpoint(tmp_path / "a.pkl", trust=True)
