@@ -16,7 +16,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from nmconvert.errors import CheckpointError, NmconvertError, WeightError
-from nmconvert.export.functions import DOMAIN, FUNCTIONS
+from nmconvert.export.functions import DOMAIN, FUNCTIONS, GEMM_DEFAULTS
 from nmconvert.matrix import MatrixView
 from nmconvert.onnx_graph import Constants, attribute, graphs
 from nmconvert.packing import Packed, unpack
@@ -95,7 +95,11 @@ def call_node(
         stored=helper.np_dtype_to_tensor_dtype(packed.values.dtype),
         compute=compute,
     )
-    node.attribute.extend(attr for attr in operator_attributes if attr.name in FUNCTIONS[function].attributes)
+    given = [attr for attr in operator_attributes if attr.name in FUNCTIONS[function].attributes]
+    node.attribute.extend(given)
+    if FUNCTIONS[function].op_type == "Gemm":
+        missing = GEMM_DEFAULTS.keys() - {attr.name for attr in given}
+        node.attribute.extend(helper.make_attribute(name, GEMM_DEFAULTS[name]) for name in sorted(missing))
     return node
 
 

@@ -72,6 +72,7 @@ class _Packer:
         self.reads = used_names(model)
         self.packed: dict[tuple[object, ...], tuple[Packed, MatrixView, Axis] | None] = {}
         self.tables: dict[bytes, str] = {}
+        self.zeros: set[str] = set()
 
     def replace_in(self, graph: GraphProto, scope: Constants) -> None:
         """Replace the operators of one graph."""
@@ -145,6 +146,15 @@ class _Packer:
             self.model.graph.initializer.append(initializer(self.tables[content], packed.coding.table))
         return self.tables[content]
 
+    def _zeros(self, length: int, element_type: int) -> str:
+        """A bias of zeros, shared by all that need one of its length and type."""
+        name = f"nmconvert.zeros.{length}.{TensorProto.DataType.Name(element_type).lower()}"
+        if name not in self.zeros:
+            self.zeros.add(name)
+            dtype = helper.tensor_dtype_to_np_dtype(element_type)
+            self.model.graph.initializer.append(initializer(name, np.zeros(length, dtype)))
+        return name
+
     def _call(
         self, use: WeightUse, packed: Packed, view: MatrixView, axis: Axis, bias: tuple[NodeProto, str] | None
     ) -> NodeProto:
@@ -152,7 +162,10 @@ class _Packer:
         left = use.kind in ("linear", "matmul") and use.position == 0
         function = "Linear" if bias else node.op_type + ("Left" if left else "")
         takes_bias = "B" in FUNCTIONS[function].inputs
-        third = [bias[1]] if bias else [node.input[2] if len(node.input) > 2 else ""] if takes_bias else []
+        own = node.input[2] if len(node.input) > 2 else ""
+        if function == "Conv" and not own:
+            own = self._zeros(view.shape[0], use.source.element_type)
+        third = [bias[1]] if bias else [own] if takes_bias else []
         return call_node(
             function,
             [node.input[0 if use.position else 1], values_name(weight), weight + ".mask", self._table(packed), *third],

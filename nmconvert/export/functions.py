@@ -4,8 +4,8 @@ Every sparse layer of a compressed file is one call of such a function. A stock 
 it down to the dense weight when it loads the file; a session that has registered our library finds kernels of the same
 domain and names and never looks at the body. Both read the same call::
 
-    Y = nmconvert.Conv(X, values, mask, table, B)          B may be "" (none)
-    Y = nmconvert.ConvTranspose(X, values, mask, table, B)  likewise
+    Y = nmconvert.Conv(X, values, mask, table, B)          B is always there, zeros if need be: see below
+    Y = nmconvert.ConvTranspose(X, values, mask, table, B)  B may be "" (none)
     Y = nmconvert.MatMul(X, values, mask, table)            X · W
     Y = nmconvert.Linear(X, values, mask, table, B)         X · W + B
     Y = nmconvert.Gemm(X, values, mask, table, C)           alpha · X · W + beta · C, C may be ""
@@ -25,8 +25,11 @@ domain and names and never looks at the body. Both read the same call::
 ``compute``    int     ONNX element type in which the operator computes; the weight is cast where it differs
 =============  ======  =========================================================================================
 
-and those of the standard operator (strides, pads, dilations, group, kernel_shape, auto_pad, output_padding, output_shape;
-alpha, beta, transA, transB), left out where the original left them out.
+and those of the standard operator: strides, pads, dilations, group, kernel_shape, auto_pad, output_padding and output_shape
+are left out where the original left them out; alpha, beta, transA and transB are always there, for a function has no defaults.
+
+Why B: an input "" of a function becomes an input "" of its Conv, and onnxruntime neither turns such a Conv into its NCHWc
+layout nor fuses a BatchNormalization or an Add into it. A bias of zeros costs nothing, and changes no bit.
 
 Why this body: CumSum, Mul and Gather on int32, plus Cast, Concat, Reshape and Transpose on the values, are folded by every
 onnxruntime tried for fp32, fp16, bf16 and fp64, at any n:m and any K. Pad, Where, Expand and arithmetic on fp16 or bf16
@@ -58,6 +61,7 @@ _CONV = {
     "strides": AttributeProto.INTS,
 }
 _CONV_TRANSPOSE = _CONV | {"output_padding": AttributeProto.INTS, "output_shape": AttributeProto.INTS}
+GEMM_DEFAULTS: dict[str, float] = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 _GEMM = {
     "alpha": AttributeProto.FLOAT,
     "beta": AttributeProto.FLOAT,

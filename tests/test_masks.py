@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import DTYPES, naive_mask, patterns, random_weight
+
+from nmconvert.masks import magnitude, nm_mask
+from nmconvert.pattern import Pattern
+
+
+@given(patterns(), st.integers(1, 9), st.integers(1, 100), st.sampled_from(DTYPES), st.booleans(), st.integers(0, 2**32))
+def test_equals_the_naive_reference(
+    pattern: Pattern, rows: int, columns: int, dtype: torch.dtype, ties: bool, seed: int
+) -> None:
+    scores = magnitude(random_weight((rows, columns), seed, dtype, ties=ties))
+    mask = nm_mask(scores, pattern)
+    assert mask.dtype == torch.bool
+    assert np.array_equal(mask.numpy(), naive_mask(scores.double().numpy(), pattern))
+
+
+@given(patterns(), st.integers(1, 9), st.integers(1, 100), st.integers(0, 2**32))
+def test_keeps_exactly_n_and_the_largest(pattern: Pattern, rows: int, columns: int, seed: int) -> None:
+    scores = magnitude(random_weight((rows, columns), seed))
+    mask = nm_mask(scores, pattern)
+    for start in range(0, columns, pattern.m):
+        kept, group = mask[:, start : start + pattern.m], scores[:, start : start + pattern.m]
+        assert (kept.sum(1) == min(pattern.n, group.shape[1])).all()
+        least_kept = group.masked_fill(~kept, torch.inf).amin(1)
+        most_dropped = group.masked_fill(kept, -1).amax(1)
+        assert (least_kept >= most_dropped).all()
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (4, 8), (1, 16), (2, 16), (32, 32)])
+def test_is_the_reference_formula_along_the_flattened_filter(n: int, m: int) -> None:
+    """NM-sparsity's: argsort of |w| over reshape(-1, M), the first M - N of each group become zero."""
+    weight = random_weight((8, 32, 3, 3), seed=m)
+    group = weight.abs().reshape(-1, m)
+    expected = torch.ones(group.shape).scatter_(1, group.argsort(1)[:, : m - n], 0).reshape(weight.shape)
+    assert torch.equal(nm_mask(weight.abs().reshape(8, -1), Pattern(n, m)).reshape(weight.shape).float(), expected)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (4, 8), (1, 16), (2, 16), (32, 32)])
+def test_is_the_reference_formula_along_the_input_channels(n: int, m: int) -> None:
+    """NM-sparsity's for convolutions: the same over permute(0, 2, 3, 1).reshape(-1, M)."""
+    weight = random_weight((8, 32, 3, 3), seed=m)
+    group = weight.abs().permute(0, 2, 3, 1).reshape(-1, m)
+    expected = torch.ones(group.shape).scatter_(1, group.argsort(1)[:, : m - n], 0).reshape(8, 3, 3, 32).permute(0, 3, 1, 2)
+    mask = nm_mask(weight.abs().permute(0, 2, 3, 1).reshape(8, -1), Pattern(n, m)).reshape(8, 3, 3, 32).permute(0, 3, 1, 2)
+    assert torch.equal(mask.float(), expected)
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    assert nm_mask(torch.tensor([[1.0, 1, 1, 1, 0, 1, 1, 2]]), Pattern(2, 4)).int().tolist() == [[1, 1, 0, 0, 0, 1, 0, 1]]
+    assert nm_mask(torch.zeros(1, 6), Pattern(1, 4)).int().tolist() == [[1, 0, 0, 0, 1, 0]]
+
+
+def test_large_matrices_are_done_in_chunks_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = magnitude(random_weight((50, 96), seed=1, ties=True))
+    whole = nm_mask(scores, Pattern(3, 8))
+    monkeypatch.setattr("nmconvert.masks._CHUNK", 100)
+    assert torch.equal(nm_mask(scores, Pattern(3, 8)), whole)
