@@ -245,7 +245,8 @@ class _Run:
                 self._solve(unit, site, moments[site.name])
         held_inputs, held_targets = inputs[self.train :], targets[self.train :]
         if self.recipe.reestimate and norms(module):
-            self._correct(unit, "norms", lambda: reestimate_norms(module, inputs[: self.train]), held_inputs, held_targets)
+            data = inputs[: self.train], inputs_dense[: self.train]
+            self._correct(unit, "norms", lambda: reestimate_norms(module, dense, *data), held_inputs, held_targets)
         if self.recipe.block_steps and any(site.module != unit for site in sites.values()):
             self._reconstruct(unit, inputs, targets)
 
@@ -361,7 +362,7 @@ class _Run:
         targets = outputs_of(self.dense, held)
         if self.recipe.reestimate and norms(self.model):
             train = [[as_call(batch)] for batch in self.fresh]
-            self._correct("", "norms", lambda: reestimate_norms(self.model, train), held, targets)
+            self._correct("", "norms", lambda: reestimate_norms(self.model, self.dense, train, train), held, targets)
         if not self.recipe.model_steps:
             return
         order = self._shuffled(self.recipe.model_steps, len(self.fresh))

@@ -6,7 +6,7 @@ does not help.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import cos, pi
 from typing import Any
 
@@ -56,9 +56,28 @@ def norms(module: nn.Module) -> list[_BatchNorm]:
     return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
-def reestimate_norms(module: nn.Module, calls: Iterable[Sequence[Call]]) -> None:
-    """Set the running mean and variance of every batch norm in ``module`` to those over ``calls``."""
+def reestimate_norms(
+    module: nn.Module, dense: nn.Module, calls: Sequence[Sequence[Call]], calls_dense: Sequence[Sequence[Call]]
+) -> None:
+    """Move the running statistics of each batch norm as its batch statistics moved from ``dense`` to ``module``.
+
+    Means by their difference, variances by their ratio, over the same data; the model was trained with other data (more,
+    and augmented), so statistics of the calibration data alone would move the norms of a model that was never pruned.
+    """
+    moved, original = batch_statistics(module, calls), batch_statistics(dense, calls_dense)
+    for norm, twin, (mean, variance), (old_mean, old_variance) in zip(
+        norms(module), norms(dense), moved, original, strict=True
+    ):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.copy_(twin.running_mean + mean - old_mean)
+        norm.running_var.copy_(twin.running_var * (variance / old_variance.clamp_min(1e-12)))
+
+
+def batch_statistics(module: nn.Module, calls: Sequence[Sequence[Call]]) -> list[tuple[Tensor, Tensor]]:
+    """Mean and variance of what each batch norm of ``module`` gets, each norm using those of its batch on the way."""
     found = norms(module)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     momenta = [norm.momentum for norm in found]
     for norm in found:
         norm.reset_running_stats()
@@ -66,9 +85,15 @@ def reestimate_norms(module: nn.Module, calls: Iterable[Sequence[Call]]) -> None
         norm.train()
     for batch in calls:
         outputs_of(module, [batch])
+    statistics = []
     for norm, momentum in zip(found, momenta, strict=True):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        statistics.append((norm.running_mean.clone(), norm.running_var.clone()))
         norm.momentum = momentum
         norm.eval()
+    module.load_state_dict(state)
+    return statistics
 
 
 def reconstruct(
