@@ -17,7 +17,7 @@ from nmconvert.quadratic import Problem, Solution, best, resolve
 
 _ADMM_COLUMNS = 2048  # the eigendecomposition takes about 10 s here, and a minute at 4096
 _MAX_ENTRIES = 1 << 24  # float64 entries of a temporary: 128 MiB
-_SWAP_FLOPS = 6e10  # for all rounds of one layer: about 5 s on one core
+_SWAP_FLOPS = 1e10  # for all rounds of one layer: about 1 s on one core
 
 
 def admm(problem: Problem, pattern: Pattern, start: Solution, steps: int = 60) -> Solution:
@@ -51,7 +51,7 @@ def swap(problem: Problem, pattern: Pattern, start: Solution, rounds: int = 20) 
 
     The change of the error is exact for one swap (two rank-one updates of (H_SS)⁻¹); many groups swap at once, so each
     round is solved again, and a row that got worse is taken back and tries fewer groups in the next. Rounds stop at
-    about 5 s a layer; a layer too wide for one round is left alone.
+    about 1 s a layer; a layer too wide for one round is left alone.
     """
     rows, columns = start.weight.shape
     rounds = min(rounds, int(_SWAP_FLOPS / (rows * columns**2 * pattern.kept(columns) + 1)))

@@ -1,0 +1,465 @@
+"""Pruning a model with calibration data: layer after layer on the inputs that the pruned model gives it.
+
+:func:`prune_model` walks over the units of a model (see :mod:`nmconvert.replay`) in execution order. In each unit every
+planned layer is solved (:mod:`nmconvert.sparsegpt`) on the inputs that it gets from the already pruned layers, against
+the outputs that it had in the dense model; then the unit is corrected (:mod:`nmconvert.correct`). No labels are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nmconvert.correct import held_out_error, keep_if_better, norms, reconstruct, reestimate_norms
+from nmconvert.errors import DataError, ModelError
+from nmconvert.matrix import Kind, MatrixView
+from nmconvert.pattern import Axis, Pattern
+from nmconvert.quadratic import Problem
+from nmconvert.replay import Batch, Call, Replay, as_call, call_model, find_units, outputs_of, trace
+from nmconvert.sparsegpt import solve
+from nmconvert.unfold import columns
+
+_ENTRIES = 1 << 24  # of one part of the unfolded inputs: 64 MiB in float32
+
+
+@dataclass(frozen=True)
+class Site:
+    """One planned weight: parameter ``name`` of the model is ``parameter`` of ``module``, whose calls show its inputs."""
+
+    name: str
+    module: str
+    parameter: str
+    pattern: Pattern
+    axis: Axis
+    kind: Kind
+    groups: int
+
+
+@dataclass
+class Moments:
+    """Means over tokens of x, x_dense, x xᵀ and x_dense xᵀ, in float64; filled part by part."""
+
+    count: int = 0
+    mean: Any = 0.0
+    mean_dense: Any = 0.0
+    hessian: Any = 0.0
+    cross: Any = 0.0
+
+    def add(self, x: Tensor, dense: Tensor) -> None:
+        """Take in tokens ``x`` and ``dense`` [tokens, K] that belong together."""
+        step = max(1, _ENTRIES // x.shape[1])
+        for part, other in zip(x.split(step), dense.split(step), strict=True):
+            self._add(part.float(), other.float())
+
+    def _add(self, x: Tensor, dense: Tensor) -> None:
+        total = self.count + len(x)
+        old = self.count / total
+        self.mean = self.mean * old + x.double().sum(0) / total
+        self.mean_dense = self.mean_dense * old + dense.double().sum(0) / total
+        self.hessian = self.hessian * old + (x.T @ x).double() / total
+        self.cross = self.cross * old + (dense.T @ x).double() / total
+        self.count = total
+
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """The two products about the means: what is left for the weights where a bias takes care of the means."""
+        return (
+            self.hessian - self.mean[:, None] * self.mean,
+            self.cross - self.mean_dense[:, None] * self.mean,
+        )
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned weight: ``error`` is its excess squared output error relative to its output's energy."""
+
+    name: str
+    pattern: Pattern
+    axis: Axis
+    unit: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Correction:
+    """One correction of a unit ('' for the whole model): held-out output error before and after, and whether it stays."""
+
+    unit: str
+    what: str
+    before: float
+    after: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether held-out data said that it helps."""
+        return self.after < self.before
+
+
+@dataclass
+class Pruned:
+    """What :func:`prune_model` returns: every tensor of the state dict that changed, and what was done."""
+
+    state: dict[str, Tensor]
+    layers: list[LayerReport] = field(default_factory=list)
+    corrections: list[Correction] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How :func:`prune_model` works: the criterion, and how much correction follows it."""
+
+    criterion: str = "auto"
+    damping: float = 0.01
+    against_dense: bool = True  # targets are the dense model's outputs, not the layer's own on pruned inputs
+    reestimate: bool = True
+    block_steps: int = 200
+    block_rate: float = 1e-3
+    model_steps: int = 300
+    model_rate: float = 1e-3
+    tokens: int = 1 << 17  # positions taken of each layer's inputs, of all batches together
+    copies: int = 4  # of image batches, flipped and shifted (the first as it is)
+    held_out: float = 0.125
+    seed: int = 0
+
+
+def prune_model(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    plan: Mapping[str, tuple[Pattern, Axis]],
+    recipe: Recipe = Recipe(),
+    progress: Callable[[str], None] = lambda line: None,
+) -> Pruned:
+    """Prune the parameters of ``plan`` in place of ``model``, with unlabelled ``batches``.
+
+    Args:
+        model: changed in place, left in evaluation mode.
+        batches: each as :data:`nmconvert.replay.Batch` says; the last eighth is held out to judge corrections.
+        plan: parameter name → pattern and axis.
+        recipe: criterion and corrections.
+        progress: called with one line for each layer.
+
+    Raises:
+        DataError: fewer than two batches.
+        ModelError: a planned parameter is of a layer that cannot be calibrated, or was not used by the first batch.
+    """
+    batches = list(batches)
+    if len(batches) < 2:
+        raise DataError(f"calibration needs at least 2 batches, one of them held out; there are {len(batches)}")
+    return _Run(model.eval(), batches, plan, recipe, progress).run()
+
+
+def find_sites(model: nn.Module, plan: Mapping[str, tuple[Pattern, Axis]]) -> list[Site]:
+    """The sites of the planned parameters.
+
+    Raises:
+        ModelError: a parameter is not of a layer that can be calibrated.
+    """
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
+    sites = []
+    for name, (pattern, axis) in plan.items():
+        if name not in parameters:
+            raise ModelError(f"'{name}' is no parameter of the model; its modules share it, or the plan is another's")
+        owner, _, leaf = name.rpartition(".")
+        parent = modules.get(owner.rpartition(".")[0])
+        if owner.endswith("out_proj") and isinstance(parent, nn.MultiheadAttention):
+            owner, leaf = owner.rpartition(".")[0], "out_proj.weight"
+        module = modules[owner]
+        sites.append(Site(name, owner, leaf, pattern, axis, _kind(module, name), getattr(module, "groups", 1)))
+    return sites
+
+
+def _kind(module: nn.Module, name: str) -> Kind:
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return "conv_transpose"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "conv"
+    if isinstance(module, nn.Linear | nn.MultiheadAttention):
+        return "linear"
+    if type(module).__name__ == "Conv1D":
+        return "matmul"
+    raise ModelError(f"'{name}' belongs to a {type(module).__name__}, which cannot be calibrated: exclude it")
+
+
+class _Run:
+    """The state of one walk over a model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: list[Batch],
+        plan: Mapping[str, tuple[Pattern, Axis]],
+        recipe: Recipe,
+        progress: Callable[[str], None],
+    ):
+        self.model, self.recipe, self.progress = model, recipe, progress
+        self.dense = deepcopy(model).requires_grad_(False)
+        self.sites = find_sites(model, plan)
+        held = max(1, round(len(batches) * recipe.held_out))
+        generator = torch.Generator().manual_seed(recipe.seed)
+        train = [augment(b, generator) if copy else b for copy in range(recipe.copies) for b in batches[:-held]]
+        if recipe.copies > 1 and not is_images(batches[0]):
+            train = batches[:-held]
+        self.fresh = batches[:-held]
+        self.train, self.batches = len(train), train + batches[-held:]
+        self.generator = generator
+        self.followers = find_followers(model, batches[0], list({site.module for site in self.sites}))
+        self.masks: dict[str, Tensor] = {}
+        self.result = Pruned({})
+
+    def run(self) -> Pruned:
+        before = {name: t.clone() for name, t in self.model.state_dict().items()}
+        modules = list(dict.fromkeys(site.module for site in self.sites))
+        units = find_units(self.model, modules)
+        calls = trace(self.model, self.batches[0], units)
+        counts = {unit: sum(name == unit for name, _ in calls) for unit in units}
+        if unused := [unit for unit, count in counts.items() if not count]:
+            raise ModelError(f"'{unused[0]}' was not used by the first batch: exclude its weights")
+        pruned, dense = Replay(self.model, self.batches, counts), Replay(self.dense, self.batches, counts)
+        for unit in dict.fromkeys(name for name, _ in calls):
+            inputs, inputs_dense = pruned.calls(unit), dense.calls(unit)
+            targets = outputs_of(self.dense.get_submodule(unit), inputs_dense)
+            self._unit(unit, inputs, inputs_dense, targets)
+            dense.answer(unit, targets)
+            pruned.answer(unit, outputs_of(self.model.get_submodule(unit), inputs))
+        self._whole()
+        after = self.model.state_dict()
+        self.result.state = {n: after[n] for n, old in before.items() if not torch.equal(old, after[n])}
+        return self.result
+
+    # ------------------------------------------------------------------------------------------------- one unit
+
+    def _unit(
+        self, unit: str, inputs: list[list[Call]], inputs_dense: list[list[Call]], targets: list[list[Any]]
+    ) -> None:
+        module, dense = self.model.get_submodule(unit), self.dense.get_submodule(unit)
+        sites = {s.name: s for s in self.sites if s.module == unit or not unit or s.module.startswith(unit + ".")}
+        for stage in self._stages(unit, list(sites.values()), inputs[0][0]):
+            moments = self._moments(unit, module, dense, stage, inputs[: self.train], inputs_dense[: self.train])
+            for site in stage:
+                self._solve(unit, site, moments[site.name])
+        held_inputs, held_targets = inputs[self.train :], targets[self.train :]
+        if self.recipe.reestimate and norms(module):
+            data = inputs[: self.train], inputs_dense[: self.train]
+            self._correct(unit, "norms", lambda: reestimate_norms(module, dense, *data), held_inputs, held_targets)
+        if self.recipe.block_steps and any(site.module != unit for site in sites.values()):
+            self._reconstruct(unit, inputs, targets)
+
+    def _stages(self, unit: str, sites: Sequence[Site], call: Call) -> list[list[Site]]:
+        """The sites of a unit in execution order; those that read the same tensor together."""
+        prefix = unit + "." if unit else ""
+        by_module: dict[str, list[Site]] = {}
+        for site in sites:
+            by_module.setdefault(site.module, []).append(site)
+        local = {name.removeprefix(prefix) if name != unit else "": name for name in by_module}
+        order = trace(self.model.get_submodule(unit), call, list(local))
+        stages: list[tuple[int, list[Site]]] = []
+        done: set[str] = set()
+        for seen, identity in order:
+            name = local[seen]
+            if name in done:
+                continue
+            done.add(name)
+            first = [s for s in by_module[name] if s.parameter != "out_proj.weight"]
+            if stages and stages[-1][0] == identity and first:
+                stages[-1][1].extend(first)
+            elif first:
+                stages.append((identity, first))
+            stages.extend((0, [s]) for s in by_module[name] if s.parameter == "out_proj.weight")
+        return [stage for _, stage in stages]
+
+    def _moments(
+        self,
+        unit: str,
+        module: nn.Module,
+        dense: nn.Module,
+        stage: Sequence[Site],
+        inputs: Sequence[Sequence[Call]],
+        inputs_dense: Sequence[Sequence[Call]],
+    ) -> dict[str, list[Moments]]:
+        limit = -(-self.recipe.tokens // len(inputs))
+        moments: dict[str, list[Moments]] = {site.name: [] for site in stage}
+        for calls, calls_dense in zip(inputs, inputs_dense, strict=True):
+            seen = _seen(self.model, module, stage, calls, limit)
+            other = _seen(self.dense, dense, stage, calls_dense, limit) if self.recipe.against_dense else seen
+            for site in stage:
+                for call, call_dense in zip(seen[site.name], other[site.name], strict=True):
+                    if not moments[site.name]:
+                        moments[site.name] = [Moments() for _ in call]
+                    for block, x, x_dense in zip(moments[site.name], call, call_dense, strict=True):
+                        block.add(x, x_dense)
+        return moments
+
+    def _solve(self, unit: str, site: Site, moments: list[Moments]) -> None:
+        parameter = self.model.get_parameter(site.name)
+        view = MatrixView.of(site.kind, parameter.shape, site.axis, site.groups)
+        matrix = view.to_matrix(parameter.detach())
+        mean = self._mean(site)
+        rows, masks, shifts, error, signal = [], [], [], 0.0, 0.0
+        for dense, block in zip(matrix.chunk(len(moments)), moments, strict=True):
+            h, c = (block.hessian, block.cross) if mean is None else block.centred()
+            solution = solve(dense, h, site.pattern, method=self.recipe.criterion, cross=c, damping=self.recipe.damping)
+            rows.append(solution.weight)
+            masks.append(solution.mask)
+            shifts.append(solution.weight @ block.mean - dense.double() @ block.mean_dense)
+            error += float(solution.error.sum())
+            signal += Problem.of(dense, h, c, self.recipe.damping).signal()
+        with torch.no_grad():
+            parameter.copy_(view.from_matrix(torch.cat(rows)).to(parameter.dtype))
+            if mean is not None:
+                mean[0].add_((torch.cat(shifts) * mean[1]).to(mean[0].dtype))
+        self.masks[site.name] = view.from_matrix(torch.cat(masks))
+        self.result.layers.append(LayerReport(site.name, site.pattern, site.axis, unit, error / signal))
+        self.progress(f"{site.name}  {site.pattern} {site.axis}  error {error / signal:.4f}")
+
+    def _mean(self, site: Site) -> tuple[Tensor, float] | None:
+        """Where a change of the layer's mean output goes: its bias (sign −1) or the next norm's running mean (+1)."""
+        owner, _, leaf = site.name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        bias = getattr(module, "in_proj_bias" if leaf == "in_proj_weight" else "bias", None)
+        if isinstance(bias, Tensor) and leaf in ("weight", "in_proj_weight"):
+            return bias.data, -1.0
+        norm = self.followers.get(site.module)
+        return None if norm is None else (self.model.get_submodule(norm).running_mean, 1.0)
+
+    # ---------------------------------------------------------------------------------------------- corrections
+
+    def _correct(
+        self,
+        unit: str,
+        what: str,
+        change: Callable[[], None],
+        inputs: list[list[Call]],
+        targets: list[list[Any]],
+    ) -> None:
+        module = self.model.get_submodule(unit)
+        before, after = keep_if_better(module, change, lambda: held_out_error(module, inputs, targets))
+        self.result.corrections.append(Correction(unit, what, before, after))
+        self.progress(f"{unit or 'model'}: {what}  {before:.4f} -> {after:.4f}")
+
+    def _reconstruct(self, unit: str, inputs: list[list[Call]], targets: list[list[Any]]) -> None:
+        module = self.model.get_submodule(unit)
+        prefix = unit + "." if unit else ""
+        masks = {n.removeprefix(prefix): m for n, m in self.masks.items() if n.startswith(prefix)}
+        order = self._shuffled(self.recipe.block_steps)
+
+        def pair(step: int) -> tuple[Call, Any]:
+            return inputs[order[step]][0], targets[order[step]][0]
+
+        def change() -> None:
+            reconstruct(module, pair, masks, steps=self.recipe.block_steps, rate=self.recipe.block_rate)
+
+        self._correct(unit, "reconstruction", change, inputs[self.train :], targets[self.train :])
+
+    def _whole(self) -> None:
+        """The model as a whole, as one more block."""
+        held = [[as_call(batch)] for batch in self.batches[self.train :]]
+        targets = outputs_of(self.dense, held)
+        if self.recipe.reestimate and norms(self.model):
+            train = [[as_call(batch)] for batch in self.fresh]
+            self._correct("", "norms", lambda: reestimate_norms(self.model, self.dense, train, train), held, targets)
+        if not self.recipe.model_steps:
+            return
+        order = self._shuffled(self.recipe.model_steps, len(self.fresh))
+        images = is_images(self.fresh[0])
+
+        def pair(step: int) -> tuple[Call, Any]:
+            batch = self.fresh[order[step]]
+            batch = augment(batch, self.generator) if images else batch
+            with torch.no_grad():
+                return as_call(batch), call_model(self.dense, batch)
+
+        def change() -> None:
+            reconstruct(self.model, pair, self.masks, steps=self.recipe.model_steps, rate=self.recipe.model_rate)
+
+        self._correct("", "reconstruction", change, held, targets)
+
+    def _shuffled(self, steps: int, count: int | None = None) -> list[int]:
+        order: list[int] = []
+        while len(order) < steps:
+            order += torch.randperm(count or self.train, generator=self.generator).tolist()
+        return order[:steps]
+
+
+def _seen(
+    model: nn.Module, unit: nn.Module, stage: Sequence[Site], calls: Sequence[Call], limit: int
+) -> dict[str, list[list[Tensor]]]:
+    """The unfolded inputs of the sites of ``stage`` while ``unit`` answers ``calls``: per call and block of rows."""
+    seen: dict[str, list[list[Tensor]]] = {site.name: [] for site in stage}
+
+    def note(site: Site) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            handles[site.name].remove()  # the inputs of out_proj are found by calling the module again
+            seen[site.name].append(columns(module, site.parameter, args, kwargs, site.axis, limit))
+            attach(site)
+
+        return hook
+
+    def attach(site: Site) -> None:
+        module = model.get_submodule(site.module)
+        handles[site.name] = module.register_forward_pre_hook(note(site), with_kwargs=True)
+
+    handles: dict[str, Any] = {}
+    for site in stage:
+        attach(site)
+    try:
+        outputs_of(unit, [calls])
+    finally:
+        for handle in handles.values():
+            handle.remove()
+    return seen
+
+
+def find_followers(model: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, str]:
+    """For each of the modules ``names`` whose output goes straight into a batch norm: the name of that norm."""
+    made: dict[int, str] = {}
+    followers: dict[str, str] = {}
+    alive: list[Any] = []
+
+    def made_by(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            alive.append(output)
+            made[id(output)] = name
+
+        return hook
+
+    def taken_by(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if id(args[0]) in made:
+                followers[made[id(args[0])]] = name
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(made_by(name)) for name in names]
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            handles.append(module.register_forward_pre_hook(taken_by(name)))
+    try:
+        with torch.no_grad():
+            call_model(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return followers
+
+
+def is_images(batch: Batch) -> bool:
+    """Whether a batch is one tensor of images [B, C, H, W], which may be flipped and shifted."""
+    return isinstance(batch, Tensor) and batch.dim() == 4 and batch.is_floating_point() and batch.shape[1] <= 4
+
+
+def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image of ``batch`` [B, C, H, W] flipped left to right with probability ½ and shifted by up to an eighth."""
+    size = len(batch)
+    flip = torch.rand(size, generator=generator) < 0.5
+    batch = torch.where(flip[:, None, None, None], batch.flip(3), batch)
+    reach = max(1, batch.shape[-1] // 8)
+    padded = nn.functional.pad(batch, [reach] * 4, mode="reflect")
+    offsets = torch.randint(0, 2 * reach + 1, (size, 2), generator=generator).tolist()
+    height, width = batch.shape[2:]
+    return torch.stack([image[:, y : y + height, x : x + width] for image, (y, x) in zip(padded, offsets, strict=True)])

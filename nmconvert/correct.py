@@ -1,0 +1,132 @@
+"""What is done to a pruned block beside its weights: BatchNorm re-estimation and reconstruction against the dense block.
+
+Each is a change of a module in place; :func:`keep_if_better` takes it back where held-out calibration data says that it
+does not help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import cos, pi
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nmconvert.replay import Call, outputs_of
+
+Pair = tuple[Call, Any]
+"""A call, and what the dense module answers to it."""
+
+
+def output_error(outputs: Any, targets: Any) -> Tensor:
+    """Mean over the floating tensors of ‖output − target‖² / ‖target‖²; both any nest of tensors of equal shapes."""
+    errors = [
+        (a - b).square().sum() / b.square().sum().clamp_min(1e-12)
+        for a, b in zip(_tensors(outputs), _tensors(targets), strict=True)
+    ]
+    return torch.stack(errors).mean() if errors else torch.zeros(())
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def held_out_error(module: nn.Module, calls: Sequence[Sequence[Call]], targets: Sequence[Sequence[Any]]) -> float:
+    """:func:`output_error` of ``module`` over batches of calls."""
+    errors = [output_error(a, b) for a, b in zip(outputs_of(module, calls), targets, strict=True)]
+    return float(torch.stack(errors).mean())
+
+
+def keep_if_better(module: nn.Module, change: Callable[[], None], error: Callable[[], float]) -> tuple[float, float]:
+    """Apply ``change``; take it back unless ``error`` fell. Returns the error before, and the one tried."""
+    before = error()
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    change()
+    after = error()
+    if not after < before:
+        module.load_state_dict(state)
+    return before, after
+
+
+def norms(module: nn.Module) -> list[_BatchNorm]:
+    """The batch norms of ``module`` that keep running statistics."""
+    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def reestimate_norms(
+    module: nn.Module, dense: nn.Module, calls: Sequence[Sequence[Call]], calls_dense: Sequence[Sequence[Call]]
+) -> None:
+    """Move the running statistics of each batch norm as its batch statistics moved from ``dense`` to ``module``.
+
+    Means by their difference, variances by their ratio, over the same data; the model was trained with other data (more,
+    and augmented), so statistics of the calibration data alone would move the norms of a model that was never pruned.
+    """
+    moved, original = batch_statistics(module, calls), batch_statistics(dense, calls_dense)
+    for norm, twin, (mean, variance), (old_mean, old_variance) in zip(
+        norms(module), norms(dense), moved, original, strict=True
+    ):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.copy_(twin.running_mean + mean - old_mean)
+        norm.running_var.copy_(twin.running_var * (variance / old_variance.clamp_min(1e-12)))
+
+
+def batch_statistics(module: nn.Module, calls: Sequence[Sequence[Call]]) -> list[tuple[Tensor, Tensor]]:
+    """Mean and variance of what each batch norm of ``module`` gets, each norm using those of its batch on the way."""
+    found = norms(module)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    momenta = [norm.momentum for norm in found]
+    for norm in found:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over batches
+        norm.train()
+    for batch in calls:
+        outputs_of(module, [batch])
+    statistics = []
+    for norm, momentum in zip(found, momenta, strict=True):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        statistics.append((norm.running_mean.clone(), norm.running_var.clone()))
+        norm.momentum = momentum
+        norm.eval()
+    module.load_state_dict(state)
+    return statistics
+
+
+def reconstruct(
+    module: nn.Module,
+    pairs: Callable[[int], Pair],
+    masks: Mapping[str, Tensor],
+    *,
+    steps: int,
+    rate: float,
+) -> None:
+    """Fit the kept weights, biases and norms of ``module`` to the dense answers: Adam, cosine rate, masks fixed.
+
+    ``pairs(step)`` gives the call and target of a step; ``masks`` are by parameter name, in the parameter's shape.
+    The module stays in evaluation mode: norms use their running statistics. (The block reconstruction of BRECQ, Li et
+    al. 2021, with N:M masks in place of rounding.)
+    """
+    parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+    frozen = {name: p.requires_grad for name, p in parameters.items()}
+    with torch.enable_grad():
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.Adam(list(parameters.values()), lr=rate, betas=(0.9, 0.99))
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * 0.5 * (1 + cos(pi * step / steps))
+            call, target = pairs(step)
+            call = Call(*tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs)))
+            optimizer.zero_grad(set_to_none=True)
+            output_error(module(*call.args, **call.kwargs), target).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            with torch.no_grad():
+                for name, mask in masks.items():
+                    parameters[name].mul_(mask)
+    for name, parameter in parameters.items():
+        parameter.grad = None
+        parameter.requires_grad_(frozen[name])
