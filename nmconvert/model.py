@@ -287,6 +287,8 @@ def _hf_errors(folder: Path) -> Iterator[ModuleType]:
     if not (folder / "config.json").is_file():
         raise UsageError(f"--model {folder}: a folder without config.json, so no Hugging Face model; {_FORM}")
     transformers = require("transformers", "hf")
+    transformers.utils.logging.set_verbosity_error()  # its advice and progress bars are not ours to print
+    transformers.utils.logging.disable_progress_bar()
     try:
         yield transformers
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, ModelError) as error:

@@ -40,12 +40,7 @@ def trace(module: nn.Module, specs: Sequence[InputSpec], dynamic: Mapping[int, s
     Raises:
         ExportError: torch cannot export it.
     """
-    module = module.eval()
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    if dtype == torch.bfloat16:
-        module, dtype = module.float(), torch.float32
-    if hasattr(module, "config") and hasattr(module.config, "use_cache"):
-        module.config.use_cache = False
+    module, dtype = _computing(module)
     arguments = _arguments(module, specs, dtype, dynamic)
     notes: tuple[str, ...] = ()
     try:
@@ -152,12 +147,21 @@ def run_module(module: nn.Module, feed: Mapping[str, npt.NDArray[Any]]) -> list[
     """The outputs of a module, in evaluation mode, for arrays by the names of its forward's parameters, or in their order."""
     names = [name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs")]
     by_name = feed if set(feed) <= set(names) else dict(zip(names, feed.values(), strict=False))
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    module, dtype = _computing(module)
     arguments = {name: torch.from_numpy(array) for name, array in by_name.items()}
     arguments = {name: value.to(dtype) if value.is_floating_point() else value for name, value in arguments.items()}
+    return _outputs(module, arguments)
+
+
+def _computing(module: nn.Module) -> tuple[nn.Module, torch.dtype]:
+    """The module in evaluation mode, and the type it computes in: float32 where it is stored in bfloat16."""
+    module = module.eval()
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    if dtype == torch.bfloat16:
+        module, dtype = module.float(), torch.float32
     if hasattr(module, "config") and hasattr(module.config, "use_cache"):
         module.config.use_cache = False
-    return _outputs(module.eval(), arguments)
+    return module, dtype
 
 
 def _outputs(module: nn.Module, arguments: Mapping[str, torch.Tensor]) -> list[npt.NDArray[Any]]:
