@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import itertools
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
+from nmconvert.checkpoint.atomic import atomic_file, atomic_folder
 
 MANIFEST = '{"format": 1, "note": "é"}'
 
@@ -52,6 +57,11 @@ def load_all(path: Path) -> dict[str, Tensor]:
     return dict(tensors_of(torch.load(path, map_location="cpu", weights_only=True)))
 
 
+def names(folder: Path) -> list[str]:
+    """What is in a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
 def sha256(path: Path) -> str:
     """Of a file, to see that it was not touched."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -86,9 +96,9 @@ def weights(checkpoint: Checkpoint) -> list[str]:
 def edited_copy(source: Path, target: Path, *, trust: bool = False) -> list[str]:
     """Write a copy with all weights edited; returns their names."""
     checkpoint = open_checkpoint(source, trust=trust)
-    names = weights(checkpoint)
-    checkpoint.write_copy(target, dict.fromkeys(names, halve_largest), lambda: MANIFEST)
-    return names
+    chosen = weights(checkpoint)
+    checkpoint.write_copy(target, dict.fromkeys(chosen, halve_largest), lambda: MANIFEST)
+    return chosen
 
 
 def check_copy(source: Path, target: Path, edited: set[str]) -> None:
@@ -101,3 +111,41 @@ def check_copy(source: Path, target: Path, edited: set[str]) -> None:
         expected = halve_largest(tensor) if path in edited else tensor
         assert torch.equal(after[path], expected), path
     assert open_checkpoint(target).manifest_text() == MANIFEST
+
+
+# ── processes that are killed ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def kill_after(seconds: float, work: Callable[..., None], *arguments: Any) -> None:
+    """Run ``work(ready, *arguments)`` in a process, and kill -9 it so long after it has set ``ready``."""
+    context = multiprocessing.get_context("forkserver")  # imports torch once, not for each kill
+    context.set_forkserver_preload(["nmconvert.checkpoint", "safetensors.torch"])
+    ready = context.Event()
+    process = context.Process(target=work, args=(ready, *arguments))
+    process.start()
+    assert ready.wait(60)
+    time.sleep(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def keep_copying(ready: Any, source: Path, target: Path) -> None:
+    """Write edited copies until killed."""
+    ready.set()
+    while True:
+        edited_copy(source, target)
+
+
+def keep_writing(ready: Any, target: Path, kind: str) -> None:
+    """Write files or folders of one letter until killed; ready after the first."""
+    for letter in itertools.cycle(b"abcdefgh"):
+        if kind == "file":
+            with atomic_file(target) as file:
+                for _ in range(75):
+                    file.write(bytes([letter]) * 4000)
+        else:
+            with atomic_folder(target, replaceable=lambda old: True) as folder:
+                for name in "abc":
+                    (folder / name).write_bytes(bytes([letter]) * 50_000)
+        ready.set()

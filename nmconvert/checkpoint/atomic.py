@@ -142,6 +142,8 @@ def _one_line(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(target.parent):
+            raise  # it is not about what is written
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             why = f"{os.strerror(error.errno).lower()}; free some space, or choose another folder with --output"
         elif isinstance(error, FileNotFoundError) and not target.parent.is_dir():

@@ -130,7 +130,7 @@ def _slot(path: Path, name: str, entry: Any, begin: int) -> Slot:
         kind, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise _damaged(path, f"the header says too little about '{name}'") from error
-    dtype = _DTYPES.get(kind)
+    dtype = _DTYPES.get(str(kind))
     if dtype is None:
         raise CheckpointError(f"{path}: '{name}' has dtype {kind!r:.20}, which nmconvert does not know; leave it out")
     if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
