@@ -40,18 +40,21 @@ class Detector(nn.Module):
         """A 3×3 block and a 1×1 convolution."""
         return nn.Sequential(block(width, width), nn.Conv2d(width, outputs, 1))
 
-    def dense(self, images: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
-        """The raw maps [B, ?, H/4, W/4]: ``logits``, and ``box``, the distances from the point to its four sides / 16."""
-        return self.maps(images if isinstance(images, Tensor) else torch.stack([*images]))
-
     def maps(self, images: Tensor) -> dict[str, Tensor]:
-        """The same, of a tensor."""
+        """The raw maps [B, ?, H/4, W/4]: ``logits``, and ``box``, the distances from the point to its four sides / 16."""
         features = self.body(self.stem(images * 2 - 1))
         return {name: branch(features) for name, branch in self.head.items()}
 
-    def forward(self, images: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None):
-        """Losses in training mode, detections in eval mode."""
-        found = self.dense(images)
+    def forward(
+        self,
+        images: Tensor | Sequence[Tensor],
+        targets: Sequence[dict[str, Tensor]] | None = None,
+        raw: bool = False,
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses in training mode, detections in eval mode, or with ``raw`` the maps."""
+        found = self.maps(images if isinstance(images, Tensor) else torch.stack([*images]))
+        if raw:
+            return found
         if self.training:
             if targets is None:
                 raise ValueError("a detector in training mode needs targets; call eval() for detections")

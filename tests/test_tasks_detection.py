@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from nmconvert.errors import DataError
 from nmconvert.tasks.coco_ap import average_precision, record
-from nmconvert.tasks.detection import Detection, dense_distance
+from nmconvert.tasks.detection import Detection, map_distance
 from nmconvert.tasks.scenes import Scene, decode, encode, open_scenes
 from nmconvert.tasks.segmentation import Segmentation
 
@@ -156,7 +156,7 @@ def test_the_loss_is_the_sum_of_the_models(coco):
     assert task.loss(Oracle({}).train(), batch) == sum(t["boxes"].sum() for t in batch.targets["targets"]) + 3
 
 
-def test_a_teacher_that_has_no_dense_maps_gives_its_detections(coco):
+def test_a_teacher_that_has_no_raw_maps_gives_its_detections(coco):
     task, teacher = Detection(), Oracle(perfect(Detection(), str(coco))).eval()
     batch = task.collate([*task.dataset(str(coco), split="train", augment=False)])
     assert task.distill(Oracle({}).train(), teacher, batch) == task.loss(Oracle({}).train(), batch)
@@ -165,13 +165,35 @@ def test_a_teacher_that_has_no_dense_maps_gives_its_detections(coco):
     assert task.distill(Oracle({}).train(), teacher, batch) == 0
 
 
-def test_dense_distance_is_nothing_between_equals():
+def test_map_distance_is_nothing_between_equals():
     maps = {"logits": torch.randn(2, 3, 4, 4), "box": torch.randn(2, 4, 4, 4)}
     other = {name: value + 1 for name, value in maps.items()}
-    assert dense_distance(maps, maps).abs() < 1e-5
-    assert dense_distance(other, maps) > 0.1
+    assert map_distance(maps, maps).abs() < 1e-5
+    assert map_distance(other, maps) > 0.1
     with pytest.raises(DataError, match="same architecture"):
-        dense_distance({"logits": maps["logits"]}, maps)
+        map_distance({"logits": maps["logits"]}, maps)
+
+
+class Maps(nn.Module):
+    """Two raw maps of a convolution, asked for by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 1)
+
+    def forward(self, images, targets=None, raw=False):
+        assert raw
+        logits, box = self.conv(torch.stack(images)).split([2, 4], 1)
+        return {"logits": logits, "box": box}
+
+
+def test_raw_maps_are_compared_where_both_have_them(coco):
+    task, teacher = Detection(), Maps()
+    batch = task.collate([*task.dataset(str(coco), split="train", augment=False)])
+    student = Maps()
+    distance = task.distill(nn.parallel.DataParallel(student), teacher, batch)  # wrapped, as in a training of many
+    assert distance == map_distance(student(batch.inputs, raw=True), teacher(batch.inputs, raw=True))
+    assert task.distill(teacher, teacher, batch).abs() < 1e-5
 
 
 def test_unlabelled_images_serve_for_distillation_only(coco):

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 import torch
 from numpy.random import Generator
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.utils.data import Dataset
 
 from nmconvert.errors import DataError
@@ -165,6 +166,13 @@ def tensor_of(output: Any, name: str = "logits") -> Tensor:
     if not isinstance(found, Tensor):
         raise DataError(f"the model returned {type(output).__name__}, which has no '{name}': is it of another task?")
     return found
+
+
+def unwrapped(model: Any) -> Any:
+    """The model within what DistributedDataParallel or torch.compile made of it, to look at and not to call."""
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return unwrapped(model.module)
+    return unwrapped(model._orig_mod) if isinstance(model, OptimizedModule) else model
 
 
 def need_labels(batch: Batch) -> None:

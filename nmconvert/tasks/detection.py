@@ -10,13 +10,14 @@ An ONNX file gets one float [B, 3, H, W] and has outputs named ``boxes`` [B, D, 
 [B, D] (``masks`` [B, D, H, W], probabilities, for segmentation); rows that hold nothing have score 0. A model called with
 one tensor may return the same as a dict of tensors, which is how it is exported.
 
-For distillation, a model may have a method ``dense(images)`` that returns its raw maps as a dict of tensors [B, ?, h, w]:
+For distillation, the forward of a model may take ``raw=True`` and return its raw maps as a dict of tensors [B, ?, h, w]:
 ``logits`` are compared as probabilities, all others by distance where the teacher sees something. Without it the
 teacher's own detections are the targets.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from nmconvert.errors import DataError
 from nmconvert.tasks import coco_ap, detr
-from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, need_labels, on_bad
+from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, need_labels, on_bad, unwrapped
 from nmconvert.tasks.coco_ap import Found
 from nmconvert.tasks.scenes import Scene, SceneFiles, open_scenes
 
@@ -106,10 +107,10 @@ class Detection:
         """The distance between the raw maps of both, or the model's loss on what the teacher finds."""
         if detr.is_detr(model):
             return detr.distill(model, teacher, batch.inputs)
-        if hasattr(model, "dense") and hasattr(teacher, "dense"):
+        if _gives_maps(model) and _gives_maps(teacher):
             with torch.no_grad():
-                goal = teacher.dense(batch.inputs)
-            return dense_distance(model.dense(batch.inputs), goal)
+                goal = teacher(batch.inputs, raw=True)
+            return map_distance(model(batch.inputs, raw=True), goal)
         with torch.no_grad():
             found = self.predictor(teacher)(batch.inputs)
         return self._loss(model, batch.inputs, [self._confident(f, i) for f, i in zip(found, batch.inputs, strict=True)])
@@ -150,14 +151,14 @@ class Detection:
         return {f"mask_{name}": value for name, value in masks.items()} | result
 
 
-def dense_distance(ours: dict[str, Tensor], goal: dict[str, Tensor]) -> Tensor:
+def map_distance(ours: dict[str, Tensor], goal: dict[str, Tensor]) -> Tensor:
     """Binary cross entropy of the probabilities, and the L1 distance of all other maps weighted by the teacher's.
 
     ``logits`` are [B, classes, h, w], other maps [B, ?, h, w]. The cross entropy has that of the teacher with itself taken
     off, so that the distance between equals is zero; both parts are means per object that the teacher sees.
     """
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in goal.items()}:
-        raise DataError("teacher and model disagree on their dense maps: is the teacher the same architecture?")
+        raise DataError("teacher and model disagree on their raw maps: is the teacher the same architecture?")
     theirs = goal["logits"].float().sigmoid()
     excess = F.binary_cross_entropy_with_logits(ours["logits"].float(), theirs, reduction="none")
     excess = excess - F.binary_cross_entropy_with_logits(goal["logits"].float(), theirs, reduction="none")
@@ -166,6 +167,10 @@ def dense_distance(ours: dict[str, Tensor], goal: dict[str, Tensor]) -> Tensor:
     for name in ours.keys() - {"logits"}:
         total = total + (weight * (ours[name].float() - goal[name].float()).abs()).sum() / ours[name].shape[1]
     return total / weight.sum().clamp(min=1)
+
+
+def _gives_maps(model: Any) -> bool:
+    return "raw" in inspect.signature(unwrapped(model).forward).parameters
 
 
 def _predict(model: Any, names: Sequence[str], images: list[Tensor]) -> list[Found]:
@@ -191,6 +196,7 @@ def _per_image(output: Any, size: int) -> list[Found]:
 
 
 def _check_labels(model: Any, targets: Sequence[Target]) -> None:
+    model = unwrapped(model)
     classes = getattr(model, "num_classes", None) or getattr(getattr(model, "config", None), "num_labels", None)
     highest = max((int(t["labels"].max()) for t in targets if len(t["labels"])), default=0)
     if classes is not None and highest >= classes:

@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nmconvert.tasks.base import unwrapped
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def is_detr(model: Any) -> bool:
     """Whether ``model`` is a Hugging Face detector."""
+    model = unwrapped(model)
     return "ForObjectDetection" in type(model).__name__ and hasattr(model, "config")
 
 
@@ -59,7 +62,8 @@ def distill(model: Any, teacher: Any, images: list[Tensor]) -> Tensor:
 
 
 def _probabilities(model: Any, logits: Tensor) -> Tensor:
-    return logits.softmax(-1)[..., :-1] if logits.shape[-1] == model.config.num_labels + 1 else logits.sigmoid()
+    background = logits.shape[-1] == unwrapped(model).config.num_labels + 1
+    return logits.softmax(-1)[..., :-1] if background else logits.sigmoid()
 
 
 def _size(image: Tensor) -> Tensor:

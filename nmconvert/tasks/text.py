@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nmconvert.errors import DataError, UsageError
 from nmconvert.extras import require
+from nmconvert.tasks.base import unwrapped
 
 IGNORED = -100  # the label of positions that have none, as in torch's cross entropy
 _CHUNK = 100_000  # characters that are tokenised at once
@@ -88,6 +89,7 @@ def padded(rows: Sequence[Sequence[int] | NDArray[np.int64]], fill: int) -> Tens
 
 def check_ids(model: Any, ids: Tensor) -> None:
     """Raise where an id is beyond the model's vocabulary, if it says how large that is."""
+    model = unwrapped(model)
     size = getattr(getattr(model, "config", None), "vocab_size", None) or getattr(model, "vocab_size", None)
     if size is not None and ids.numel() and int(ids.max()) >= size:
         raise DataError(f"token {int(ids.max())} is out of range: the model knows {size}; is the tokenizer another model's?")

@@ -1,0 +1,29 @@
+"""The text of Python's own standard library, as ``train.txt`` and ``val.txt``: ``python -m sample_models.stdlib_text OUT``.
+
+Some 2 MB of source code; it differs a little between versions of Python.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from pathlib import Path
+
+VAL = ("bisect", "calendar", "colorsys", "csv", "fractions", "glob", "queue", "sched", "shlex", "statistics", "string", "textwrap")
+
+
+def write(out: Path) -> None:
+    """The modules named above in ``val.txt``, all others of the library's top folder in ``train.txt``."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    if not files:
+        sys.exit("this Python has no standard library in source form")
+    out.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "val"):
+        chosen = [f.read_text("utf-8") for f in files if (f.stem in VAL) == (part == "val")]
+        (out / f"{part}.txt").write_text("\n".join(chosen), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m sample_models.stdlib_text OUT")
+    write(Path(sys.argv[1]))
