@@ -25,6 +25,11 @@ def rank() -> int:
     return td.get_rank() if td.is_available() and td.is_initialized() else 0
 
 
+def started_rank() -> int:
+    """The number that torchrun gave this process, joined or not; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def world() -> int:
     """How many processes train together."""
     return td.get_world_size() if td.is_available() and td.is_initialized() else 1
@@ -37,7 +42,7 @@ def processes(device: torch.device) -> Iterator[None]:
     Raises:
         NmconvertError: another rank has died; the message says what to run.
     """
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return
     td.init_process_group("nccl" if device.type == "cuda" else "gloo")
