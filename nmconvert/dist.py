@@ -110,10 +110,9 @@ def _shard(model: nn.Module, shard_dim: Callable[[nn.Parameter], int]) -> None:
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(shard_dim(parameter))
 
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            for block in module:
-                fully_shard(block, shard_placement_fn=placement)
+    lists = [module for module in model.modules() if type(module) is nn.ModuleList]  # parametrizations are another kind
+    for block in (block for blocks in lists for block in blocks):
+        fully_shard(block, shard_placement_fn=placement)
     fully_shard(model, shard_placement_fn=placement)
 
 

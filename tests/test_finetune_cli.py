@@ -116,6 +116,8 @@ def test_a_checkpoint_becomes_better_and_stays_exactly_nm(folder):
     assert sorted(p.name for p in folder.iterdir() if ".ft" in p.name) == [
         "net.nm1-4.ft.jsonl", "net.nm1-4.ft.pt", "net.nm1-4.ft.svg",
     ]  # fmt: skip
+    again = json.loads(invoke("finetune", result["output"], "--epochs", 1, "--batch", 32, "--json"))
+    assert again["output"] == str(folder / "net.nm1-4.ft.ft.pt"), "data, model and task were said before"
     ElementTree.parse(folder / "net.nm1-4.ft.svg")
 
 
@@ -197,7 +199,5 @@ def test_what_is_wrong_is_named(folder):
     with pytest.raises(CheckpointError, match=r"broken\.pt"):
         finetune_it(folder, "--teacher", folder / "broken.pt")
     with pytest.raises(UsageError, match="no dense checkpoint"):
-        finetune(
-            folder / "net.nm1-4.pt", Classification(), str(folder / "data.npz"), Settings(), learn_alone=True, from_dense=True
-        )
+        finetune(folder / "net.nm1-4.pt", None, str(folder / "data.npz"), Settings(), learn_alone=True, from_dense=True)
     assert not list(folder.glob("*.ft*"))

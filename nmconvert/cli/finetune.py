@@ -61,23 +61,22 @@ def training_options(function: F) -> F:
 @model_options
 @output_options
 def command(
-    checkpoint: Path, task: str, data: str, settings: dict[str, str], teacher: Path | None, no_teacher: bool,
+    checkpoint: Path, task: str | None, data: str | None, settings: dict[str, str], teacher: Path | None, no_teacher: bool,
     from_dense: bool, resume: bool, device: str | None, output: Path | None, model: str | None,
     model_arguments: dict[str, str], trust: bool, as_json: bool, quiet: bool, **numbers: Any,
 ) -> None:  # fmt: skip
     """Bring back the accuracy of CHECKPOINT, which `nmconvert prune` wrote, by some epochs of SR-STE.
 
-    The dense checkpoint that was pruned is the teacher, so that data without labels is enough. Under torchrun all
-    processes train together: torchrun --nproc-per-node 2 -m nmconvert finetune …
+    CHECKPOINT is by default the newest result of nmconvert in this folder. What was said before (--task, --data, --model)
+    need not be said again. The dense checkpoint that was pruned is the teacher, so that data without labels is enough.
+    Under torchrun all processes train together: torchrun --nproc-per-node 2 -m nmconvert finetune …
     """
-    from nmconvert.tasks import build_task
     from nmconvert.train import Settings, finetune
 
     result = finetune(
-        checkpoint, build_task(task, settings), data,
-        Settings(**{name: value for name, value in numbers.items() if value is not None}),
-        model=model, model_arguments=model_arguments, teacher=teacher, learn_alone=no_teacher, from_dense=from_dense,
-        output=output, resume=resume, device=device, trust=trust, display=not (as_json or quiet),
+        checkpoint, task, data, Settings(**{name: value for name, value in numbers.items() if value is not None}),
+        task_settings=settings, model=model, model_arguments=model_arguments, teacher=teacher, learn_alone=no_teacher,
+        from_dense=from_dense, output=output, resume=resume, device=device, trust=trust, display=not (as_json or quiet),
     )  # fmt: skip
     from nmconvert import dist
 

@@ -19,9 +19,20 @@ from nmconvert.errors import UsageError
 from nmconvert.manifest import Manifest
 from nmconvert.model import load, matched_names
 from nmconvert.plan import Plan
-from nmconvert.tasks import Task
+from nmconvert.tasks import build_task
 from nmconvert.train.loop import Training, train
 from nmconvert.train.settings import Settings
+
+
+@dataclass(frozen=True)
+class Said:
+    """What is said once: in this command or before, in the manifest."""
+
+    task: str
+    task_settings: Mapping[str, str]
+    data: str
+    model: str
+    model_arguments: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -38,10 +49,11 @@ class FinetuneResult:
 
 def finetune(
     source: Path,
-    task: Task,
-    data: str,
+    task: str | None,
+    data: str | None,
     settings: Settings,
     *,
+    task_settings: Mapping[str, str] | None = None,
     model: str | None = None,
     model_arguments: Mapping[str, str] | None = None,
     teacher: Path | None = None,
@@ -59,9 +71,10 @@ def finetune(
 
     Args:
         source: a checkpoint with a manifest, which says which weights are sparse.
-        task: what the model does.
-        data: its data, as the task reads it.
+        task: what the model does, a key of `nmconvert.tasks.TASKS`; left out: as the manifest knows it, or classification.
+        data: its data, as the task reads it; left out: as the manifest knows it.
         settings: all numbers.
+        task_settings: of the task, beside those that the manifest knows.
         model: as in `nmconvert.model.build`; left out: as the manifest knows it.
         model_arguments: for the callable that ``model`` names.
         teacher: a dense checkpoint of the same model; left out: the one that was pruned, if it is still there.
@@ -74,23 +87,21 @@ def finetune(
         display: show the run on the terminal.
 
     Raises:
-        UsageError: ``source`` was not pruned by nmconvert, or the model is neither given nor in the manifest.
+        UsageError: ``source`` was not pruned by nmconvert, or model or data are neither given nor in the manifest.
         NmconvertError: see `nmconvert.train.loop.train`.
     """
     checkpoint = open_checkpoint(source, trust=trust)
     manifest = _manifest_of(checkpoint)
-    spec = model or manifest.settings.get("model")
-    if not spec:
-        raise UsageError(f"{source}: holds weights only; say what they belong to with --model module:callable")
-    arguments = model_arguments or manifest.settings.get("model_arguments") or {}
+    said = _said(manifest, source, task, task_settings or {}, data, model, model_arguments or {})
+    does = build_task(said.task, said.task_settings, folder=Path(said.model))
     output = output or default_output(source)
     dense = None if learn_alone else teacher or _dense_source(manifest)
     if from_dense and dense is None:
         raise UsageError("--from-dense: there is no dense checkpoint to start from; name it with --teacher")
     place = _device(device)
     with dist.processes(place):
-        network = load(spec, source, arguments, trust=trust).float()
-        master = None if dense is None else load(spec, dense, arguments, trust=trust).float()
+        network = load(said.model, source, said.model_arguments, trust=trust).float()
+        master = None if dense is None else load(said.model, dense, said.model_arguments, trust=trust).float()
         if from_dense and master is not None:
             network.load_state_dict(master.state_dict())
         log = output.with_name(f"{output.stem}.jsonl")
@@ -98,9 +109,9 @@ def finetune(
         training = train(
             network,
             plan_of(manifest, checkpoint, network),
-            task,
-            task.dataset(data, split="train", augment=settings.augment),
-            task.dataset(data, split="val", augment=False),
+            does,
+            does.dataset(said.data, split="train", augment=settings.augment),
+            does.dataset(said.data, split="val", augment=False),
             settings,
             teacher=master,
             folder=states,
@@ -110,12 +121,11 @@ def finetune(
             display=display,
         )
         if dist.rank() == 0:
-            said = {"model": spec, "model_arguments": dict(arguments) or None, "data": data, "task": task.name}
             told = {"teacher": None if dense is None else str(dense), "settings": asdict(settings)}
-            _write(checkpoint, output, training, manifest.with_settings(**said), told)
+            _write(checkpoint, output, training, manifest.with_settings(**asdict(said)), told)
             shutil.rmtree(states)
         dist.barrier()
-    return FinetuneResult(source, output, log, dense, task.metric, training)
+    return FinetuneResult(source, output, log, dense, does.metric, training)
 
 
 def default_output(source: Path) -> Path:
@@ -167,6 +177,28 @@ def _manifest_of(checkpoint: Checkpoint) -> Manifest:
             f"{checkpoint.path}: was not pruned by nmconvert; run nmconvert prune {checkpoint.path} --nm 2:4 first"
         )
     return manifest
+
+
+def _said(
+    manifest: Manifest,
+    source: Path,
+    task: str | None,
+    task_settings: Mapping[str, str],
+    data: str | None,
+    model: str | None,
+    model_arguments: Mapping[str, str],
+) -> Said:
+    before = manifest.settings
+    name = task or str(before.get("task") or "classification")
+    known = before.get("task_settings") or {} if name == before.get("task") else {}
+    data = data or before.get("data")
+    if data is None:
+        raise UsageError(f"{source}: trained on what? Give --data, a folder or a file of the task '{name}'")
+    spec = model or before.get("model") or (str(source) if (source / "config.json").is_file() else None)
+    if spec is None:
+        raise UsageError(f"{source}: holds weights only; say what they belong to with --model module:callable")
+    arguments = model_arguments or before.get("model_arguments") or {}
+    return Said(name, {**known, **task_settings}, data, str(spec), dict(arguments))
 
 
 def _dense_source(manifest: Manifest) -> Path | None:
