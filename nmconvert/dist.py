@@ -25,6 +25,11 @@ def rank() -> int:
     return td.get_rank() if td.is_available() and td.is_initialized() else 0
 
 
+def started_rank() -> int:
+    """The number that torchrun gave this process, joined or not; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def world() -> int:
     """How many processes train together."""
     return td.get_world_size() if td.is_available() and td.is_initialized() else 1
@@ -37,7 +42,7 @@ def processes(device: torch.device) -> Iterator[None]:
     Raises:
         NmconvertError: another rank has died; the message says what to run.
     """
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return
     td.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -105,10 +110,9 @@ def _shard(model: nn.Module, shard_dim: Callable[[nn.Parameter], int]) -> None:
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(shard_dim(parameter))
 
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            for block in module:
-                fully_shard(block, shard_placement_fn=placement)
+    lists = [module for module in model.modules() if type(module) is nn.ModuleList]  # parametrizations are another kind
+    for block in (block for blocks in lists for block in blocks):
+        fully_shard(block, shard_placement_fn=placement)
     fully_shard(model, shard_placement_fn=placement)
 
 

@@ -131,7 +131,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     """
     own = model.state_dict(keep_vars=True)
     infos = [info for info in checkpoint.tensors() if not info.secondary]
-    names = _matched([info.name for info in infos], own)
+    names = matched_names([info.name for info in infos], own)
     shapes = {names[info.name]: info.shape for info in infos}
     for name, shape in shapes.items():
         if name in own and tuple(own[name].shape) != shape:
@@ -328,8 +328,8 @@ def _first_module(value: Any) -> nn.Module:
 # ── names ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _matched(names: list[str], own: Mapping[str, Tensor]) -> dict[str, str]:
-    """Each name of the checkpoint → its name in the model: the same, or without a first part that all of them have."""
+def matched_names(names: list[str], own: Mapping[str, Tensor]) -> dict[str, str]:
+    """Each name of a checkpoint → its name in the model: the same, or without a first part that all of them have."""
     first = {name.partition(".")[0] for name in names}
     if len(first) == 1 and not any(name in own for name in names):
         shorter = {name: name.partition(".")[2] for name in names}

@@ -20,7 +20,7 @@ inside the gradient, the second moment would divide it away again (and be spoilt
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import cos, pi
 from typing import Any, Literal, get_args
 
@@ -33,6 +33,7 @@ from nmconvert import dist
 from nmconvert.errors import ModelError, UsageError
 from nmconvert.masks import magnitude, nm_mask
 from nmconvert.matrix import Kind, MatrixView
+from nmconvert.model import layers
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.plan import Plan, Row, make_plan
 from nmconvert.rules import output_matrix
@@ -99,7 +100,8 @@ class WeightMask(nn.Module):
             mask = view.from_matrix(nm_mask(magnitude(view.to_matrix(part)), self.pattern))
         else:
             mask = torch.empty(part.shape, dtype=torch.bool, device=part.device)
-        return (mask if crosses else dist.assemble(mask, like=weight)).contiguous()
+        mask = mask if crosses else dist.assemble(mask, like=weight)
+        return mask.contiguous() if dist.is_sharded(weight) else torch.empty_like(weight, dtype=torch.bool).copy_(mask)
 
     def grouped_dims(self, rank: int) -> set[int]:
         """The dimensions of the weight that its groups run along: it must not be sharded along these."""
@@ -361,7 +363,7 @@ def sparsify(
     axis: Axis = "channel",
     method: Method = "sr-ste",
     decay: float | None = None,
-    layers: Sequence[tuple[str, str | Pattern | None]] = (),
+    patterns: Sequence[tuple[str, str | Pattern | None]] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> Sparse:
@@ -373,7 +375,7 @@ def sparsify(
         axis: along which convolutions are grouped, ``channel`` or ``kernel``.
         method: see `Method`.
         decay: λ; left out: 2e-4.
-        layers: (glob on weight names, pattern or None for dense); the last that matches wins.
+        patterns: (glob on weight names, pattern or None for dense) for some; the last that matches wins.
         include: globs; only these, the first and last layer too where named.
         exclude: globs that stay dense.
 
@@ -382,7 +384,7 @@ def sparsify(
         UsageError: a glob that matches nothing, an unknown method.
         ModelError: the model is sparse already.
     """
-    chosen = [(glob, None if p is None else Pattern.parse(p)) for glob, p in layers]
+    chosen = [(glob, None if p is None else Pattern.parse(p)) for glob, p in patterns]
     infos = weights_of(model)
     plan = make_plan(infos, Pattern.parse(pattern), axis, layers=chosen, include=include, exclude=exclude)
     return sparsify_plan(model, plan, method=method, decay=decay)
@@ -416,9 +418,9 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
         value = dist.whole(value)
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
         if prefix is None:
-            plain[name] = value.detach().clone()
+            plain[name] = value.detach().clone(memory_format=torch.contiguous_format)
         elif name == f"{prefix}original":
-            plain[prefixes[prefix]] = value.masked_fill(~state[f"{prefix}0.mask"], 0.0)
+            plain[prefixes[prefix]] = value.masked_fill(~state[f"{prefix}0.mask"], 0.0).contiguous()
     return plain
 
 
@@ -462,30 +464,17 @@ def _owners(modules: Iterable[nn.Module], parameter: Tensor) -> list[tuple[nn.Mo
 
 
 def weights_of(model: nn.Module) -> list[TensorInfo]:
-    """The prunable weights of ``model``, once each."""
-    seen: set[int] = set()
-    infos = []
-    for path, module in model.named_modules():
-        for attribute, kind, groups in _weights_in(module):
-            weight = getattr(module, attribute)
-            if weight is None or id(weight) in seen:
-                continue
-            seen.add(id(weight))
-            name = f"{path}.{attribute}" if path else attribute
-            infos.append(TensorInfo(name, tuple(weight.shape), weight.dtype, kind=kind, groups=groups))
-    last = output_matrix([(info.name, info.shape) for info in infos])
-    return [replace(info, output=info.name == last) for info in infos]
-
-
-def _weights_in(module: nn.Module) -> list[tuple[str, Kind, int]]:
-    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return [("weight", "conv_transpose", module.groups)]
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return [("weight", "conv", module.groups)]
-    if isinstance(module, nn.Linear):
-        return [("weight", "linear", 1)]
-    if isinstance(module, nn.MultiheadAttention):
-        return [(n, "linear", 1) for n in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")]
-    if type(module).__name__ == "Conv1D":  # Hugging Face's, imported by nobody but its models
-        return [("weight", "matmul", 1)]
-    return []
+    """The weights of ``model`` that could be sparse, once each, for `nmconvert.plan.make_plan`."""
+    found = layers(model)
+    last = output_matrix([(layer.tensor, layer.weight.shape) for layer in found])
+    return [
+        TensorInfo(
+            layer.tensor,
+            tuple(layer.weight.shape),
+            layer.weight.dtype,
+            kind=layer.kind,
+            groups=layer.groups,
+            output=layer.tensor == last,
+        )
+        for layer in found
+    ]

@@ -27,6 +27,7 @@ class Conv1D(nn.Module):
 
     def __init__(self, inputs, outputs):
         super().__init__()
+        self.nf = outputs
         self.weight = nn.Parameter(torch.randn(inputs, outputs) * 0.3)
         self.bias = nn.Parameter(torch.zeros(outputs))
 

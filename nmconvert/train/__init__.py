@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from nmconvert.train.loop import Training, train
 from nmconvert.train.settings import OPTIMIZERS, PRECISIONS, Settings
+from nmconvert.train.stage import FinetuneResult, finetune
 
-__all__ = ["OPTIMIZERS", "PRECISIONS", "Settings", "Training", "train"]
+__all__ = ["OPTIMIZERS", "PRECISIONS", "FinetuneResult", "Settings", "Training", "finetune", "train"]

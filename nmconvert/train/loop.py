@@ -126,8 +126,8 @@ class Run:
         device: torch.device,
     ) -> None:
         self.task, self.validation, self.settings, self.folder, self.device = task, validation, settings, folder, device
-        self.model = model.to(device).train()
-        self.teacher = None if teacher is None else teacher.to(device).eval().requires_grad_(False)
+        self.model = _placed(model, device).train()
+        self.teacher = None if teacher is None else _placed(teacher, device).eval().requires_grad_(False)
         self.batches = Batches(data, task, settings, device)
         self.steps = settings.epochs * self.batches.steps
         self.sparse = sparsify_plan(self.model, plan, method=settings.method, decay=settings.decay)
@@ -353,3 +353,10 @@ class Run:
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, value) for name, value in model.state_dict().items() if isinstance(value, Tensor))
+
+
+def _placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """On the device; two-dimensional convolutions with channels last, which is faster on CPUs and in half precision."""
+    ranks = {parameter.dim() for parameter in model.parameters()}
+    placed = model.to(device)
+    return placed.to(memory_format=torch.channels_last) if 4 in ranks and 5 not in ranks else placed  # type: ignore[call-overload]

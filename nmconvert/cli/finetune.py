@@ -1,0 +1,106 @@
+"""``nmconvert finetune``: SR-STE on a pruned checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nmconvert.cli.common import F, model_options, newest_checkpoint, output_options, show, task_options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from nmconvert.train import FinetuneResult
+
+SETTINGS: tuple[Callable[[F], F], ...] = (
+    click.option("--epochs", type=int, help="Passes over the training data.  [default: 3]"),
+    click.option("--batch", type=int, help="Samples per step, over all processes.  [default: 64]"),
+    click.option("--accumulate", type=int, help="Parts in which each process takes its share.  [default: 1]"),
+    click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="[default: sgd, with Nesterov momentum]"),
+    click.option("--lr", type=float, help="Highest learning rate.  [default: 0.05 for sgd, 5e-4 for adamw]"),
+    click.option("--weight-decay", type=float, help="Of matrices and filters.  [default: 1e-4]"),
+    click.option("--warmup", type=float, help="Share of the steps until the highest rate.  [default: 0.05]"),
+    click.option("--clip", type=float, help="Largest norm of the gradient."),
+    click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the forward pass.  [default: fp32]"),
+    click.option("--ema", type=float, help="Keep averaged weights, with this decay per step."),
+    click.option("--distill", type=float, help="Share of the teacher in the loss; 1 needs no labels.  [default: 1]"),
+    click.option("--method", type=click.Choice(["sr-ste", "ste", "fixed-mask"]), help="[default: sr-ste]"),
+    click.option("--decay", type=float, help="λ of SR-STE.  [default: 2e-4]"),
+    click.option("--anneal", type=click.Choice(["constant", "rise", "fall"]), help="λ over the steps.  [default: constant]"),
+    click.option("--freeze-masks", type=float, help="Share of the steps, at the end, with fixed masks.  [default: 0]"),
+    click.option("--patience", type=int, help="Stop after so many epochs without a better metric, and keep the best."),
+    click.option("--augment/--no-augment", default=None, help="Random changes of the training data.  [default: augment]"),
+    click.option("--workers", type=int, help="Processes that read the data.  [default: 0]"),
+    click.option("--seed", type=int, help="Of everything random.  [default: 0]"),
+    click.option("--save-minutes", type=float, help="Between states within an epoch.  [default: 10]"),
+    click.option("--shard", is_flag=True, default=None, help="Under torchrun: spread the weights over the processes (FSDP2)."),
+)
+
+
+def training_options(function: F) -> F:
+    """The fields of `nmconvert.train.Settings`; what is left out is decided there."""
+    for option in reversed(SETTINGS):
+        function = option(function)
+    return function
+
+
+@click.command("finetune")
+@click.argument("checkpoint", required=False, type=click.Path(exists=True, path_type=Path), callback=newest_checkpoint)
+@task_options
+@click.option("--teacher", type=click.Path(exists=True, path_type=Path), help="Dense checkpoint.  [default: what was pruned]")
+@click.option("--no-teacher", is_flag=True, help="Learn from labels alone.")
+@click.option("--from-dense", is_flag=True, help="Start from the teacher's weights, masked.")
+@click.option("--resume", is_flag=True, help="Go on with a run that did not end, bit for bit.")
+@click.option("--device", help="cpu, cuda:0 …  [default: a GPU if there is one]")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Where to write; default: CHECKPOINT with .ft.")
+@training_options
+@model_options
+@output_options
+def command(
+    checkpoint: Path, task: str | None, data: str | None, settings: dict[str, str], teacher: Path | None, no_teacher: bool,
+    from_dense: bool, resume: bool, device: str | None, output: Path | None, model: str | None,
+    model_arguments: dict[str, str], trust: bool, as_json: bool, quiet: bool, **numbers: Any,
+) -> None:  # fmt: skip
+    """Bring back the accuracy of CHECKPOINT, which `nmconvert prune` wrote, by some epochs of SR-STE.
+
+    CHECKPOINT is by default the newest result of nmconvert in this folder. What was said before (--task, --data, --model)
+    need not be said again. The dense checkpoint that was pruned is the teacher, so that data without labels is enough.
+    Under torchrun all processes train together: torchrun --nproc-per-node 2 -m nmconvert finetune …
+    """
+    from nmconvert.train import Settings, finetune
+
+    result = finetune(
+        checkpoint, task, data, Settings(**{name: value for name, value in numbers.items() if value is not None}),
+        task_settings=settings, model=model, model_arguments=model_arguments, teacher=teacher, learn_alone=no_teacher,
+        from_dense=from_dense, output=output, resume=resume, device=device, trust=trust, display=not (as_json or quiet),
+    )  # fmt: skip
+    from nmconvert import dist
+
+    if dist.started_rank() == 0:
+        show(_json(result), as_json=as_json, quiet=quiet, render=lambda: _report(result))
+
+
+def _json(result: FinetuneResult) -> dict[str, Any]:
+    return {
+        "source": str(result.source),
+        "output": str(result.output),
+        "log": str(result.log),
+        "teacher": None if result.teacher is None else str(result.teacher),
+        "metric": result.metric,
+        "steps": result.training.steps,
+        "stopped_early": result.training.stopped_early,
+        "rows": [asdict(row) for row in result.training.rows],
+    }
+
+
+def _report(result: FinetuneResult) -> RenderableType:
+    from rich.console import Group
+
+    from nmconvert.train.log import table
+
+    taught = f"taught by {result.teacher}" if result.teacher else "without a teacher"
+    return Group(table(result.training.rows, result.metric), f"Wrote {result.output}, {taught}; curves beside it.")

@@ -1,0 +1,214 @@
+"""The fine-tuning stage: a pruned checkpoint → a fine-tuned copy, weights exactly N:M, manifest brought up to date."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmconvert import dist
+from nmconvert.checkpoint import Checkpoint, open_checkpoint
+from nmconvert.detect import as_array, digest
+from nmconvert.errors import UsageError
+from nmconvert.manifest import Manifest
+from nmconvert.model import load, matched_names
+from nmconvert.plan import Plan
+from nmconvert.tasks import build_task
+from nmconvert.train.loop import Training, train
+from nmconvert.train.settings import Settings
+
+
+@dataclass(frozen=True)
+class Said:
+    """What is said once: in this command or before, in the manifest."""
+
+    task: str
+    task_settings: Mapping[str, str]
+    data: str
+    model: str
+    model_arguments: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What was written, and the run behind it."""
+
+    source: Path
+    output: Path
+    log: Path
+    teacher: Path | None
+    metric: str
+    training: Training
+
+
+def finetune(
+    source: Path,
+    task: str | None,
+    data: str | None,
+    settings: Settings,
+    *,
+    task_settings: Mapping[str, str] | None = None,
+    model: str | None = None,
+    model_arguments: Mapping[str, str] | None = None,
+    teacher: Path | None = None,
+    learn_alone: bool = False,
+    from_dense: bool = False,
+    output: Path | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    trust: bool = False,
+    display: bool = False,
+) -> FinetuneResult:
+    """Train the pruned checkpoint ``source`` with SR-STE and write ``output``, by default with ``.ft`` in its name.
+
+    Beside the output stand its log (.jsonl), the curves (.svg) and, while it runs, the folder of states (.state).
+
+    Args:
+        source: a checkpoint with a manifest, which says which weights are sparse.
+        task: what the model does, a key of `nmconvert.tasks.TASKS`; left out: as the manifest knows it, or classification.
+        data: its data, as the task reads it; left out: as the manifest knows it.
+        settings: all numbers.
+        task_settings: of the task, beside those that the manifest knows.
+        model: as in `nmconvert.model.build`; left out: as the manifest knows it.
+        model_arguments: for the callable that ``model`` names.
+        teacher: a dense checkpoint of the same model; left out: the one that was pruned, if it is still there.
+        learn_alone: have no teacher.
+        from_dense: start from the teacher's weights, masked, rather than from those of ``source``.
+        output: where to write.
+        resume: go on with a run that did not end.
+        device: left out: the GPU of this process if there is one, else the CPU.
+        trust: allow files that execute code when they are loaded.
+        display: show the run on the terminal.
+
+    Raises:
+        UsageError: ``source`` was not pruned by nmconvert, or model or data are neither given nor in the manifest.
+        NmconvertError: see `nmconvert.train.loop.train`.
+    """
+    checkpoint = open_checkpoint(source, trust=trust)
+    manifest = _manifest_of(checkpoint)
+    said = _said(manifest, source, task, task_settings or {}, data, model, model_arguments or {})
+    does = build_task(said.task, said.task_settings, folder=Path(said.model))
+    output = output or default_output(source)
+    dense = None if learn_alone else teacher or _dense_source(manifest)
+    if from_dense and dense is None:
+        raise UsageError("--from-dense: there is no dense checkpoint to start from; name it with --teacher")
+    place = _device(device)
+    with dist.processes(place):
+        network = load(said.model, source, said.model_arguments, trust=trust).float()
+        master = None if dense is None else load(said.model, dense, said.model_arguments, trust=trust).float()
+        if from_dense and master is not None:
+            network.load_state_dict(master.state_dict())
+        log = output.with_name(f"{output.stem}.jsonl")
+        states = output.with_name(f"{output.name}.state")
+        training = train(
+            network,
+            plan_of(manifest, checkpoint, network),
+            does,
+            does.dataset(said.data, split="train", augment=settings.augment),
+            does.dataset(said.data, split="val", augment=False),
+            settings,
+            teacher=master,
+            folder=states,
+            log=log,
+            resume=resume,
+            device=place,
+            display=display,
+        )
+        if dist.rank() == 0:
+            told = {"teacher": None if dense is None else str(dense), "settings": asdict(settings)}
+            _write(checkpoint, output, training, manifest.with_settings(**asdict(said)), told)
+            shutil.rmtree(states)
+        dist.barrier()
+    return FinetuneResult(source, output, log, dense, does.metric, training)
+
+
+def default_output(source: Path) -> Path:
+    """``resnet50.nm2-4.pth`` → ``resnet50.nm2-4.ft.pth``; a folder gets the same ending."""
+    return source.with_name(f"{source.name}.ft") if source.is_dir() else source.with_name(f"{source.stem}.ft{source.suffix}")
+
+
+def plan_of(manifest: Manifest, checkpoint: Checkpoint, model: nn.Module) -> Plan:
+    """The sparse weights of ``manifest`` under the names that they have in ``model``."""
+    names = _names(checkpoint, model)
+    rows = (replace(layer.row, info=replace(layer.info, name=names[layer.name])) for layer in manifest.layers)
+    return Plan(tuple(rows))
+
+
+def _write(checkpoint: Checkpoint, output: Path, training: Training, manifest: Manifest, told: dict[str, Any]) -> None:
+    names = matched_names([info.name for info in checkpoint.tensors() if not info.secondary], training.weights)
+    digests: dict[str, str] = {}
+
+    def replacement(name: str) -> Any:
+        def edit(old: Tensor) -> Tensor:
+            new = training.weights[names[name]].cpu().to(old.dtype)
+            digests[name] = digest(as_array(new))
+            return new
+
+        return edit
+
+    changed = [info for info in checkpoint.tensors() if info.name in names and names[info.name] in training.weights]
+    edits = {info.name: replacement(info.name) for info in changed if info.shared_with is None}
+    rows = [{"label": row.label, **row.metrics} for row in training.rows]
+
+    def text() -> str:
+        layers = tuple(replace(layer, digest=digests.get(layer.name, layer.digest)) for layer in manifest.layers)
+        return replace(manifest, layers=layers).after("finetune", rows=rows, steps=training.steps, **told).to_json()
+
+    checkpoint.write_copy(output, edits, text)
+
+
+def _names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
+    return matched_names([info.name for info in checkpoint.tensors() if not info.secondary], model.state_dict(keep_vars=True))
+
+
+def _manifest_of(checkpoint: Checkpoint) -> Manifest:
+    if checkpoint.path.suffix == ".onnx":
+        raise UsageError(f"{checkpoint.path}: an ONNX file is not trained; fine-tune the checkpoint, then export it")
+    text = checkpoint.manifest_text()
+    manifest = Manifest() if text is None else Manifest.from_json(text, str(checkpoint.path))
+    if not manifest.layers:
+        raise UsageError(
+            f"{checkpoint.path}: was not pruned by nmconvert; run nmconvert prune {checkpoint.path} --nm 2:4 first"
+        )
+    return manifest
+
+
+def _said(
+    manifest: Manifest,
+    source: Path,
+    task: str | None,
+    task_settings: Mapping[str, str],
+    data: str | None,
+    model: str | None,
+    model_arguments: Mapping[str, str],
+) -> Said:
+    before = manifest.settings
+    name = task or str(before.get("task") or "classification")
+    known = before.get("task_settings") or {} if name == before.get("task") else {}
+    data = data or before.get("data")
+    if data is None:
+        raise UsageError(f"{source}: trained on what? Give --data, a folder or a file of the task '{name}'")
+    spec = model or before.get("model") or (str(source) if (source / "config.json").is_file() else None)
+    if spec is None:
+        raise UsageError(f"{source}: holds weights only; say what they belong to with --model module:callable")
+    arguments = model_arguments or before.get("model_arguments") or {}
+    return Said(name, {**known, **task_settings}, data, str(spec), dict(arguments))
+
+
+def _dense_source(manifest: Manifest) -> Path | None:
+    source = manifest.settings.get("source")
+    return Path(source) if isinstance(source, str) and Path(source).exists() else None
+
+
+def _device(name: str | None) -> torch.device:
+    if name is not None:
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
