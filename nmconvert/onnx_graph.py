@@ -6,6 +6,7 @@ same constant may serve several nodes. Bodies of If, Loop and Scan are read as w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -96,7 +97,10 @@ class Constants:
             rank = len(source.shape)
             return source.through_transpose(attribute(node, "perm", list(range(rank))[::-1]))
         if node.op_type == "Cast":
-            return replace(source, element_type=attribute(node, "to", source.element_type))
+            to = attribute(node, "to", source.element_type)
+            if source.element_type not in (self.tensors[source.name].data_type, to):  # the cast before may have rounded
+                return replace(source, element_type=to, obstacle=source.obstacle or "Cast")
+            return replace(source, element_type=to)
         if node.op_type in ("DequantizeLinear", "QuantizeLinear", "Reshape", "Squeeze", "Unsqueeze", "Flatten"):
             return replace(source, obstacle=source.obstacle or node.op_type)
         return None
@@ -182,7 +186,22 @@ def tensor_infos(model: ModelProto) -> list[TensorInfo]:
                     if source is not None:
                         others.setdefault(source.name, node.op_type)
     last = _output_weight(model)
-    return [_info(name, tensor, uses.get(name, []), others.get(name), last) for name, tensor in tensors.items()]
+    counts = Counter(name for name, _ in named_tensors(model))
+    return [
+        _info(name, tensor, uses.get(name, []), others.get(name), last)
+        if counts[name] == 1
+        else replace(_info(name, tensor, [], None, None), reason="its name is not unique in the model")
+        for name, tensor in tensors.items()
+    ]
+
+
+def named_tensors(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:
+    """The initialisers of every graph, and the tensors of its Constant nodes under the name of their output."""
+    for graph, _ in graphs(model):
+        yield from ((tensor.name, tensor) for tensor in graph.initializer)
+        for node in graph.node:
+            if (tensor := constant_tensor(node)) is not None:
+                yield node.output[0], tensor
 
 
 def _passes_on(node: NodeProto) -> bool:

@@ -11,7 +11,7 @@ import onnx
 import torch
 
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
-from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, named_tensors, read_whole_model
+from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model
 from nmconvert.detect import Array, as_array, digest, satisfies, tightest
 from nmconvert.errors import ExportError, NmconvertError, UsageError
 from nmconvert.export.calls import PackedLayer, packed_layers
@@ -20,6 +20,7 @@ from nmconvert.export.trace import run_module
 from nmconvert.inputs import InputSpec, example_feed
 from nmconvert.manifest import Layer, Manifest
 from nmconvert.model import load
+from nmconvert.onnx_graph import named_tensors
 
 
 @dataclass(frozen=True)

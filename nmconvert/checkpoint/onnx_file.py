@@ -23,7 +23,7 @@ from nmconvert.checkpoint.atomic import atomic_file
 from nmconvert.checkpoint.base import Edits
 from nmconvert.errors import CheckpointError, UsageError
 from nmconvert.manifest import METADATA_KEY
-from nmconvert.onnx_graph import constant_tensor, graphs, tensor_infos
+from nmconvert.onnx_graph import graphs, named_tensors, tensor_infos
 from nmconvert.tensor import TensorInfo
 
 _ALIGNMENT = 4096  # of external tensors: what onnxruntime can map into memory
@@ -117,17 +117,8 @@ class OnnxCheckpoint:
         save_model(model, target, source=self.path, edit=edit, manifest=manifest)
 
 
-def named_tensors(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:
-    """The initialisers of every graph, and the tensors of its Constant nodes under the name of their output."""
-    for graph, _ in graphs(model):
-        yield from ((tensor.name, tensor) for tensor in graph.initializer)
-        for node in graph.node:
-            if (tensor := constant_tensor(node)) is not None:
-                yield node.output[0], tensor
-
-
 def every_tensor(model: ModelProto) -> Iterator[TensorProto]:
-    """The tensors of :func:`named_tensors`, without names."""
+    """The tensors of :func:`nmconvert.onnx_graph.named_tensors`, without names."""
     return (tensor for _, tensor in named_tensors(model))
 
 
@@ -150,10 +141,10 @@ def save_model(
     Raises:
         CheckpointError: the copy cannot be written; ``target`` is then as it was before.
     """
-    tensors = dict(named_tensors(model))
+    tensors = list(named_tensors(model))  # two branches of an If may have tensors of one name
     if external is None:
-        inside = sum(len(t.raw_data) for t in tensors.values())
-        external = inside > EXTERNAL_ABOVE or any(uses_external_data(t) for t in tensors.values())
+        inside = sum(len(tensor.raw_data) for _, tensor in tensors)
+        external = inside > EXTERNAL_ABOVE or any(uses_external_data(tensor) for _, tensor in tensors)
     if not external:
         _write_model(model, target, manifest, check)
         return
@@ -163,7 +154,7 @@ def save_model(
         data = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
     try:
         with atomic_file(data) as file:
-            for name, tensor in tensors.items():
+            for name, tensor in tensors:
                 _move_out(name, tensor, file, data.name, source, edit or {})
         _write_model(model, target, manifest, check)
     except BaseException:

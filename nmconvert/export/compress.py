@@ -15,6 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from nmconvert.detect import digest, satisfies
 from nmconvert.errors import WeightError
 from nmconvert.export.calls import call_node, initializer, values_name
+from nmconvert.export.find import sparsest_first
 from nmconvert.export.functions import DOMAIN, DOMAIN_VERSION, FUNCTIONS, IR_VERSION, function_proto
 from nmconvert.manifest import Layer
 from nmconvert.matrix import MatrixView
@@ -26,6 +27,7 @@ from nmconvert.onnx_graph import (
     constant_tensor,
     graphs,
     opset,
+    tensor_infos,
     used_names,
     weight_uses,
 )
@@ -50,7 +52,7 @@ def compress(model: ModelProto, patterns: Sequence[tuple[Pattern, Axis]]) -> Com
     The model needs opset 13 or later. Its initialisers must hold their data (no external references).
     """
     result = Compressed()
-    packer = _Packer(model, sorted(patterns, key=lambda p: p[0].density), result)
+    packer = _Packer(model, sparsest_first(patterns), result)
     for graph, scope in graphs(model):
         packer.replace_in(graph, scope)
     if result.layers:
@@ -70,7 +72,8 @@ class _Packer:
         self.patterns = patterns
         self.result = result
         self.reads = used_names(model)
-        self.packed: dict[tuple[object, ...], tuple[Packed, MatrixView, Axis] | None] = {}
+        self.reasons = {info.name: info.reason for info in tensor_infos(model) if info.reason is not None}
+        self.packed: dict[str, tuple[Packed, MatrixView, Axis] | None] = {}
         self.tables: dict[bytes, str] = {}
         self.zeros: set[str] = set()
 
@@ -91,16 +94,16 @@ class _Packer:
         graph.node.extend(nodes)
 
     def _pack(self, use: WeightUse, scope: Constants) -> tuple[Packed, MatrixView, Axis] | None:
-        source = use.source
-        key = (source.name, source.transposed, use.kind, use.groups)
-        if key not in self.packed:
-            self.packed[key] = self._try_patterns(use, scope)
-        return self.packed[key]
+        name = use.source.name  # all its uses have one layout, or there is a reason against it
+        if name not in self.packed:
+            self.packed[name] = self._try_patterns(use, scope)
+        return self.packed[name]
 
     def _try_patterns(self, use: WeightUse, scope: Constants) -> tuple[Packed, MatrixView, Axis] | None:
         source, tensor = use.source, scope.tensors[use.source.name]
-        if source.obstacle or tensor.data_type not in FLOATS or source.element_type not in FLOATS:
-            self.result.dense[source.name] = f"behind {source.obstacle}" if source.obstacle else "not a float weight"
+        floats = tensor.data_type in FLOATS and source.element_type in FLOATS
+        if reason := self.reasons.get(source.name, None if floats else "not a float weight"):
+            self.result.dense[source.name] = reason
             return None
         weight = numpy_helper.to_array(tensor)
         weight = weight if source.transposed is None else weight.transpose(source.transposed)
@@ -195,6 +198,7 @@ def _bias_after(node: NodeProto, graph: GraphProto, scope: Constants, reads: Map
 
 def remove_unused_constants(model: ModelProto) -> None:
     """Drop initialisers that nothing reads, and the Constant, Identity, Transpose and Cast nodes that led from them."""
+    constants = {tensor.name for graph, _ in graphs(model) for tensor in graph.initializer}
     while True:
         reads = used_names(model)
         removed = 0
@@ -205,9 +209,10 @@ def remove_unused_constants(model: ModelProto) -> None:
                 if leads_on and not any(reads.get(name) for name in node.output):
                     del graph.node[index]
                     removed += 1
-            for index in reversed(range(len(graph.initializer))):
-                if not reads.get(graph.initializer[index].name):
-                    del graph.initializer[index]
-                    removed += 1
+            for entries in (graph.initializer, graph.input):  # old models list their initialisers as inputs, too
+                for index in reversed(range(len(entries))):
+                    if entries[index].name in constants and not reads.get(entries[index].name):
+                        del entries[index]
+                        removed += 1
         if not removed:
             return

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator
 
 from onnx import ModelProto, numpy_helper
 
-from nmconvert.checkpoint.onnx_file import named_tensors
 from nmconvert.detect import Array, digest, satisfies, tightest
 from nmconvert.manifest import Layer
-from nmconvert.onnx_graph import tensor_infos
+from nmconvert.onnx_graph import named_tensors, tensor_infos
 from nmconvert.pattern import AXES, Axis, Pattern
 from nmconvert.tensor import TensorInfo
 
@@ -27,9 +26,14 @@ def patterns_found(model: ModelProto) -> set[tuple[Pattern, Axis]]:
     return found
 
 
+def sparsest_first(patterns: Iterable[tuple[Pattern, Axis]]) -> list[tuple[Pattern, Axis]]:
+    """Always in the same order: by density, among equals the smaller m, the channel axis first."""
+    return sorted(set(patterns), key=lambda choice: (choice[0].density, choice[0].m, choice[1]))
+
+
 def sparse_layers(model: ModelProto, patterns: Iterable[tuple[Pattern, Axis]]) -> Iterator[Layer]:
     """The weights that satisfy one of ``patterns``, the sparsest that fits."""
-    by_density = sorted(patterns, key=lambda choice: choice[0].density)
+    by_density = sparsest_first(patterns)
     for info, weight in _weights(model):
         for pattern, axis in by_density:
             view = info.view(axis)
