@@ -79,7 +79,7 @@ def make_plan(
     for glob in [*(g for g, _ in layers), *include, *exclude]:
         if not any(fnmatchcase(name, glob) for name in names):
             raise UsageError(f"'{glob}' matches no tensor of the checkpoint; `nmconvert inspect` lists their names")
-    last = output_matrix([(info.name, info.shape) for info in tensors if info.kind is None])
+    last = output_matrix([(info.name, info.shape) for info in tensors if info.kind is None and not info.secondary])
     choices = _Choices(pattern, axis, tuple(layers), tuple(include), tuple(exclude), target, last)
     rows: dict[str, Row] = {}
     for info in tensors:
@@ -117,7 +117,7 @@ def _decide(info: TensorInfo, choices: _Choices, decided: dict[str, Row]) -> Row
     if choices.include and not included:
         return Row(info, reason="not included")
     assumed = info.kind is None
-    is_output = info.output or info.name == choices.last
+    is_output = info.output or info.own_name == choices.last
     if not included and (reason := rule_against(info.name, info.shape, info.kind, is_output=is_output)):
         return Row(info, reason=reason)
     known = replace(info, kind=info.kind or guess_kind(info.name, info.shape))

@@ -169,7 +169,7 @@ def _with_kinds(tensors: Sequence[TensorInfo], model: torch.nn.Module) -> list[T
     known = {f"{layer.name}.{layer.parameter}" if layer.name else layer.parameter: layer for layer in model_layers(model)}
     result = []
     for info in tensors:
-        layer = known.get(info.name)
+        layer = known.get(info.own_name)
         if layer is not None:
             result.append(replace(info, kind=layer.kind, groups=layer.groups))
         elif len(info.shape) > 1 and info.reason is None:

@@ -37,6 +37,11 @@ class TensorInfo:
     output: bool = False
 
     @property
+    def own_name(self) -> str:
+        """The name within its state dict: a second one (``ema/conv1.weight``) has the names of the first."""
+        return self.name.rpartition("/")[2] if self.secondary else self.name
+
+    @property
     def numel(self) -> int:
         """How many entries it has."""
         return prod(self.shape)
