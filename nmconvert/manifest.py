@@ -7,6 +7,7 @@ against it. A file may have been tampered with, so reading it checks every field
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -107,7 +108,7 @@ class Manifest:
             )
         except CheckpointError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, NmconvertError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, NmconvertError) as error:
             raise CheckpointError(
                 f"{source}: its nmconvert manifest is damaged ({error!r}): prune or export it again"
             ) from error
@@ -146,6 +147,8 @@ def _layer_from_json(content: Mapping[str, Any]) -> Layer:
         transposed is not None and sorted(info.transposed or ()) != list(range(len(info.shape)))
     ):
         raise ValueError(f"impossible shape {info.shape} or transpose {transposed}")
+    if info.groups < 1 or re.fullmatch("[0-9a-f]{64}", str(content["sha256"])) is None:
+        raise ValueError(f"impossible groups {info.groups} or hash {content['sha256']!r:.80}")
     layer = Layer(
         info,
         Pattern.parse(content["pattern"]),

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from onnx_models import conv_net, value
+
+from nmconvert.errors import UsageError
+from nmconvert.inputs import DTYPES, INTEGER_LIMIT, InputSpec, example_array, example_feed
+
+
+@given(
+    st.none() | st.sampled_from(["x", "input_ids", "a.b"]), st.lists(st.integers(1, 999), min_size=1), st.sampled_from(DTYPES)
+)
+def test_text_round_trip(name: str | None, shape: list[int], dtype: str) -> None:
+    spec = InputSpec(name, tuple(shape), dtype)
+    assert InputSpec.parse(str(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("1,3,224,224", InputSpec(None, (1, 3, 224, 224))),
+        ("1x3x224x224", InputSpec(None, (1, 3, 224, 224))),
+        (" ids = 1 , 16 : int64 ", InputSpec("ids", (1, 16), "int64")),
+        ("5", InputSpec(None, (5,))),
+    ],
+)
+def test_forms(text: str, spec: InputSpec) -> None:
+    parsed = InputSpec.parse(text)
+    assert (parsed.name or "").strip() == (spec.name or "")
+    assert (parsed.shape, parsed.dtype) == (spec.shape, spec.dtype)
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,,3", "=1,3", "1,3:", "1;3", "x=", "1,-3", "1,3:float32:int8"])
+def test_what_is_no_input(text: str) -> None:
+    with pytest.raises(UsageError, match=r"is not \[NAME=\]SHAPE\[:DTYPE\], for example 1,3,224,224 or input_ids=1,16:int64"):
+        InputSpec.parse(text)
+
+
+def test_wrong_type_and_empty_dimension() -> None:
+    with pytest.raises(UsageError, match="the type 'float31' is none of float32, float16"):
+        InputSpec.parse("1,3:float31")
+    with pytest.raises(UsageError, match="has a dimension of size 0"):
+        InputSpec.parse("1,0")
+
+
+def test_example_arrays_fit_their_type() -> None:
+    rng = np.random.default_rng(0)
+    integers = example_array([100], np.dtype("int64"), rng)
+    assert (integers.min(), integers.max()) == (0, INTEGER_LIMIT - 1)
+    assert example_array([3], np.dtype("bool"), rng).all()
+    assert example_array([3], np.dtype("float16"), rng).dtype == np.float16
+
+
+def test_feed_for_a_model() -> None:
+    model = conv_net()
+    assert {name: array.shape for name, array in example_feed(model).items()} == {"X": (1, 8, 6, 6)}
+    assert example_feed(model, batch=3)["X"].shape == (3, 8, 6, 6)
+    assert example_feed(model, [InputSpec(None, (5, 8, 6, 6))])["X"].shape == (5, 8, 6, 6)
+    assert np.array_equal(example_feed(model)["X"], example_feed(model)["X"])
+    with pytest.raises(UsageError, match="2 inputs were given, the model takes 1: X"):
+        example_feed(model, [InputSpec(None, (1,)), InputSpec(None, (1,))])
+    with pytest.raises(UsageError, match="the model has no input 'y': it takes X"):
+        example_feed(model, [InputSpec("y", (1,))])
+
+
+def test_initialisers_among_the_inputs_are_no_inputs() -> None:
+    model = conv_net()
+    model.graph.input.append(value("head.bias", [10]))
+    model.graph.input.append(helper.make_tensor_value_info("ids", TensorProto.INT64, [None, "n"]))
+    feed = example_feed(model)
+    assert list(feed) == ["X", "ids"]
+    assert feed["ids"].shape == (1, 16)
