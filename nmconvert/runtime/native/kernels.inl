@@ -21,7 +21,15 @@ typedef uint64_t Word __attribute__((aligned(2), may_alias));
 
 inline Vector load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<Loose*>(p) = v; }
-inline Vector splat(float x) { return Vector{} + x; }
+inline Vector splat(float x) {
+#if NMC_WIDTH == 16
+  return _mm512_set1_ps(x);
+#elif NMC_WIDTH == 8
+  return _mm256_set1_ps(x);
+#else
+  return Vector{x, x, x, x};
+#endif
+}
 
 // NaN in `v` survives both, as in the standard operators.
 inline Vector clip(Vector v, Vector low, Vector high) {

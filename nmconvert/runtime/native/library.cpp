@@ -11,7 +11,7 @@
 #include "node.h"
 
 #ifndef NMCONVERT_VERSION
-#define NMCONVERT_VERSION "unknown"
+#define NMCONVERT_VERSION ""  // built by hand: taken to be of this source
 #endif
 
 namespace nmconvert {
