@@ -10,7 +10,8 @@
     ├── ModelError                   the module cannot be built, or does not fit its checkpoint
     ├── DataError                    data cannot be read, or is not what the task needs
     ├── ExportError                  no ONNX file could be made that passes its own checks
-    └── VerificationError            a file is not what it says
+    ├── VerificationError            a file is not what it says
+    └── KernelsUnavailableError      the native kernels were not built, or cannot run here
 
 A message is one line: the name (file, tensor, layer), the number, and the remedy. The command line prints it and nothing
 else; ``--debug`` adds the traceback.
@@ -63,3 +64,7 @@ class ExportError(NmconvertError):
 
 class VerificationError(NmconvertError):
     """A file is not what it says."""
+
+
+class KernelsUnavailableError(NmconvertError):
+    """The native kernels were not built, or cannot run here."""

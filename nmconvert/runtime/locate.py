@@ -1,0 +1,81 @@
+"""Where the shared library of the kernels is, and whether it can be used here."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nmconvert.errors import KernelsUnavailableError
+
+LIBRARY_VARIABLE = "NMCONVERT_KERNELS"  # the path of a library to use instead, or "off"
+_NAME = "libnmconvert.dylib" if sys.platform == "darwin" else "libnmconvert.so"
+_REBUILD = "reinstall nmconvert where a C++17 compiler is found (pip install --force-reinstall --no-deps nmconvert)"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels as found: ``path`` and ``isa`` where they can be used, ``reason`` and ``remedy`` where they cannot."""
+
+    path: Path | None = None
+    isa: str = ""
+    version: str = ""
+    reason: str = ""
+    remedy: str = ""
+
+    @property
+    def usable(self) -> bool:
+        """Whether sessions will run on them."""
+        return self.path is not None and not self.reason
+
+
+def kernels() -> Kernels:
+    """Find the library, load it and ask which instruction set it would use on this CPU."""
+    import nmconvert
+
+    wanted = os.environ.get(LIBRARY_VARIABLE, "")
+    if wanted == "off":
+        return Kernels(reason=f"switched off by {LIBRARY_VARIABLE}=off", remedy=f"unset {LIBRARY_VARIABLE}")
+    path = Path(wanted) if wanted else _installed()
+    if path is None or not path.is_file():
+        where = f" at {path}" if path else ""
+        return Kernels(reason=f"the library of kernels is not there{where}: it was not built", remedy=_REBUILD)
+    try:
+        native = ctypes.CDLL(str(path))
+        native.NmconvertIsa.restype = native.NmconvertVersion.restype = ctypes.c_char_p
+        isa, version = native.NmconvertIsa().decode(), native.NmconvertVersion().decode()
+    except (OSError, AttributeError) as error:
+        return Kernels(path, reason=f"{path.name} cannot be loaded: {error}", remedy=_REBUILD)
+    if version and version != nmconvert.__version__:
+        reason = f"{path.name} is of version {version}, nmconvert of {nmconvert.__version__}"
+        return Kernels(path, isa, version, reason, _REBUILD)
+    if not isa:
+        forced = os.environ.get("NMCONVERT_ISA")
+        reason = f"this CPU ({platform.machine()}) has no instruction set that they were written for"
+        if forced:
+            reason = f"NMCONVERT_ISA={forced} is not an instruction set of this CPU"
+        return Kernels(path, isa, version, reason, "unset NMCONVERT_ISA" if forced else "nothing: the functions serve")
+    return Kernels(path, isa, version)
+
+
+def _installed() -> Path | None:
+    """Beside this package: a source checkout that was installed editable has a second folder, for what was compiled."""
+    from nmconvert import runtime
+
+    candidates = [Path(folder) / _NAME for folder in runtime.__path__]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def library() -> Path:
+    """The shared library, for ``SessionOptions.register_custom_ops_library``.
+
+    Raises:
+        KernelsUnavailableError: it was not built, is broken, or does not fit this CPU or this nmconvert.
+    """
+    found = kernels()
+    if found.path is None or found.reason:
+        raise KernelsUnavailableError(f"no native kernels: {found.reason}; {found.remedy}")
+    return found.path

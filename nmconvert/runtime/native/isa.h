@@ -1,0 +1,82 @@
+// What the inner loops offer, one table for each instruction set; see kernels.inl, which is compiled once for each.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace nmconvert {
+
+enum class Activation { kNone, kClip, kSilu, kGelu, kGeluTanh };
+
+// A tile holds `vectors` accumulators for each of `rows` output rows that advance in lockstep.
+struct Tile {
+  int vectors;
+  int rows;
+};
+constexpr Tile kTiles[] = {{1, 8}, {2, 4}, {4, 2}, {7, 1}, {8, 1}, {13, 1}};
+constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
+
+constexpr int kStep = 4;  // kept entries that are read at once: four values, and four 16-bit offsets in one word
+
+// One chunk of one panel: out[r] = clip(in[r] + bias[r] + sum over kept entries of value * panel[offset]).
+struct StreamJob {
+  const float* values;      // [step][tile row][kStep]
+  const uint16_t* offsets;  // the same order: bytes from the start of the panel
+  const uint32_t* starts;   // [blocks + 1]: the first step of every block of tile rows
+  int64_t rows;             // output rows; the last block may be short
+  const float* panel;
+  const float* in;  // what is added to: [rows][in_stride], or null for zeros
+  int64_t in_stride;
+  const float* bias;  // [rows], or null
+  float* out;         // [rows][out_stride], whole tiles wide
+  int64_t out_stride;
+  float low, high;
+};
+
+// Few tokens: lanes are output rows. Positions are nibbles, eight kept entries to a 32-bit lane.
+struct RowJob {
+  const float* values;        // [row block][word][8][width]
+  const uint32_t* positions;  // [row block][word][width]
+  int64_t words;              // words of a row block
+  int64_t first_block, last_block;
+  int64_t rows;
+  int blocks_per_word;  // 1, 2, 4, 8: column blocks that one word serves
+  int64_t words_per_block;  // where one block needs several words
+  bool wide;            // a column block is 16 wide even where vectors are 8
+  const float* x;       // [tokens][x_stride], zero-padded to whole column blocks
+  int64_t x_stride;
+  int tokens;           // 1 to 4
+  const float* bias;    // [rows], or null
+  const float* residual;  // [tokens][out_stride], or null
+  float* out;             // [tokens][out_stride]
+  int64_t out_stride;
+  float low, high;
+};
+
+struct Isa {
+  const char* name;
+  int width;      // floats in a vector
+  int registers;  // vector registers
+  void (*stream[kTileCount])(const StreamJob&);
+  void (*rows)(const RowJob&);
+  // x [tokens][x_stride] → panel [columns][panel_width], zero where there is no token.
+  void (*pack_tokens)(const float* x, int64_t x_stride, int64_t tokens, int64_t columns, float* panel, int64_t panel_width);
+  // panel [rows][panel_width] → y [tokens][y_stride] = clip(panel + residual).
+  void (*unpack_tokens)(const float* panel, int64_t panel_width, int64_t rows, int64_t tokens, const float* residual, float* y,
+                        int64_t y_stride, float low, float high);
+  void (*activate)(float* y, int64_t count, Activation activation);
+  // Copies `count` floats; may read and write up to `width` floats beyond the end.
+  void (*copy_over)(float* to, const float* from, int64_t count);
+};
+
+const Isa* isa_portable();
+const Isa* isa_avx2();
+const Isa* isa_avx512();
+const Isa* isa_neon();
+
+// The best table for this CPU, or the one that NMCONVERT_ISA names; null where there is none.
+const Isa* select_isa();
+// A table with narrower vectors than `isa`, for shapes that would leave lanes idle; null where there is none.
+const Isa* narrower(const Isa* isa);
+
+}  // namespace nmconvert

@@ -1,0 +1,327 @@
+// The inner loops, written once over the vector width and compiled once for each instruction set.
+//
+// The including file defines NMC_NAMESPACE, NMC_WIDTH, NMC_NAME, NMC_REGISTERS and NMC_FACTORY. Nothing of the standard
+// library may be used here: an inline function compiled for AVX-512 could be the copy that the linker keeps for every CPU.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "isa.h"
+
+namespace nmconvert {
+namespace NMC_NAMESPACE {
+
+constexpr int W = NMC_WIDTH;
+typedef float Vector __attribute__((vector_size(4 * W)));
+typedef int32_t Ints __attribute__((vector_size(4 * W)));
+typedef float Loose __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t LooseInts __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint64_t Word __attribute__((aligned(2), may_alias));
+
+inline Vector load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+inline void store(float* p, Vector v) { *reinterpret_cast<Loose*>(p) = v; }
+inline Vector splat(float x) {
+#if NMC_WIDTH == 16
+  return _mm512_set1_ps(x);
+#elif NMC_WIDTH == 8
+  return _mm256_set1_ps(x);
+#else
+  return Vector{x, x, x, x};
+#endif
+}
+
+// NaN in `v` survives both, as in the standard operators.
+inline Vector clip(Vector v, Vector low, Vector high) {
+#if NMC_WIDTH == 16
+  return _mm512_min_ps(high, _mm512_max_ps(low, v));
+#elif NMC_WIDTH == 8
+  return _mm256_min_ps(high, _mm256_max_ps(low, v));
+#else
+  v = v < low ? low : v;
+  return v > high ? high : v;
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Streaming: a kept entry is a value and the offset of its row in the panel, whatever N, M and the axis are.
+
+template <int N, int R>
+void stream(const StreamJob& job) {
+  const Vector low = splat(job.low), high = splat(job.high);
+  const char* const panel = reinterpret_cast<const char*>(job.panel);
+  const float* values = job.values + static_cast<int64_t>(job.starts[0]) * R * kStep;
+  const uint16_t* offsets = job.offsets + static_cast<int64_t>(job.starts[0]) * R * kStep;
+  for (int64_t row = 0, block = 0; row < job.rows; row += R, ++block) {
+    const int valid = job.rows - row < R ? static_cast<int>(job.rows - row) : R;
+    Vector sum[R][N];
+    for (int r = 0; r < R; ++r) {
+      const int64_t from = row + (r < valid ? r : 0);
+      const Vector bias = splat(job.bias ? job.bias[from] : 0.0f);
+      const float* in = job.in + from * job.in_stride;
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) sum[r][n] = job.in ? load(in + n * W) + bias : bias;
+    }
+    for (uint32_t step = job.starts[block]; step < job.starts[block + 1]; ++step) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const uint64_t word = *reinterpret_cast<const Word*>(offsets);
+#pragma GCC unroll 4
+        for (int i = 0; i < kStep; ++i) {
+          const float* source = reinterpret_cast<const float*>(panel + ((word >> (16 * i)) & 0xffff));
+          const Vector value = splat(values[i]);
+#pragma GCC unroll 16
+          for (int n = 0; n < N; ++n) sum[r][n] += value * *reinterpret_cast<const Vector*>(source + n * W);
+        }
+        values += kStep;
+        offsets += kStep;
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      if (r >= valid) break;
+      float* out = job.out + (row + r) * job.out_stride;
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) store(out + n * W, clip(sum[r][n], low, high));
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Row permute: lanes are W output rows; a block of columns of x stands in a register, and a permute selects by position.
+
+inline Vector permute(Vector x, Ints position) {
+#if NMC_WIDTH == 16
+  return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(position), x);
+#elif NMC_WIDTH == 8
+  return _mm256_permutevar8x32_ps(x, reinterpret_cast<__m256i>(position));
+#else
+  return __builtin_shuffle(x, position);
+#endif
+}
+
+// The floats of x at `position`, modulo the block: W wide, or 16 wide where Wide.
+template <bool Wide>
+inline Vector select(const float* x, Ints position) {
+  if (!Wide) return permute(load(x), position);
+#if NMC_WIDTH == 8
+  const Vector below = permute(load(x), position), above = permute(load(x + 8), position);
+  return _mm256_blendv_ps(below, above, reinterpret_cast<__m256>(position << 28));  // bit 3 is the sign
+#else
+  Vector chosen = {};
+  for (int part = 0; part < 16 / W; ++part) {
+    const Ints here = ((position & 15) / W) == part;
+    chosen = here ? permute(load(x + part * W), position) : chosen;
+  }
+  return chosen;
+#endif
+}
+
+template <int Tokens, int BlocksPerWord, bool Wide>
+void row_blocks(const RowJob& job) {
+  constexpr int kSums = Tokens == 1 ? 8 : Tokens == 2 ? 4 : 2;
+  constexpr int kBlock = Wide ? 16 : W;
+  for (int64_t block = job.first_block; block < job.last_block; ++block) {
+    const float* values = job.values + block * job.words * 8 * W;
+    const uint32_t* positions = job.positions + block * job.words * W;
+    Vector sum[Tokens][kSums] = {};
+    const float* x = job.x;
+    int64_t left_in_block = job.words_per_block;
+    for (int64_t word = 0; word < job.words; ++word) {
+      Ints position = *reinterpret_cast<const LooseInts*>(positions);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        const Vector value = load(values + i * W);
+#pragma GCC unroll 4
+        for (int t = 0; t < Tokens; ++t) {
+          const float* from = x + t * job.x_stride + (i * BlocksPerWord / 8) * kBlock;
+          sum[t][i % kSums] += value * select<Wide>(from, position);
+        }
+        position = position >> 4;
+      }
+      values += 8 * W;
+      positions += W;
+      if (BlocksPerWord > 1 || --left_in_block == 0) {
+        x += BlocksPerWord * kBlock;
+        left_in_block = job.words_per_block;
+      }
+    }
+    const int64_t row = block * W;
+    const int valid = job.rows - row < W ? static_cast<int>(job.rows - row) : W;
+    for (int t = 0; t < Tokens; ++t) {
+      Vector total = sum[t][0];
+      for (int i = 1; i < kSums; ++i) total += sum[t][i];
+      float result[W];
+      store(result, total);
+      for (int lane = 0; lane < valid; ++lane) {
+        const int64_t at = t * job.out_stride + row + lane;
+        float y = result[lane] + (job.bias ? job.bias[row + lane] : 0.0f) + (job.residual ? job.residual[at] : 0.0f);
+        y = y < job.low ? job.low : y;
+        job.out[at] = y > job.high ? job.high : y;
+      }
+    }
+  }
+}
+
+template <int Tokens, bool Wide>
+void rows_of(const RowJob& job) {
+  switch (job.blocks_per_word) {
+    case 1: return row_blocks<Tokens, 1, Wide>(job);
+    case 2: return row_blocks<Tokens, 2, Wide>(job);
+    case 4: return row_blocks<Tokens, 4, Wide>(job);
+    default: return row_blocks<Tokens, 8, Wide>(job);
+  }
+}
+
+// `tokens` is 1, 2 or 4.
+void rows(const RowJob& job) {
+  const bool wide = job.wide && W != 16;
+  if (job.tokens == 1) return wide ? rows_of<1, true>(job) : rows_of<1, false>(job);
+  if (job.tokens == 2) return wide ? rows_of<2, true>(job) : rows_of<2, false>(job);
+  return wide ? rows_of<4, true>(job) : rows_of<4, false>(job);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Transposes between [tokens][columns] and panels [columns][tokens].
+
+// W rows of W: log2(W) rounds of interleaving row i with row i + W/2.
+inline void transpose(Vector (&v)[W]) {
+  Ints low, high;
+  for (int i = 0; i < W; ++i) {
+    low[i] = i / 2 + (i % 2) * W;
+    high[i] = low[i] + W / 2;
+  }
+#pragma GCC unroll 4
+  for (int round = 1; round < W; round *= 2) {
+    Vector next[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(v[i], v[i + W / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(v[i], v[i + W / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) v[i] = next[i];
+  }
+}
+
+void pack_tokens(const float* x, int64_t x_stride, int64_t tokens, int64_t columns, float* panel, int64_t panel_width) {
+  for (int64_t token = 0; token < panel_width; token += W) {
+    const int64_t valid = tokens - token < 0 ? 0 : tokens - token < W ? tokens - token : W;
+    const float* from = x + token * x_stride;
+    int64_t column = 0;
+    for (; column + W <= columns; column += W) {
+      Vector v[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) v[i] = i < valid ? load(from + i * x_stride + column) : Vector{};
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(panel + (column + i) * panel_width + token, v[i]);
+    }
+    for (; column < columns; ++column)
+      for (int i = 0; i < W; ++i) panel[column * panel_width + token + i] = i < valid ? from[i * x_stride + column] : 0.0f;
+  }
+}
+
+void unpack_tokens(const float* panel, int64_t panel_width, int64_t rows, int64_t tokens, const float* residual, float* y,
+                   int64_t y_stride, float low, float high) {
+  const Vector lows = splat(low), highs = splat(high);
+  for (int64_t token = 0; token < tokens; token += W) {
+    const int64_t valid = tokens - token < W ? tokens - token : W;
+    int64_t row = 0;
+    for (; row + W <= rows; row += W) {
+      Vector v[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) v[i] = load(panel + (row + i) * panel_width + token);
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        if (i >= valid) break;
+        const int64_t at = (token + i) * y_stride + row;
+        store(y + at, clip(residual ? v[i] + load(residual + at) : v[i], lows, highs));
+      }
+    }
+    for (; row < rows; ++row)
+      for (int64_t i = 0; i < valid; ++i) {
+        const int64_t at = (token + i) * y_stride + row;
+        float out = panel[row * panel_width + token + i] + (residual ? residual[at] : 0.0f);
+        out = out < low ? low : out;
+        y[at] = out > high ? high : out;
+      }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Activations.
+
+// e^x to 1e-7, for x clipped to ±87: x = k·ln 2 + r, a polynomial in r (Cephes), and k added to the exponent.
+inline Vector exponential(Vector x) {
+  x = clip(x, splat(-87.0f), splat(87.0f));
+  const Vector scaled = x * 1.44269504f;
+  const Ints k = __builtin_convertvector(scaled + (scaled < 0.0f ? splat(-0.5f) : splat(0.5f)), Ints);
+  const Vector whole = __builtin_convertvector(k, Vector);
+  const Vector r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Vector p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * reinterpret_cast<Vector>((k + 127) << 23);
+}
+
+inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// Abramowitz and Stegun 7.1.26: absolute error 1.5e-7.
+inline Vector error_function(Vector x) {
+  const Vector a = x < 0.0f ? -x : x;
+  const Vector t = 1.0f / (1.0f + 0.3275911f * a);
+  Vector p = splat(1.061405429f);
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const Vector y = 1.0f - p * t * exponential(-a * a);
+  return x < 0.0f ? -y : y;
+}
+
+inline Vector activated(Vector x, Activation activation) {
+  switch (activation) {
+    case Activation::kSilu: return x * sigmoid(x);
+    case Activation::kGelu: return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
+    case Activation::kGeluTanh: return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
+    default: return x;
+  }
+}
+
+void activate(float* y, int64_t count, Activation activation) {
+  if (activation == Activation::kNone || activation == Activation::kClip) return;
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(y + i, activated(load(y + i), activation));
+  if (i == count) return;
+  float rest[W] = {};
+  for (int64_t j = 0; j < count - i; ++j) rest[j] = y[i + j];
+  store(rest, activated(load(rest), activation));
+  for (int64_t j = 0; j < count - i; ++j) y[i + j] = rest[j];
+}
+
+void copy_over(float* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += W) store(to + i, load(from + i));
+}
+
+constexpr Isa kIsa = {
+    NMC_NAME,
+    W,
+    NMC_REGISTERS,
+    {stream<1, 8>, stream<2, 4>, stream<4, 2>, stream<7, 1>, stream<8, 1>, stream<13, 1>},
+    rows,
+    pack_tokens,
+    unpack_tokens,
+    activate,
+    copy_over,
+};
+
+}  // namespace NMC_NAMESPACE
+
+const Isa* NMC_FACTORY() { return &NMC_NAMESPACE::kIsa; }
+
+}  // namespace nmconvert

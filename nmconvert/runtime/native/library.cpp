@@ -1,0 +1,142 @@
+// RegisterCustomOps: the one symbol of the library.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <map>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "node.h"
+
+#ifndef NMCONVERT_VERSION
+#define NMCONVERT_VERSION ""  // built by hand: taken to be of this source
+#endif
+
+namespace nmconvert {
+namespace {
+
+using ort::call;
+
+constexpr int kTypes[] = {ort::kFloat, ort::kFloat16, ort::kBfloat16, ort::kDouble};
+
+// One operator for one pair of types; onnxruntime chooses among those of the same name by the types of the inputs.
+struct CustomOp : OrtCustomOp {
+  const Operator* op;
+  int compute, stored;
+  const Isa* isa;
+};
+
+struct Kernel {
+  const OrtApi* api;
+  std::unique_ptr<Node> node;
+};
+
+// Runs `body` and turns what it throws into a status.
+template <typename Body>
+OrtStatus* guarded(const OrtApi* api, const char* name, Body body) {
+  const auto status = [&](int code, const char* message) {
+    char text[512];
+    std::snprintf(text, sizeof(text), "nmconvert.%s: %s", name, message);
+    return call<OrtStatus*>(api, ort::kCreateStatus, code, static_cast<const char*>(text));
+  };
+  try {
+    body();
+    return nullptr;
+  } catch (const InvalidNode& error) {
+    return status(ort::kInvalidArgument, error.what());
+  } catch (const std::bad_alloc&) {
+    return status(ort::kFail, "out of memory");
+  } catch (const std::exception& error) {
+    return status(ort::kFail, error.what());
+  }
+}
+
+const CustomOp& self(const OrtCustomOp* op) { return *static_cast<const CustomOp*>(op); }
+
+CustomOp make_custom_op(const Operator& op, int compute, int stored, const Isa* isa) {
+  CustomOp custom{};
+  custom.op = &op;
+  custom.compute = compute;
+  custom.stored = stored;
+  custom.isa = isa;
+  custom.version = ort::kApiVersion;
+  custom.GetName = [](const OrtCustomOp* it) { return self(it).op->name; };
+  custom.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
+  custom.GetInputTypeCount = [](const OrtCustomOp* it) { return self(it).op->inputs(); };
+  custom.GetInputType = [](const OrtCustomOp* it, size_t index) {
+    if (index == 2 || index == 3) return static_cast<int>(ort::kUint8);
+    return index == 1 ? self(it).stored : self(it).compute;
+  };
+  custom.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t{1}; };
+  custom.GetOutputType = [](const OrtCustomOp* it, size_t) { return self(it).compute; };
+  custom.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) -> int { return index == 4 ? ort::kOptional : ort::kRequired; };
+  custom.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return ort::kRequired; };
+  custom.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
+  custom.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
+  custom.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
+  custom.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
+  custom.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
+  custom.CreateKernelV2 = [](const OrtCustomOp* it, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
+    const CustomOp& custom_op = self(it);
+    return guarded(api, custom_op.op->name, [&] {
+      *kernel = new Kernel{api, make_node(*custom_op.op, custom_op.compute, custom_op.isa, Info(api, info))};
+    });
+  };
+  custom.KernelComputeV2 = [](void* raw, OrtKernelContext* context) {
+    Kernel& kernel = *static_cast<Kernel*>(raw);
+    return guarded(kernel.api, "run", [&] { kernel.node->run(Context(kernel.api, context)); });
+  };
+  custom.KernelDestroy = [](void* raw) { delete static_cast<Kernel*>(raw); };
+  return custom;
+}
+
+// The operators for `isa`; they live as long as the library, because sessions keep pointers to them.
+std::vector<CustomOp>& custom_ops(const Isa* isa) {
+  static std::mutex mutex;
+  static std::map<const Isa*, std::vector<CustomOp>> made;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::vector<CustomOp>& ops = made[isa];
+  if (ops.empty())
+    for (size_t i = 0; i < kOperatorCount; ++i)
+      for (int compute : kTypes)
+        for (int stored : kTypes) ops.push_back(make_custom_op(kOperators[i], compute, stored, isa));
+  return ops;
+}
+
+}  // namespace
+}  // namespace nmconvert
+
+extern "C" {
+
+// The instruction set in use, or an empty string where this CPU is not supported.
+__attribute__((visibility("default"))) const char* NmconvertIsa() {
+  const nmconvert::Isa* isa = nmconvert::select_isa();
+  return isa ? isa->name : "";
+}
+
+__attribute__((visibility("default"))) const char* NmconvertVersion() { return NMCONVERT_VERSION; }
+
+// What onnxruntime calls. On a CPU that is not supported it registers nothing: the bodies of the functions serve.
+__attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  using namespace nmconvert;
+  int major = 0, minor = 0;
+  const OrtApi* api = base->GetApi(ort::kApiVersion);
+  if (!api) return nullptr;  // older than the ABI that this library speaks: nothing can be registered, or even reported
+  if (std::sscanf(base->GetVersionString(), "%d.%d", &major, &minor) != 2 || major != 1 || minor < 20)
+    return ort::call<OrtStatus*>(api, ort::kCreateStatus, static_cast<int>(ort::kFail),
+                                 "nmconvert's kernels were tested with onnxruntime 1.20 to 1.x; run without them");
+  const Isa* isa = select_isa();
+  if (!isa) return nullptr;
+  OrtCustomOpDomain* domain = nullptr;
+  OrtStatus* status = ort::call<OrtStatus*>(api, ort::kCreateCustomOpDomain, "nmconvert", &domain);
+  if (status) return status;
+  for (CustomOp& op : custom_ops(isa)) {
+    status = ort::call<OrtStatus*>(api, ort::kCustomOpDomainAdd, domain, static_cast<const OrtCustomOp*>(&op));
+    if (status) return status;
+  }
+  return ort::call<OrtStatus*>(api, ort::kAddCustomOpDomain, options, domain);
+}
+
+}  // extern "C"

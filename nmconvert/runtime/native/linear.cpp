@@ -1,0 +1,105 @@
+#include "linear.h"
+
+#include <algorithm>
+
+namespace nmconvert {
+namespace {
+
+constexpr int64_t kTasks = 16;             // enough for the threads of a desktop, few enough to cost nothing
+constexpr int64_t kSmallestTask = 1 << 14;  // multiplications
+
+// Up to four tokens: lanes are output rows, and every weight is read once.
+void run_few(const Isa* isa, const RowPlan& plan, int64_t rows, int64_t columns, int64_t group, const Tokens& tokens,
+             const Epilogue& epilogue, const Parallel& parallel) {
+  float* x = Scratch::mine().shared_input.at_least(tokens.tokens * plan.padded_columns);
+  for (int64_t t = 0; t < tokens.tokens; ++t) {
+    std::copy_n(tokens.x + t * columns, columns, x + t * plan.padded_columns);
+    std::fill_n(x + t * plan.padded_columns + columns, plan.padded_columns - columns, 0.0f);
+  }
+  const int64_t work = plan.words * 8 * isa->width * tokens.tokens;
+  const int64_t per_task = std::max({ceil_div(plan.blocks, kTasks), ceil_div(kSmallestTask, work), int64_t{1}});
+  parallel(ceil_div(plan.blocks, per_task), [&](int64_t task) {
+    RowJob job{};
+    job.first_block = task * per_task;
+    job.last_block = std::min(plan.blocks, job.first_block + per_task);
+    job.values = plan.values.data() + group * plan.blocks * plan.words * 8 * isa->width;
+    job.positions = plan.positions.data() + group * plan.blocks * plan.words * isa->width;
+    job.words = plan.words;
+    job.rows = rows;
+    job.blocks_per_word = plan.blocks_per_word;
+    job.words_per_block = plan.words_per_block;
+    job.wide = plan.wide;
+    job.x_stride = plan.padded_columns;
+    job.bias = tokens.bias;
+    job.out_stride = rows;
+    job.low = epilogue.low;
+    job.high = epilogue.high;
+    for (int64_t t = 0; t < tokens.tokens; t += job.tokens) {
+      job.tokens = tokens.tokens - t >= 4 ? 4 : tokens.tokens - t >= 2 ? 2 : 1;
+      job.x = x + t * plan.padded_columns;
+      job.residual = tokens.residual ? tokens.residual + t * rows : nullptr;
+      job.out = tokens.y + t * rows;
+      isa->rows(job);
+    }
+    const int64_t first = job.first_block * isa->width, last = std::min(rows, job.last_block * isa->width);
+    for (int64_t t = 0; t < tokens.tokens; ++t) isa->activate(tokens.y + t * rows + first, last - first, epilogue.activation);
+  });
+}
+
+// Many tokens: panels of tokens as columns, through which the weights stream.
+void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group, const Tokens& tokens, const Epilogue& epilogue,
+                double density, const Parallel& parallel) {
+  const Isa* isa = choice.isa;
+  const int64_t width = choice.panel_width(), columns = plan.columns, rows = plan.rows;
+  const int64_t panels = ceil_div(tokens.tokens, width);
+  float* packed = Scratch::mine().shared_input.at_least(panels * columns * width);
+  const int64_t part = std::max<int64_t>(64, ceil_div(ceil_div(kSmallestTask, width), 16) * 16);
+  const int64_t parts = ceil_div(columns, part);
+  parallel(panels * parts, [&](int64_t task) {
+    const int64_t panel = task / parts, column = task % parts * part;
+    isa->pack_tokens(tokens.x + panel * width * columns + column, columns, std::min(width, tokens.tokens - panel * width),
+                     std::min(part, columns - column), packed + (panel * columns + column) * width, width);
+  });
+
+  const int64_t tile_rows = kTiles[choice.tile].rows;
+  const double row_work = static_cast<double>(columns * width) * density;
+  int64_t per_task = std::max(ceil_div(rows * panels, kTasks), static_cast<int64_t>(kSmallestTask / row_work));
+  per_task = std::max<int64_t>(16, std::min(ceil_div(per_task, 16) * 16, ceil_div(rows, 16) * 16));
+  const int64_t splits = ceil_div(rows, per_task);
+  parallel(panels * splits, [&](int64_t task) {
+    const int64_t panel = task / splits, row = task % splits * per_task, count = std::min(per_task, rows - row);
+    float* sums = Scratch::mine().own_sums.at_least(count * width);
+    StreamJob job{};
+    job.values = plan.values.data();
+    job.offsets = plan.offsets.data();
+    job.rows = count;
+    job.in_stride = job.out_stride = width;
+    job.out = sums;
+    job.low = -__builtin_inff();
+    job.high = __builtin_inff();
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      job.starts = plan.start(group, chunk, row / tile_rows);
+      job.panel = packed + (panel * columns + chunk * plan.chunk) * width;
+      job.in = chunk ? sums : nullptr;
+      job.bias = chunk || !tokens.bias ? nullptr : tokens.bias + row;
+      isa->stream[choice.tile](job);
+    }
+    const int64_t token = panel * width, valid = std::min(width, tokens.tokens - token), at = token * rows + row;
+    isa->unpack_tokens(sums, width, count, valid, tokens.residual ? tokens.residual + at : nullptr, tokens.y + at, rows, epilogue.low,
+                       epilogue.high);
+    for (int64_t t = 0; t < valid; ++t) isa->activate(tokens.y + at + t * rows, count, epilogue.activation);
+  });
+}
+
+}  // namespace
+
+void run_linear(const Isa* isa, Weights& weights, const Packed& packed, int64_t group, const Tokens& tokens, const Epilogue& epilogue,
+                const Parallel& parallel) {
+  if (tokens.tokens == 0) return;
+  if (tokens.tokens <= 4)
+    return run_few(isa, weights.few(packed, *isa), weights.rows(), weights.columns(), group, tokens, epilogue, parallel);
+  const TileChoice choice = choose_tile(isa, weights, tokens.tokens, 1.0);
+  run_stream(choice, weights.stream(packed, *choice.isa, choice.tile), group, tokens, epilogue, weights.density(), parallel);
+}
+
+}  // namespace nmconvert

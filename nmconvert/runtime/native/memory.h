@@ -1,0 +1,73 @@
+// Aligned buffers, and the ones that a thread keeps from run to run.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <utility>
+
+namespace nmconvert {
+
+// Grows, never shrinks, starts at a cache line. What it held is lost when it grows.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  ~Buffer() { std::free(data_); }
+  Buffer(Buffer&& other) noexcept { swap(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+
+  T* data() { return data_ + kSlack; }
+  const T* data() const { return data_ + kSlack; }
+
+  // At least `size` elements, and 64 bytes of slack on either side of them; zeros where memory is new.
+  T* at_least(int64_t size) {
+    if (size > kMax) throw std::bad_alloc();
+    if (size <= size_ && data_) return data_ + kSlack;
+    std::free(data_);
+    data_ = nullptr;
+    const size_t bytes = ((size + 2 * kSlack) * sizeof(T) + 63) / 64 * 64;
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+    if (!data_) throw std::bad_alloc();
+    std::memset(data_, 0, bytes);
+    size_ = size;
+    return data_ + kSlack;
+  }
+
+ private:
+  static constexpr int64_t kSlack = 64 / sizeof(T) > 0 ? 64 / sizeof(T) : 1;
+  static constexpr int64_t kMax = int64_t{1} << 36;
+
+  void swap(Buffer& other) {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+  }
+
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// A run of output pixels that reads contiguous input at every kernel position.
+struct Segment {
+  int64_t from, to, count;
+};
+
+// One set for each thread. `shared_*` belong to the thread that runs the node and are read by all; `own_*` to each task.
+struct Scratch {
+  Buffer<float> shared_input, shared_bias, shared_residual, shared_widened[4];
+  Buffer<float> own_panel, own_sums;
+  Buffer<int64_t> shared_offsets;
+  Buffer<Segment> own_segments;
+
+  static Scratch& mine() {
+    thread_local Scratch scratch;
+    return scratch;
+  }
+};
+
+}  // namespace nmconvert

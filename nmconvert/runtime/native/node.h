@@ -1,0 +1,73 @@
+// Nodes: what onnxruntime creates from a call of one of our functions, and runs.
+#pragma once
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "matrix.h"
+#include "ort_abi.h"
+#include "parallel.h"
+
+namespace nmconvert {
+
+enum class Base { kConv, kMatMul, kLinear, kGemm };
+
+// One function of nmconvert/export/functions.py.
+struct Operator {
+  const char* name;
+  Base base;
+  bool residual;  // the last input is added before the activation
+  Activation activation;
+
+  size_t inputs() const { return (base == Base::kMatMul ? 4 : 5) + (residual ? 1 : 0); }
+};
+extern const Operator kOperators[];
+extern const size_t kOperatorCount;
+
+// An error that onnxruntime reported.
+struct OrtError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Attributes and constant inputs, when the session is made.
+class Info {
+ public:
+  Info(const OrtApi* api, const OrtKernelInfo* info) : api_(api), info_(info) {}
+  int64_t integer(const char* name, int64_t otherwise) const;
+  float real(const char* name, float otherwise) const;
+  std::string text(const char* name, const char* otherwise) const;
+  std::vector<int64_t> integers(const char* name) const;  // empty where there is no such attribute
+  Constant constant(size_t input) const;
+  const OrtApi* api() const { return api_; }
+
+ private:
+  const OrtApi* api_;
+  const OrtKernelInfo* info_;
+};
+
+// Inputs and outputs of a run.
+class Context {
+ public:
+  Context(const OrtApi* api, OrtKernelContext* context) : api_(api), context_(context) {}
+  Constant input(size_t index) const;  // no data where the input is left out
+  void* output(const std::vector<int64_t>& shape) const;
+  Parallel parallel() const;
+
+ private:
+  const OrtApi* api_;
+  OrtKernelContext* context_;
+};
+
+class Node {
+ public:
+  virtual ~Node() = default;
+  virtual void run(const Context& context) = 0;
+};
+
+// `compute` is the element type of the activations. Throws InvalidNode.
+std::unique_ptr<Node> make_node(const Operator& op, int compute, const Isa* isa, const Info& info);
+
+}  // namespace nmconvert

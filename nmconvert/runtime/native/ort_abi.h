@@ -1,0 +1,94 @@
+// The part of onnxruntime's public, append-only C ABI that this library uses, declared from its specification.
+//
+// OrtApi is a table of function pointers whose order never changes; Slot names the entries used. OrtCustomOp is the
+// 208-byte structure of API version 16, which every onnxruntime from 1.16 on accepts.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+extern "C" {
+
+struct OrtApi;
+struct OrtStatus;
+struct OrtSessionOptions;
+struct OrtCustomOpDomain;
+struct OrtValue;
+struct OrtKernelInfo;
+struct OrtKernelContext;
+struct OrtTensorTypeAndShapeInfo;
+
+struct OrtApiBase {
+  const OrtApi* (*GetApi)(uint32_t version);
+  const char* (*GetVersionString)();
+};
+
+struct OrtCustomOp {
+  uint32_t version;
+  void* (*CreateKernel)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*);
+  const char* (*GetName)(const OrtCustomOp*);
+  const char* (*GetExecutionProviderType)(const OrtCustomOp*);
+  int (*GetInputType)(const OrtCustomOp*, size_t);
+  size_t (*GetInputTypeCount)(const OrtCustomOp*);
+  int (*GetOutputType)(const OrtCustomOp*, size_t);
+  size_t (*GetOutputTypeCount)(const OrtCustomOp*);
+  void (*KernelCompute)(void*, OrtKernelContext*);
+  void (*KernelDestroy)(void*);
+  int (*GetInputCharacteristic)(const OrtCustomOp*, size_t);
+  int (*GetOutputCharacteristic)(const OrtCustomOp*, size_t);
+  int (*GetInputMemoryType)(const OrtCustomOp*, size_t);
+  int (*GetVariadicInputMinArity)(const OrtCustomOp*);
+  int (*GetVariadicInputHomogeneity)(const OrtCustomOp*);
+  int (*GetVariadicOutputMinArity)(const OrtCustomOp*);
+  int (*GetVariadicOutputHomogeneity)(const OrtCustomOp*);
+  OrtStatus* (*CreateKernelV2)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*, void**);
+  OrtStatus* (*KernelComputeV2)(void*, OrtKernelContext*);
+  void* since_version_17[7];
+};
+static_assert(sizeof(OrtCustomOp) == 208, "the layout of API version 16");
+
+}  // extern "C"
+
+namespace nmconvert::ort {
+
+constexpr uint32_t kApiVersion = 16;
+
+enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
+
+enum ElementType : int { kFloat = 1, kUint8 = 2, kFloat16 = 10, kDouble = 11, kBfloat16 = 16 };
+
+enum Characteristic : int { kRequired = 0, kOptional = 1 };
+
+enum Slot : size_t {
+  kCreateStatus = 0,
+  kGetErrorMessage = 2,
+  kCreateCustomOpDomain = 26,
+  kCustomOpDomainAdd = 27,
+  kAddCustomOpDomain = 28,
+  kGetTensorMutableData = 51,
+  kGetTensorElementType = 60,
+  kGetDimensionsCount = 61,
+  kGetDimensions = 62,
+  kGetTensorTypeAndShape = 65,
+  kKernelInfoGetAttributeFloat = 85,
+  kKernelInfoGetAttributeInt64 = 86,
+  kKernelInfoGetAttributeString = 87,
+  kKernelContextGetInputCount = 88,
+  kKernelContextGetInput = 90,
+  kKernelContextGetOutput = 91,
+  kReleaseStatus = 93,
+  kReleaseTensorTypeAndShapeInfo = 99,
+  kKernelInfoGetAttributeArrayInt64 = 163,
+  kKernelInfoGetConstantInputTensor = 249,
+  kKernelContextParallelFor = 274,
+};
+
+// The entry `slot` of the table, as a function returning Result.
+template <typename Result, typename... Arguments>
+Result call(const OrtApi* api, Slot slot, Arguments... arguments) {
+  using Function = Result (*)(Arguments...);
+  const void* const* table = reinterpret_cast<const void* const*>(api);
+  return reinterpret_cast<Function>(const_cast<void*>(table[slot]))(arguments...);
+}
+
+}  // namespace nmconvert::ort

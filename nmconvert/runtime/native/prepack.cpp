@@ -1,0 +1,150 @@
+#include "prepack.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <numeric>
+
+namespace nmconvert {
+namespace {
+
+// Three quarters of the L1 data cache: the rest is for the weights and the sums that stream by.
+int64_t panel_budget() {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const int64_t l1 = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#else
+  static const int64_t l1 = 0;
+#endif
+  return std::clamp<int64_t>(l1, 32 << 10, 64 << 10) / 4 * 3;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+int64_t chunk_columns(int64_t columns, int64_t panel_width, Hint hint) {
+  const int64_t most = std::max<int64_t>(1, panel_budget() / (panel_width * 4));
+  int64_t unit = hint.m * (kStep / std::gcd(hint.n, int64_t{kStep}));
+  if (unit > most) unit = hint.m;
+  if (unit > most) unit = 1;
+  const int64_t even = ceil_div(columns, ceil_div(columns, most));
+  return std::min(ceil_div(even, unit) * unit, most / unit * unit);
+}
+
+StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scale, int64_t groups, Tile tile, int64_t panel_width,
+                       Hint hint) {
+  StreamPlan plan;
+  plan.rows = matrix.rows / groups;
+  plan.columns = matrix.columns;
+  plan.chunk = chunk_columns(matrix.columns, panel_width, hint);
+  plan.chunks = ceil_div(matrix.columns, plan.chunk);
+  plan.blocks = ceil_div(plan.rows, tile.rows);
+  plan.starts.resize(groups * plan.chunks * (plan.blocks + 1));
+
+  // Where each row's entries of each chunk begin.
+  std::vector<uint32_t> bounds(matrix.rows * (plan.chunks + 1));
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    uint32_t entry = matrix.starts[row];
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      bounds[row * (plan.chunks + 1) + chunk] = entry;
+      while (entry < matrix.starts[row + 1] && matrix.column[entry] < (chunk + 1) * plan.chunk) ++entry;
+    }
+    bounds[row * (plan.chunks + 1) + plan.chunks] = matrix.starts[row + 1];
+  }
+
+  uint64_t step = 0;
+  for (int64_t group = 0; group < groups; ++group)
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      uint32_t* start = plan.starts.data() + (group * plan.chunks + chunk) * (plan.blocks + 1);
+      for (int64_t block = 0; block < plan.blocks; ++block) {
+        start[block] = static_cast<uint32_t>(step);
+        uint32_t most = 0;
+        for (int64_t r = block * tile.rows; r < std::min(plan.rows, (block + 1) * tile.rows); ++r) {
+          const uint32_t* bound = &bounds[(group * plan.rows + r) * (plan.chunks + 1) + chunk];
+          most = std::max(most, bound[1] - bound[0]);
+        }
+        step += ceil_div(most, kStep);
+      }
+      start[plan.blocks] = static_cast<uint32_t>(step);
+    }
+  if (step > UINT32_MAX) throw InvalidNode("the weight is too large");
+
+  float* out = plan.values.at_least(step * tile.rows * kStep);
+  uint16_t* offset = plan.offsets.at_least(step * tile.rows * kStep);
+  for (int64_t group = 0; group < groups; ++group)
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
+      for (int64_t r = 0; r < plan.rows; ++r) {
+        const uint32_t* bound = &bounds[(group * plan.rows + r) * (plan.chunks + 1) + chunk];
+        const int64_t first = *plan.start(group, chunk, r / tile.rows);
+        for (uint32_t i = 0; i < bound[1] - bound[0]; ++i) {
+          const uint32_t entry = bound[0] + i;
+          const int64_t to = ((first + i / kStep) * tile.rows + r % tile.rows) * kStep + i % kStep;
+          out[to] = values[matrix.value_index(entry)] * scale;
+          offset[to] = static_cast<uint16_t>((matrix.column[entry] - chunk * plan.chunk) * panel_width * 4);
+        }
+      }
+  return plan;
+}
+
+namespace {
+
+// The most entries that any row keeps in a column block of `size`.
+int64_t most_in_block(const SparseRows& matrix, int64_t size) {
+  int64_t most = 1;
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    int64_t count = 0;
+    uint32_t block = UINT32_MAX;
+    for (uint32_t i = matrix.starts[row]; i < matrix.starts[row + 1]; ++i) {
+      const uint32_t here = matrix.column[i] / static_cast<uint32_t>(size);
+      count = here == block ? count + 1 : 1;
+      block = here;
+      most = std::max(most, count);
+    }
+  }
+  return most;
+}
+
+// Entries a block takes up: a power of two below a word, else whole words.
+int64_t padded_entries(int64_t entries) {
+  if (entries > 4) return ceil_div(entries, 8) * 8;
+  return entries > 2 ? 4 : entries;
+}
+
+}  // namespace
+
+RowPlan plan_rows(const SparseRows& matrix, const float* values, float scale, int64_t groups, int width) {
+  RowPlan plan;
+  const int64_t narrow = padded_entries(most_in_block(matrix, width));
+  int64_t entries = narrow, size = width;
+  if (width < 16) {
+    const int64_t wide = padded_entries(most_in_block(matrix, 16));
+    plan.wide = 3 * wide * width <= 2 * narrow * 16;  // two permutes and a blend cost half as much again
+    if (plan.wide) entries = wide, size = 16;
+  }
+  const int64_t rows = matrix.rows / groups;
+  int64_t column_blocks = ceil_div(matrix.columns, size);
+  plan.blocks_per_word = entries < 8 ? static_cast<int>(8 / entries) : 1;
+  plan.words_per_block = entries < 8 ? 1 : entries / 8;
+  column_blocks = ceil_div(column_blocks, plan.blocks_per_word) * plan.blocks_per_word;
+  plan.padded_columns = column_blocks * size;
+  plan.words = column_blocks * entries / 8;
+  plan.blocks = ceil_div(rows, width);
+
+  float* out = plan.values.at_least(groups * plan.blocks * plan.words * 8 * width);
+  uint32_t* positions = plan.positions.at_least(groups * plan.blocks * plan.words * width);
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    const int64_t block = row / rows * plan.blocks + row % rows / width, lane = row % rows % width;
+    int64_t next = 0, current = -1;
+    for (uint32_t i = matrix.starts[row]; i < matrix.starts[row + 1]; ++i) {
+      const int64_t here = matrix.column[i] / size;
+      next = here == current ? next + 1 : here * entries;
+      current = here;
+      const int64_t word = block * plan.words + next / 8;
+      out[(word * 8 + next % 8) * width + lane] = values[matrix.value_index(i)] * scale;
+      positions[word * width + lane] |= static_cast<uint32_t>(matrix.column[i] % size) << (4 * (next % 8));
+    }
+  }
+  return plan;
+}
+
+}  // namespace nmconvert

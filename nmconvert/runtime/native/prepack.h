@@ -1,0 +1,52 @@
+// Kept entries in the order in which the inner loops read them.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "isa.h"
+#include "matrix.h"
+#include "memory.h"
+
+namespace nmconvert {
+
+// For Isa::stream. Rows come in blocks of the tile's rows, columns in chunks whose panel stays in the L1 cache.
+struct StreamPlan {
+  int64_t rows = 0;     // of one group
+  int64_t columns = 0;
+  int64_t chunk = 0;    // columns of a chunk
+  int64_t chunks = 0;
+  int64_t blocks = 0;   // row blocks of a group
+  std::vector<uint32_t> starts;  // [groups][chunks][blocks + 1]
+  Buffer<float> values;
+  Buffer<uint16_t> offsets;
+
+  const uint32_t* start(int64_t group, int64_t at_chunk, int64_t block) const {
+    return starts.data() + (group * chunks + at_chunk) * (blocks + 1) + block;
+  }
+};
+
+// For Isa::rows. Groups follow one another; each starts at a row block of its own.
+struct RowPlan {
+  int64_t blocks = 0;  // of one group
+  int64_t words = 0;
+  int64_t words_per_block = 1;
+  int blocks_per_word = 1;
+  bool wide = false;
+  int64_t padded_columns = 0;
+  Buffer<float> values;
+  Buffer<uint32_t> positions;
+};
+
+struct Hint {
+  int64_t n = 1, m = 1;  // the pattern: chunks that hold whole steps of it are not padded
+};
+
+// Columns of a chunk for panels of `panel_width` floats.
+int64_t chunk_columns(int64_t columns, int64_t panel_width, Hint hint);
+
+StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scale, int64_t groups, Tile tile, int64_t panel_width,
+                       Hint hint);
+RowPlan plan_rows(const SparseRows& matrix, const float* values, float scale, int64_t groups, int width);
+
+}  // namespace nmconvert

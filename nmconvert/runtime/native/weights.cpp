@@ -1,0 +1,70 @@
+#include "weights.h"
+
+#include <algorithm>
+
+namespace nmconvert {
+
+Weights::Weights(const Packed& packed, const std::vector<bool>& is_row, int64_t groups, Hint hint, float scale)
+    : is_row_(is_row), groups_(groups), hint_(hint), scale_(scale), decoded_(new SparseRows(decode(packed, is_row))) {
+  if (decoded_->rows % groups) throw InvalidNode("the output channels do not divide into the groups");
+  rows_ = decoded_->rows / groups;
+  columns_ = decoded_->columns;
+  density_ = static_cast<double>(decoded_->column.size()) / (static_cast<double>(decoded_->rows) * columns_);
+  order_ = decoded_->order;
+}
+
+SparseRows Weights::take(const Packed& packed) {
+  if (!decoded_) return decode(packed, is_row_);
+  SparseRows matrix = std::move(*decoded_);
+  decoded_.reset();
+  return matrix;
+}
+
+const StreamPlan& Weights::stream(const Packed& packed, const Isa& isa, int index) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_ptr<StreamPlan>& plan = streams_[{&isa, index}];
+  if (!plan) {
+    std::vector<float> widened;
+    const int64_t panel_width = int64_t{kTiles[index].vectors} * isa.width;
+    plan = std::make_unique<StreamPlan>(
+        plan_stream(take(packed), widen(packed.values, widened), scale_, groups_, kTiles[index], panel_width, hint_));
+  }
+  return *plan;
+}
+
+const RowPlan& Weights::few(const Packed& packed, const Isa& isa) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_ptr<RowPlan>& plan = few_[&isa];
+  if (!plan) {
+    std::vector<float> widened;
+    plan = std::make_unique<RowPlan>(plan_rows(take(packed), widen(packed.values, widened), scale_, groups_, isa.width));
+  }
+  return *plan;
+}
+
+TileChoice choose_tile(const Isa* isa, const Weights& weights, int64_t width, double fill) {
+  TileChoice best{isa, 0};
+  double least = 0;
+  for (const Isa* candidate : {isa, narrower(isa)}) {
+    if (!candidate) continue;
+    for (int tile = 0; tile < kTileCount; ++tile) {
+      const auto [vectors, rows] = kTiles[tile];
+      if (vectors * rows + 2 > candidate->registers) continue;
+      const int64_t panel_width = int64_t{vectors} * candidate->width;
+      const int64_t chunk = chunk_columns(weights.columns(), panel_width, weights.hint());
+      const double chunks = static_cast<double>(ceil_div(weights.columns(), chunk));
+      const double panels = static_cast<double>(ceil_div(width, panel_width));
+      // Two loads a cycle: the panel, the value, a quarter of the offsets; a sum waits four cycles for itself.
+      const double entry = std::max((vectors + 1.25) / 2, 4.0 / rows);
+      const double row = static_cast<double>(weights.columns()) * weights.density() * entry + chunks * (1.5 * vectors + 12);
+      const double cost = panels * (static_cast<double>(weights.rows()) * row + fill * vectors * static_cast<double>(weights.columns()));
+      if (least == 0 || cost < least) {
+        least = cost;
+        best = {candidate, tile};
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace nmconvert

@@ -1,0 +1,102 @@
+"""Small models whose sparse layers are calls of our functions, as the exporter writes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+
+from nmconvert.export.functions import DOMAIN, DOMAIN_VERSION, FUNCTIONS, IR_VERSION, OPSET, function_proto
+from nmconvert.masks import nm_mask
+from nmconvert.matrix import Kind, MatrixView
+from nmconvert.packing import Packed, pack
+from nmconvert.pattern import Axis, Pattern
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A random N:M weight: dense as the operator takes it, and packed."""
+
+    dense: np.ndarray
+    view: MatrixView
+    packed: Packed
+    pattern: Pattern
+    axis: Axis
+
+
+def random_weight(
+    rng: np.random.Generator, kind: Kind, shape: tuple[int, ...], pattern: str, axis: Axis = "channel", dtype: Any = np.float32
+) -> Weight:
+    view = MatrixView.of(kind, shape, axis)
+    parsed = Pattern.parse(pattern)
+    matrix = rng.standard_normal((view.rows, view.columns))
+    keep = nm_mask(torch.from_numpy(np.abs(matrix)), parsed).numpy()
+    matrix = np.where(keep, matrix / np.sqrt(view.columns), 0).astype(dtype)
+    return Weight(view.from_matrix(matrix), view, pack(matrix, parsed), parsed, axis)
+
+
+def tensor(name: str, array: np.ndarray) -> TensorProto:
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    return helper.make_tensor(name, kind, array.shape, array.tobytes(), raw=True)
+
+
+def call(function: str, weight: Weight, inputs: list[str], output: str, prefix: str = "", compute: int = 0, **attributes: Any) -> onnx.NodeProto:
+    """The call of ``function`` with ``inputs`` (X, then what follows the table)."""
+    stored = helper.np_dtype_to_tensor_dtype(weight.dense.dtype)
+    return helper.make_node(
+        function,
+        [inputs[0], prefix + "values", prefix + "mask", prefix + "table", *inputs[1:]],
+        [output],
+        domain=DOMAIN,
+        n=weight.pattern.n,
+        m=weight.pattern.m,
+        axis=weight.axis,
+        shape=weight.view.shape,
+        permuted=weight.view.permuted,
+        perm=weight.view.inverse_perm,
+        code_shape=[-1, weight.packed.coding.parts, weight.packed.coding.width],
+        stored=stored,
+        compute=compute or stored,
+        **attributes,
+    )
+
+
+def initializers(weight: Weight, prefix: str = "") -> list[TensorProto]:
+    packed = weight.packed
+    arrays = {"values": packed.values, "mask": packed.mask, "table": packed.coding.table}
+    return [tensor(prefix + name, array) for name, array in arrays.items()]
+
+
+def model(
+    nodes: list[onnx.NodeProto], constants: list[TensorProto], x_shape: list[Any], kind: int = TensorProto.FLOAT, y_rank: int | None = None,
+    more_inputs: dict[str, list[Any]] | None = None,
+) -> onnx.ModelProto:
+    """A model from ``x`` (and ``more_inputs``) to ``y``."""
+    inputs = {"x": x_shape, **(more_inputs or {})}
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info("y", kind, [f"y{d}" for d in range(len(x_shape) if y_rank is None else y_rank)])],
+        constants,
+    )
+    names = sorted({node.op_type for node in nodes if node.domain == DOMAIN})
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    return helper.make_model(graph, opset_imports=opsets, functions=[function_proto(name) for name in names], ir_version=IR_VERSION)
+
+
+def layer(
+    function: str, weight: Weight, x_shape: list[Any], extra: dict[str, np.ndarray] | None = None, kind: int = TensorProto.FLOAT,
+    y_rank: int | None = None, **attributes: Any,
+) -> onnx.ModelProto:
+    """One call of ``function`` on ``x``; ``extra`` holds its other inputs (B, Z), which are constants."""
+    extra = extra or {}
+    takes_bias = FUNCTIONS[function].adds_bias or "B" in FUNCTIONS[function].inputs
+    names = ["x", *(["B" if "B" in extra else ""] if takes_bias else []), *(name for name in extra if name != "B")]
+    node = call(function, weight, names, "y", compute=kind, **attributes)
+    constants = [*initializers(weight), *(tensor(name, array) for name, array in extra.items())]
+    return model([node], constants, x_shape, kind, y_rank)

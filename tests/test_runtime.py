@@ -1,0 +1,365 @@
+"""The native kernels: against float64, against the function bodies, with any number of threads, and on damaged files."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from nmconvert import runtime
+from nmconvert.errors import KernelsUnavailableError
+from runtime_models import Weight, call, initializers, layer, model, random_weight, tensor
+
+needs_kernels = pytest.mark.skipif(not runtime.kernels().usable, reason=f"no native kernels: {runtime.kernels().reason}")
+PATTERNS = ("2:4", "1:4", "4:8", "1:8", "1:16", "3:5", "2:32", "4:4")
+
+
+def instruction_sets() -> list[str]:
+    """Those that this CPU can run."""
+    candidates = ("portable", "avx2", "avx512") if platform.machine() == "x86_64" else ("portable", "neon")
+    usable = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in candidates:
+            patch.setenv("NMCONVERT_ISA", name)
+            if runtime.kernels().usable:
+                usable.append(name)
+    return usable
+
+
+@pytest.fixture(scope="module", params=instruction_sets() or ["none"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "none":
+        pytest.skip(runtime.kernels().reason)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NMCONVERT_ISA", request.param)
+        yield request.param
+
+
+def options(threads: int = 1) -> onnxruntime.SessionOptions:
+    made = onnxruntime.SessionOptions()
+    made.intra_op_num_threads = threads
+    made.log_severity_level = 4
+    return made
+
+
+def with_kernels(proto: onnx.ModelProto, threads: int = 1) -> onnxruntime.InferenceSession:
+    made = options(threads)
+    made.register_custom_ops_library(str(runtime.library()))
+    return onnxruntime.InferenceSession(proto.SerializeToString(), made, providers=["CPUExecutionProvider"])
+
+
+def without(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options(), providers=["CPUExecutionProvider"])
+
+
+def assert_close(got: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
+    assert got.shape == expected.shape
+    scale = max(float(np.abs(expected).max(initial=0)), 1e-3)
+    assert float(np.abs(got.astype(np.float64) - expected).max(initial=0)) <= tolerance * scale
+
+
+def convolve(x: np.ndarray, weight: Weight, bias: np.ndarray | None = None, **attributes: Any) -> np.ndarray:
+    """The convolution in float64."""
+    rank = x.ndim - 2
+    operator = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[rank - 1]
+    pads = attributes.get("pads", [0] * (2 * rank))
+    around = [p for d in reversed(range(rank)) for p in (pads[d], pads[rank + d])]
+    padded = torch.nn.functional.pad(torch.from_numpy(x.astype(np.float64)), around)
+    result = operator(
+        padded,
+        torch.from_numpy(weight.dense.astype(np.float64)),
+        None if bias is None else torch.from_numpy(bias.astype(np.float64)),
+        stride=attributes.get("strides", [1] * rank),
+        dilation=attributes.get("dilations", [1] * rank),
+        groups=attributes.get("group", 1),
+    )
+    return result.numpy()
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    pattern=st.sampled_from(PATTERNS),
+    tokens=st.sampled_from([1, 2, 3, 4, 5, 8, 9, 17, 40, 130]),
+    columns=st.integers(1, 300),
+    rows=st.integers(1, 90),
+    batch=st.integers(1, 2),
+    threads=st.sampled_from([1, 3]),
+)
+@settings(max_examples=40)
+def test_linear_layers(
+    isa: str, seed: int, pattern: str, tokens: int, columns: int, rows: int, batch: int, threads: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    weight = random_weight(rng, "matmul", (columns, rows), pattern)
+    x = rng.standard_normal((batch, tokens, columns)).astype(np.float32)
+    bias = rng.standard_normal(rows).astype(np.float32)
+    expected = x.astype(np.float64) @ weight.dense
+    assert_close(with_kernels(layer("MatMul", weight, ["b", "t", columns]), threads).run(None, {"x": x})[0], expected)
+    proto = layer("Linear", weight, ["b", "t", columns], {"B": bias})
+    assert_close(with_kernels(proto, threads).run(None, {"x": x})[0], expected + bias)
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    pattern=st.sampled_from(PATTERNS),
+    axis=st.sampled_from(["channel", "kernel"]),
+    rank=st.integers(1, 3),
+    data=st.data(),
+)
+@settings(max_examples=60)
+def test_convolutions(isa: str, seed: int, pattern: str, axis: Any, rank: int, data: st.DataObject) -> None:
+    rng = np.random.default_rng(seed)
+    draw = data.draw
+    kernel = [draw(st.integers(1, 3)) for _ in range(rank)]
+    attributes: dict[str, Any] = {
+        "strides": [draw(st.integers(1, 3)) for _ in range(rank)],
+        "dilations": [draw(st.integers(1, 2)) for _ in range(rank)],
+        "pads": [draw(st.integers(0, 2)) for _ in range(2 * rank)],
+        "group": draw(st.sampled_from([1, 1, 2, 3])),
+    }
+    groups = attributes["group"]
+    outputs, inputs, batch = groups * draw(st.integers(1, 20)), draw(st.integers(1, 24)), draw(st.integers(1, 3))
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, attributes["dilations"], strict=True)]
+    size = [draw(st.integers(r, r + (20 if rank < 3 else 6))) for r in reach]
+    weight = random_weight(rng, "conv", (outputs, inputs, *kernel), pattern, axis)
+    x = rng.standard_normal((batch, groups * inputs, *size)).astype(np.float32)
+    bias = rng.standard_normal(outputs).astype(np.float32)
+    proto = layer("Conv", weight, ["b", groups * inputs, *(f"d{d}" for d in range(rank))], {"B": bias}, **attributes)
+    got = with_kernels(proto, draw(st.sampled_from([1, 2]))).run(None, {"x": x})[0]
+    assert_close(got, convolve(x, weight, bias, **attributes))
+
+
+@pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+def test_auto_pad_is_that_of_the_body(isa: str, mode: str) -> None:
+    rng = np.random.default_rng(0)
+    weight = random_weight(rng, "conv", (8, 16, 3, 2), "2:4")
+    proto = layer("Conv", weight, [1, 16, "h", "w"], auto_pad=mode, strides=[2, 1])
+    x = rng.standard_normal((1, 16, 9, 8)).astype(np.float32)
+    assert_close(with_kernels(proto).run(None, {"x": x})[0], without(proto).run(None, {"x": x})[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "x_shape", "bias", "attributes"),
+    [
+        ((24, 10), (6, 24), (10,), {}),
+        ((24, 10), (6, 24), (), {"beta": 2.0}),
+        ((24, 10), (6, 24), (1, 10), {"alpha": 0.5, "beta": 3.0}),
+        ((24, 10), (6, 24), (6, 1), {"beta": 0.5}),
+        ((24, 10), (6, 24), (6, 10), {}),
+        ((24, 10), (24, 6), (1,), {"transA": 1}),
+        ((10, 24), (6, 24), None, {"transB": 1, "alpha": -1.0}),
+        ((10, 24), (24, 1), (10,), {"transA": 1, "transB": 1}),
+    ],
+)
+def test_every_gemm_is_that_of_the_body(isa: str, shape: Any, x_shape: Any, bias: Any, attributes: Any) -> None:
+    rng = np.random.default_rng(1)
+    weight = random_weight(rng, "linear" if attributes.get("transB") else "matmul", shape, "2:4")
+    extra = {} if bias is None else {"B": np.asarray(rng.standard_normal(bias), np.float32)}
+    proto = layer("Gemm", weight, ["a", "b"], extra, **attributes)
+    x = rng.standard_normal(x_shape).astype(np.float32)
+    assert_close(with_kernels(proto).run(None, {"x": x})[0], without(proto).run(None, {"x": x})[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "x_shape", "y_rank"),
+    [((24, 10), (24,), 1), ((3, 24, 10), (3, 5, 24), 3), ((3, 24, 10), (4, 1, 5, 24), 4), ((2, 1, 24, 10), (3, 6, 24), 4)],
+)
+def test_batched_weights_broadcast_as_in_numpy(isa: str, shape: Any, x_shape: Any, y_rank: int) -> None:
+    rng = np.random.default_rng(2)
+    weight = random_weight(rng, "matmul", shape, "2:4")
+    x = rng.standard_normal(x_shape).astype(np.float32)
+    proto = layer("MatMul", weight, [f"d{d}" for d in range(len(x_shape))], y_rank=y_rank)
+    assert_close(with_kernels(proto).run(None, {"x": x})[0], x.astype(np.float64) @ weight.dense)
+
+
+@pytest.mark.parametrize("stored", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(("compute", "tolerance"), [(TensorProto.FLOAT16, 2e-3), (TensorProto.FLOAT, 1e-5), (TensorProto.DOUBLE, 1e-12)])
+def test_types_of_storage_and_computation(isa: str, stored: Any, compute: int, tolerance: float) -> None:
+    rng = np.random.default_rng(3)
+    dtype = helper.tensor_dtype_to_np_dtype(compute)
+    tolerance = max(tolerance, 1e-5 if stored is np.float64 and compute == TensorProto.FLOAT else 0.0)
+    weight = random_weight(rng, "conv", (12, 16, 3, 3), "2:4", dtype=stored)
+    x = rng.standard_normal((1, 16, 6, 7)).astype(dtype)
+    got = with_kernels(layer("Conv", weight, [1, 16, 6, 7], kind=compute, pads=[1] * 4)).run(None, {"x": x})[0]
+    assert got.dtype == dtype
+    assert_close(got, convolve(x, weight, pads=[1] * 4), tolerance)
+    weight = random_weight(rng, "matmul", (32, 10), "1:4", dtype=stored)
+    x = rng.standard_normal((7, 32)).astype(dtype)
+    got = with_kernels(layer("MatMul", weight, [7, 32], kind=compute)).run(None, {"x": x})[0]
+    assert_close(got, x.astype(np.float64) @ weight.dense.astype(np.float64), tolerance)
+
+
+def test_the_number_of_threads_changes_no_bit(isa: str) -> None:
+    rng = np.random.default_rng(4)
+    linear, conv = random_weight(rng, "matmul", (640, 500), "2:4"), random_weight(rng, "conv", (64, 32, 3, 3), "1:4")
+    for proto, shape in (
+        (layer("MatMul", linear, ["t", 640]), (1, 640)),
+        (layer("MatMul", linear, ["t", 640]), (70, 640)),
+        (layer("Conv", conv, [1, 32, 30, 30], pads=[1] * 4), (1, 32, 30, 30)),
+    ):
+        x = rng.standard_normal(shape).astype(np.float32)
+        first, *others = (with_kernels(proto, threads).run(None, {"x": x})[0].tobytes() for threads in (1, 2, 4))
+        assert all(other == first for other in others)
+
+
+@needs_kernels
+def test_concurrent_runs_of_one_session_agree() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    rng = np.random.default_rng(5)
+    session = with_kernels(layer("Conv", random_weight(rng, "conv", (32, 16, 3, 3), "2:4"), [1, 16, "h", "w"]), 2)
+    inputs = [rng.standard_normal((1, 16, 8 + i % 5, 20)).astype(np.float32) for i in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda x: session.run(None, {"x": x})[0], inputs))
+    for x, y in zip(inputs, together, strict=True):
+        assert y.tobytes() == session.run(None, {"x": x})[0].tobytes()
+
+
+@needs_kernels
+def test_session_takes_over_by_itself(tmp_path: Path) -> None:
+    rng = np.random.default_rng(6)
+    proto = layer("MatMul", random_weight(rng, "matmul", (32, 16), "2:4"), ["t", 32])
+    path = tmp_path / "model.onnx"
+    onnx.save(proto, path)
+    settings = onnxruntime.SessionOptions()
+    settings.enable_profiling = True
+    settings.profile_file_prefix = str(tmp_path / "profile")
+    session = runtime.session(path, settings)
+    x = rng.standard_normal((3, 32)).astype(np.float32)
+    assert_close(session.run(None, {"x": x})[0], without(proto).run(None, {"x": x})[0])
+    assert '"op_name" : "MatMul"' in Path(session.end_profiling()).read_text()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("NMCONVERT_KERNELS", "off", "switched off"),
+        ("NMCONVERT_KERNELS", "/nowhere/libnmconvert.so", "was not built"),
+        ("NMCONVERT_KERNELS", __file__, "cannot be loaded"),
+        ("NMCONVERT_ISA", "vax", "NMCONVERT_ISA=vax"),
+    ],
+)
+def test_without_kernels_a_warning_and_the_body(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, says: str) -> None:
+    if variable == "NMCONVERT_ISA" and not runtime.kernels().path:
+        pytest.skip("no library that could refuse")
+    monkeypatch.setenv(variable, value)
+    rng = np.random.default_rng(7)
+    weight = random_weight(rng, "matmul", (32, 16), "2:4")
+    with pytest.raises(KernelsUnavailableError, match=says):
+        runtime.library()
+    with pytest.warns(RuntimeWarning, match=says):
+        session = runtime.session(layer("MatMul", weight, ["t", 32]).SerializeToString())
+    x = rng.standard_normal((3, 32)).astype(np.float32)
+    assert_close(session.run(None, {"x": x})[0], x.astype(np.float64) @ weight.dense)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Damaged files.
+
+DAMAGE: dict[str, dict[str, Any]] = {
+    "shape": {"shape": [16, 32, 3, 4]},
+    "absurd shape": {"shape": [2**40, 2**40, 3, 3], "permuted": [2**40, 3, 3, 2**40]},
+    "negative shape": {"shape": [-16, 32, 3, 3]},
+    "perm": {"perm": [0, 0, 1, 2]},
+    "perm out of range": {"perm": [0, 9, 1, 2]},
+    "code_shape": {"code_shape": [-1, 1, 0]},
+    "parts": {"code_shape": [-1, 2, 8]},
+    "pattern": {"n": 9, "m": 4},
+    "pads": {"pads": [-1, 0, 0, 0]},
+    "number of pads": {"pads": [1, 1]},
+    "strides": {"strides": [0, 1]},
+    "dilations": {"dilations": [1, -3]},
+    "group": {"group": 3},
+    "auto_pad": {"auto_pad": "SOMEHOW"},
+    "kernel_shape": {"kernel_shape": [5, 5]},
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_node_that_contradicts_itself_is_an_error_at_load(damage: str) -> None:
+    proto = conv_model()
+    node = proto.graph.node[0]
+    for name, value in DAMAGE[damage].items():
+        kept = [attribute for attribute in node.attribute if attribute.name != name]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute(name, value)])
+    with pytest.raises(Exception, match=r"nmconvert\.Conv"):
+        with_kernels(proto)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["values", "mask", "table"])
+@pytest.mark.parametrize("cut", [0, 1, 3, -5])
+def test_truncated_tensors_are_an_error_at_load(name: str, cut: int) -> None:
+    proto = conv_model()
+    constant = next(c for c in proto.graph.initializer if c.name == name)
+    array = onnx.numpy_helper.to_array(constant).reshape(-1)[:cut]
+    constant.CopyFrom(tensor(name, array if name != "table" else array[: len(array) // 8 * 8].reshape(-1, 8)))
+    with pytest.raises(Exception, match="nmconvert"):
+        with_kernels(proto)
+
+
+@needs_kernels
+def test_an_input_that_does_not_fit_is_an_error_of_the_run() -> None:
+    session = with_kernels(conv_model(["b", "c", "h", "w"]))
+    for shape in ((1, 31, 9, 9), (1, 32, 2, 9)):
+        with pytest.raises(Exception, match=r"nmconvert"):
+            session.run(None, {"x": np.zeros(shape, np.float32)})
+    assert session.run(None, {"x": np.zeros((0, 32, 9, 9), np.float32)})[0].shape == (0, 16, 7, 7)
+
+
+@needs_kernels
+def test_mutated_files_do_not_crash() -> None:
+    """Thousands of files with flipped bytes and swapped numbers either load, and run, or are refused."""
+    rng = np.random.default_rng(8)
+    proto = conv_model(["b", 32, "h", "w"])
+    plain = proto.SerializeToString()
+    x = rng.standard_normal((1, 32, 9, 9)).astype(np.float32)
+    outcomes = {"ran": 0, "refused": 0}
+    for round_ in range(2000):
+        damaged = bytearray(plain)
+        if round_ % 2:
+            for at in rng.integers(0, len(damaged), rng.integers(1, 4)):
+                damaged[at] = rng.integers(0, 256)
+        else:
+            damaged = bytearray(mutated(proto, rng).SerializeToString())
+        try:
+            made = options()
+            made.register_custom_ops_library(str(runtime.library()))
+            session = onnxruntime.InferenceSession(bytes(damaged), made, providers=["CPUExecutionProvider"])
+            session.run(None, {"x": x})
+            outcomes["ran"] += 1
+        except Exception:
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 50
+
+
+def mutated(proto: onnx.ModelProto, rng: np.random.Generator) -> onnx.ModelProto:
+    """One attribute of the call replaced by a number from a collection of unpleasant ones."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    attribute = copy.graph.node[0].attribute[int(rng.integers(len(proto.graph.node[0].attribute)))]
+    value = int(rng.choice([-1, 0, 1, 2, 3, 7, 255, 256, 2**20, 2**31 - 1, 2**31, 2**62, -(2**63)]))
+    if attribute.ints:
+        attribute.ints[int(rng.integers(len(attribute.ints)))] = value
+    elif attribute.name not in ("stored", "compute"):
+        attribute.i = value
+    return copy
+
+
+def conv_model(x_shape: list[Any] | None = None) -> onnx.ModelProto:
+    rng = np.random.default_rng(9)
+    weight = random_weight(rng, "conv", (16, 32, 3, 3), "2:4")
+    node = call("Conv", weight, ["x", ""], "y", pads=[0] * 4, strides=[1, 1], dilations=[1, 1], group=1, compute=TensorProto.FLOAT)
+    return model([node], initializers(weight), x_shape or [1, 32, 9, 9])
