@@ -14,64 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from nmconvert.correct import held_out_error, keep_if_better, norms, reconstruct, reestimate_norms
+from nmconvert.correct import augment, held_out_error, is_images, keep_if_better, norms, reconstruct, reestimate_norms
 from nmconvert.errors import DataError, ModelError
-from nmconvert.matrix import Kind, MatrixView
+from nmconvert.matrix import MatrixView
+from nmconvert.moments import Moments, Site, find_followers, find_sites, inputs_seen
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.quadratic import Problem
 from nmconvert.replay import Batch, Call, Replay, as_call, call_model, find_units, outputs_of, trace
 from nmconvert.sparsegpt import solve
-from nmconvert.unfold import columns
-
-_ENTRIES = 1 << 24  # of one part of the unfolded inputs: 64 MiB in float32
-
-
-@dataclass(frozen=True)
-class Site:
-    """One planned weight: parameter ``name`` of the model is ``parameter`` of ``module``, whose calls show its inputs."""
-
-    name: str
-    module: str
-    parameter: str
-    pattern: Pattern
-    axis: Axis
-    kind: Kind
-    groups: int
-
-
-@dataclass
-class Moments:
-    """Means over tokens of x, x_dense, x xᵀ and x_dense xᵀ, in float64; filled part by part."""
-
-    count: int = 0
-    mean: Any = 0.0
-    mean_dense: Any = 0.0
-    hessian: Any = 0.0
-    cross: Any = 0.0
-
-    def add(self, x: Tensor, dense: Tensor) -> None:
-        """Take in tokens ``x`` and ``dense`` [tokens, K] that belong together."""
-        step = max(1, _ENTRIES // x.shape[1])
-        for part, other in zip(x.split(step), dense.split(step), strict=True):
-            self._add(part.float(), other.float())
-
-    def _add(self, x: Tensor, dense: Tensor) -> None:
-        total = self.count + len(x)
-        old = self.count / total
-        self.mean = self.mean * old + x.double().sum(0) / total
-        self.mean_dense = self.mean_dense * old + dense.double().sum(0) / total
-        self.hessian = self.hessian * old + (x.T @ x).double() / total
-        self.cross = self.cross * old + (dense.T @ x).double() / total
-        self.count = total
-
-    def centred(self) -> tuple[Tensor, Tensor]:
-        """The two products about the means: what is left for the weights where a bias takes care of the means."""
-        return (
-            self.hessian - self.mean[:, None] * self.mean,
-            self.cross - self.mean_dense[:, None] * self.mean,
-        )
 
 
 @dataclass(frozen=True)
@@ -116,6 +67,7 @@ class Recipe:
     criterion: str = "auto"
     damping: float = 0.01
     against_dense: bool = True  # targets are the dense model's outputs, not the layer's own on pruned inputs
+    correct_means: bool = True  # what pruning does to a layer's mean output goes into its bias or norm, in closed form
     reestimate: bool = True
     block_steps: int = 200
     block_rate: float = 1e-3
@@ -150,40 +102,12 @@ def prune_model(
     batches = list(batches)
     if len(batches) < 2:
         raise DataError(f"calibration needs at least 2 batches, one of them held out; there are {len(batches)}")
-    return _Run(model.eval(), batches, plan, recipe, progress).run()
-
-
-def find_sites(model: nn.Module, plan: Mapping[str, tuple[Pattern, Axis]]) -> list[Site]:
-    """The sites of the planned parameters.
-
-    Raises:
-        ModelError: a parameter is not of a layer that can be calibrated.
-    """
-    modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters())
-    sites = []
-    for name, (pattern, axis) in plan.items():
-        if name not in parameters:
-            raise ModelError(f"'{name}' is no parameter of the model; its modules share it, or the plan is another's")
-        owner, _, leaf = name.rpartition(".")
-        parent = modules.get(owner.rpartition(".")[0])
-        if owner.endswith("out_proj") and isinstance(parent, nn.MultiheadAttention):
-            owner, leaf = owner.rpartition(".")[0], "out_proj.weight"
-        module = modules[owner]
-        sites.append(Site(name, owner, leaf, pattern, axis, _kind(module, name), getattr(module, "groups", 1)))
-    return sites
-
-
-def _kind(module: nn.Module, name: str) -> Kind:
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return "conv_transpose"
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return "conv"
-    if isinstance(module, nn.Linear | nn.MultiheadAttention):
-        return "linear"
-    if type(module).__name__ == "Conv1D":
-        return "matmul"
-    raise ModelError(f"'{name}' belongs to a {type(module).__name__}, which cannot be calibrated: exclude it")
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it computes whole transformer layers past their modules
+    try:
+        return _Run(model.eval(), batches, plan, recipe, progress).run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 class _Run:
@@ -202,9 +126,8 @@ class _Run:
         self.sites = find_sites(model, plan)
         held = max(1, round(len(batches) * recipe.held_out))
         generator = torch.Generator().manual_seed(recipe.seed)
-        train = [augment(b, generator) if copy else b for copy in range(recipe.copies) for b in batches[:-held]]
-        if recipe.copies > 1 and not is_images(batches[0]):
-            train = batches[:-held]
+        copies = recipe.copies if is_images(batches[0]) else 1
+        train = [augment(b, generator) if copy else b for copy in range(copies) for b in batches[:-held]]
         self.fresh = batches[:-held]
         self.train, self.batches = len(train), train + batches[-held:]
         self.generator = generator
@@ -234,19 +157,13 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------- one unit
 
-    def _unit(
-        self, unit: str, inputs: list[list[Call]], inputs_dense: list[list[Call]], targets: list[list[Any]]
-    ) -> None:
+    def _unit(self, unit: str, inputs: list[list[Call]], inputs_dense: list[list[Call]], targets: list[list[Any]]) -> None:
         module, dense = self.model.get_submodule(unit), self.dense.get_submodule(unit)
         sites = {s.name: s for s in self.sites if s.module == unit or not unit or s.module.startswith(unit + ".")}
         for stage in self._stages(unit, list(sites.values()), inputs[0][0]):
             moments = self._moments(unit, module, dense, stage, inputs[: self.train], inputs_dense[: self.train])
             for site in stage:
                 self._solve(unit, site, moments[site.name])
-        held_inputs, held_targets = inputs[self.train :], targets[self.train :]
-        if self.recipe.reestimate and norms(module):
-            data = inputs[: self.train], inputs_dense[: self.train]
-            self._correct(unit, "norms", lambda: reestimate_norms(module, dense, *data), held_inputs, held_targets)
         if self.recipe.block_steps and any(site.module != unit for site in sites.values()):
             self._reconstruct(unit, inputs, targets)
 
@@ -285,8 +202,8 @@ class _Run:
         limit = -(-self.recipe.tokens // len(inputs))
         moments: dict[str, list[Moments]] = {site.name: [] for site in stage}
         for calls, calls_dense in zip(inputs, inputs_dense, strict=True):
-            seen = _seen(self.model, module, stage, calls, limit)
-            other = _seen(self.dense, dense, stage, calls_dense, limit) if self.recipe.against_dense else seen
+            seen = inputs_seen(self.model, module, stage, calls, limit)
+            other = inputs_seen(self.dense, dense, stage, calls_dense, limit) if self.recipe.against_dense else seen
             for site in stage:
                 for call, call_dense in zip(seen[site.name], other[site.name], strict=True):
                     if not moments[site.name]:
@@ -299,7 +216,7 @@ class _Run:
         parameter = self.model.get_parameter(site.name)
         view = MatrixView.of(site.kind, parameter.shape, site.axis, site.groups)
         matrix = view.to_matrix(parameter.detach())
-        mean = self._mean(site)
+        mean = self._mean(site) if self.recipe.correct_means else None
         rows, masks, shifts, error, signal = [], [], [], 0.0, 0.0
         for dense, block in zip(matrix.chunk(len(moments)), moments, strict=True):
             h, c = (block.hessian, block.cross) if mean is None else block.centred()
@@ -325,7 +242,7 @@ class _Run:
         if isinstance(bias, Tensor) and leaf in ("weight", "in_proj_weight"):
             return bias.data, -1.0
         norm = self.followers.get(site.module)
-        return None if norm is None else (self.model.get_submodule(norm).running_mean, 1.0)
+        return None if norm is None else (self.model.get_buffer(f"{norm}.running_mean"), 1.0)
 
     # ---------------------------------------------------------------------------------------------- corrections
 
@@ -384,82 +301,3 @@ class _Run:
         while len(order) < steps:
             order += torch.randperm(count or self.train, generator=self.generator).tolist()
         return order[:steps]
-
-
-def _seen(
-    model: nn.Module, unit: nn.Module, stage: Sequence[Site], calls: Sequence[Call], limit: int
-) -> dict[str, list[list[Tensor]]]:
-    """The unfolded inputs of the sites of ``stage`` while ``unit`` answers ``calls``: per call and block of rows."""
-    seen: dict[str, list[list[Tensor]]] = {site.name: [] for site in stage}
-
-    def note(site: Site) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            handles[site.name].remove()  # the inputs of out_proj are found by calling the module again
-            seen[site.name].append(columns(module, site.parameter, args, kwargs, site.axis, limit))
-            attach(site)
-
-        return hook
-
-    def attach(site: Site) -> None:
-        module = model.get_submodule(site.module)
-        handles[site.name] = module.register_forward_pre_hook(note(site), with_kwargs=True)
-
-    handles: dict[str, Any] = {}
-    for site in stage:
-        attach(site)
-    try:
-        outputs_of(unit, [calls])
-    finally:
-        for handle in handles.values():
-            handle.remove()
-    return seen
-
-
-def find_followers(model: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, str]:
-    """For each of the modules ``names`` whose output goes straight into a batch norm: the name of that norm."""
-    made: dict[int, str] = {}
-    followers: dict[str, str] = {}
-    alive: list[Any] = []
-
-    def made_by(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            alive.append(output)
-            made[id(output)] = name
-
-        return hook
-
-    def taken_by(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if id(args[0]) in made:
-                followers[made[id(args[0])]] = name
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(made_by(name)) for name in names]
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
-            handles.append(module.register_forward_pre_hook(taken_by(name)))
-    try:
-        with torch.no_grad():
-            call_model(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return followers
-
-
-def is_images(batch: Batch) -> bool:
-    """Whether a batch is one tensor of images [B, C, H, W], which may be flipped and shifted."""
-    return isinstance(batch, Tensor) and batch.dim() == 4 and batch.is_floating_point() and batch.shape[1] <= 4
-
-
-def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image of ``batch`` [B, C, H, W] flipped left to right with probability ½ and shifted by up to an eighth."""
-    size = len(batch)
-    flip = torch.rand(size, generator=generator) < 0.5
-    batch = torch.where(flip[:, None, None, None], batch.flip(3), batch)
-    reach = max(1, batch.shape[-1] // 8)
-    padded = nn.functional.pad(batch, [reach] * 4, mode="reflect")
-    offsets = torch.randint(0, 2 * reach + 1, (size, 2), generator=generator).tolist()
-    height, width = batch.shape[2:]
-    return torch.stack([image[:, y : y + height, x : x + width] for image, (y, x) in zip(padded, offsets, strict=True)])

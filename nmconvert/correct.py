@@ -61,17 +61,24 @@ def reestimate_norms(
 ) -> None:
     """Move the running statistics of each batch norm as its batch statistics moved from ``dense`` to ``module``.
 
-    Means by their difference, variances by their ratio, over the same data; the model was trained with other data (more,
-    and augmented), so statistics of the calibration data alone would move the norms of a model that was never pruned.
+    A scale and a shift between the two is undone exactly. The model was trained on other data (more, and augmented), so
+    statistics of the calibration data alone would move the norms of a model that was never pruned.
     """
     moved, original = batch_statistics(module, calls), batch_statistics(dense, calls_dense)
     for norm, twin, (mean, variance), (old_mean, old_variance) in zip(
         norms(module), norms(dense), moved, original, strict=True
     ):
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        norm.running_mean.copy_(twin.running_mean + mean - old_mean)
-        norm.running_var.copy_(twin.running_var * (variance / old_variance.clamp_min(1e-12)))
+        mean_now, variance_now = _running(norm)
+        mean_then, variance_then = _running(twin)
+        ratio = variance / old_variance.clamp_min(1e-12)
+        mean_now.copy_(mean + ratio.sqrt() * (mean_then - old_mean))
+        variance_now.copy_(variance_then * ratio)
+
+
+def _running(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean, norm.running_var
 
 
 def batch_statistics(module: nn.Module, calls: Sequence[Sequence[Call]]) -> list[tuple[Tensor, Tensor]]:
@@ -87,9 +94,8 @@ def batch_statistics(module: nn.Module, calls: Sequence[Sequence[Call]]) -> list
         outputs_of(module, [batch])
     statistics = []
     for norm, momentum in zip(found, momenta, strict=True):
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        statistics.append((norm.running_mean.clone(), norm.running_var.clone()))
+        mean, variance = _running(norm)
+        statistics.append((mean.clone(), variance.clone()))
         norm.momentum = momentum
         norm.eval()
     module.load_state_dict(state)
@@ -122,7 +128,7 @@ def reconstruct(
             call, target = pairs(step)
             call = Call(*tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs)))
             optimizer.zero_grad(set_to_none=True)
-            output_error(module(*call.args, **call.kwargs), target).backward()  # type: ignore[no-untyped-call]
+            output_error(module(*call.args, **call.kwargs), target).backward()
             optimizer.step()
             with torch.no_grad():
                 for name, mask in masks.items():
@@ -130,3 +136,20 @@ def reconstruct(
     for name, parameter in parameters.items():
         parameter.grad = None
         parameter.requires_grad_(frozen[name])
+
+
+def is_images(batch: Any) -> bool:
+    """Whether a batch is one tensor of images [B, C, H, W], which may be flipped and shifted."""
+    return isinstance(batch, Tensor) and batch.dim() == 4 and batch.is_floating_point() and batch.shape[1] <= 4
+
+
+def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image of ``batch`` [B, C, H, W] flipped left to right with probability ½ and shifted by up to an eighth."""
+    size = len(batch)
+    flip = torch.rand(size, generator=generator) < 0.5
+    batch = torch.where(flip[:, None, None, None], batch.flip(3), batch)
+    reach = max(1, batch.shape[-1] // 8)
+    padded = nn.functional.pad(batch, [reach] * 4, mode="reflect")
+    offsets = torch.randint(0, 2 * reach + 1, (size, 2), generator=generator).tolist()
+    height, width = batch.shape[2:]
+    return torch.stack([image[:, y : y + height, x : x + width] for image, (y, x) in zip(padded, offsets, strict=True)])

@@ -31,7 +31,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass early
+class _Reached(Exception):
     pass
 
 
@@ -156,7 +156,7 @@ def _from_list(outputs: Sequence[Any]) -> Callable[..., Any]:
 @contextmanager
 def _forwards(model: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Modules answer with other forwards for the time being."""
-    modules = [model.get_submodule(name) for name in forwards]
+    modules: list[Any] = [model.get_submodule(name) for name in forwards]
     own = [module.__dict__.get("forward") for module in modules]
     try:
         for module, forward in zip(modules, forwards.values(), strict=True):

@@ -119,9 +119,7 @@ def exact_choice(weight: Tensor, factor: Tensor, n: int) -> Tensor:
     blocks = inverse[pruned[:, :, None], pruned[:, None, :]]  # [S, p, p]
     lower = torch.linalg.cholesky(torch.linalg.inv(blocks))
     step = max(1, _MAX_ENTRIES // pruned.numel())
-    choice = [
-        torch.einsum("rsp,spq->rsq", part[:, pruned], lower).square().sum(2).argmin(1) for part in weight.split(step)
-    ]
+    choice = [torch.einsum("rsp,spq->rsq", part[:, pruned], lower).square().sum(2).argmin(1) for part in weight.split(step)]
     mask = torch.ones_like(weight, dtype=torch.bool)
     return mask.scatter_(1, pruned[torch.cat(choice)], False)
 

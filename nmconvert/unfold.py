@@ -73,7 +73,8 @@ def conv_columns(
     x = x.permute(1, 0, *space, *order)  # a view: only the chosen tokens are copied
     size, total = channels // groups * prod(kernel), batch * prod(x.shape[2 : 2 + rank])
     if limit is not None and total > limit:
-        x = x[(slice(None), *torch.unravel_index(_choice(total, limit), x.shape[1 : 2 + rank]))]
+        chosen: tuple[Any, ...] = torch.unravel_index(_choice(total, limit), x.shape[1 : 2 + rank])
+        x = x[(slice(None), *chosen)]
     return list(x.reshape(groups, -1, size))
 
 
@@ -99,7 +100,8 @@ def _transposed_columns(module: Any, x: Tensor, axis: Axis, limit: int | None) -
     rank = len(module.kernel_size)
     x = x.unsqueeze(0) if x.dim() == rank + 1 else x
     stuffed = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], module.stride, strict=True)))
-    stuffed[(..., *(slice(None, None, s) for s in module.stride))] = x
+    places: tuple[Any, ...] = tuple(slice(None, None, s) for s in module.stride)
+    stuffed[(..., *places)] = x
     before = [d * (k - 1) - p for d, k, p in zip(module.dilation, module.kernel_size, module.padding, strict=True)]
     after = [b + extra for b, extra in zip(before, module.output_padding, strict=True)]
     padded = F.pad(stuffed, [p for pair in reversed(list(zip(before, after, strict=True))) for p in pair])
@@ -127,11 +129,11 @@ def _attention_columns(
 
 def _attended(module: nn.MultiheadAttention, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """The heads' outputs before ``out_proj``: what the module computes with the identity in its place."""
-    projection = module.out_proj
+    projection: Any = module.out_proj
     weight, bias = projection.weight, projection.bias
     try:
         projection.weight = nn.Parameter(torch.eye(len(weight), dtype=weight.dtype, device=weight.device))
-        projection.bias = None
+        projection.bias = nn.Parameter(torch.zeros(len(weight), dtype=weight.dtype, device=weight.device))
         output: Tensor = module.forward(*args, **kwargs)[0]
     finally:
         projection.weight, projection.bias = weight, bias

@@ -29,7 +29,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("tasks",),
     ("prune",),
     ("srste",),
-    ("calibrate", "correct", "replay"),
+    ("budget", "calibrate", "correct", "moments", "replay"),
     ("permute", "sparsegpt", "alps", "quadratic", "unfold", "masks"),
     ("runtime", "onnx_model"),
     ("model",),

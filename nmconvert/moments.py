@@ -1,0 +1,148 @@
+"""What calibration looks at: where the planned weights are, and the second moments of their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nmconvert.errors import ModelError
+from nmconvert.matrix import Kind
+from nmconvert.model import layers
+from nmconvert.pattern import Axis, Pattern
+from nmconvert.replay import Batch, Call, call_model, outputs_of
+from nmconvert.unfold import columns
+
+_ENTRIES = 1 << 24  # of one part of the inputs: 64 MiB in float32
+
+
+@dataclass(frozen=True)
+class Site:
+    """One planned weight: parameter ``name`` of the model is ``parameter`` of ``module``, whose calls show its inputs."""
+
+    name: str
+    module: str
+    parameter: str
+    pattern: Pattern
+    axis: Axis
+    kind: Kind
+    groups: int
+
+
+def find_sites(model: nn.Module, plan: Mapping[str, tuple[Pattern, Axis]]) -> list[Site]:
+    """The sites of the planned parameters.
+
+    Raises:
+        ModelError: a parameter is not of a layer that can be calibrated.
+    """
+    found = {layer.tensor: layer for layer in layers(model)}
+    sites = []
+    for name, (pattern, axis) in plan.items():
+        if name not in found:
+            raise ModelError(f"'{name}' is no weight of a convolution, linear layer or attention of the model: exclude it")
+        layer = found[name]
+        owner, parameter = layer.name, layer.parameter
+        parent = owner.rpartition(".")[0]
+        if owner.endswith("out_proj") and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+            owner, parameter = parent, "out_proj.weight"  # it is never called itself
+        sites.append(Site(name, owner, parameter, pattern, axis, layer.kind, layer.groups))
+    return sites
+
+
+@dataclass
+class Moments:
+    """Means over tokens of x, x_dense, x xᵀ and x_dense xᵀ, in float64; filled part by part."""
+
+    count: int = 0
+    mean: Any = 0.0
+    mean_dense: Any = 0.0
+    hessian: Any = 0.0
+    cross: Any = 0.0
+
+    def add(self, x: Tensor, dense: Tensor) -> None:
+        """Take in tokens ``x`` and ``dense`` [tokens, K] that belong together."""
+        step = max(1, _ENTRIES // x.shape[1])
+        for part, other in zip(x.split(step), dense.split(step), strict=True):
+            self._add(part.float(), other.float())
+
+    def _add(self, x: Tensor, dense: Tensor) -> None:
+        total = self.count + len(x)
+        old = self.count / total
+        self.mean = self.mean * old + x.double().sum(0) / total
+        self.mean_dense = self.mean_dense * old + dense.double().sum(0) / total
+        self.hessian = self.hessian * old + (x.T @ x).double() / total
+        self.cross = self.cross * old + (dense.T @ x).double() / total
+        self.count = total
+
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """The two products about the means: what is left for the weights where a bias takes care of the means."""
+        return (
+            self.hessian - self.mean[:, None] * self.mean,
+            self.cross - self.mean_dense[:, None] * self.mean,
+        )
+
+
+def inputs_seen(
+    model: nn.Module, unit: nn.Module, stage: Sequence[Site], calls: Sequence[Call], limit: int
+) -> dict[str, list[list[Tensor]]]:
+    """The unfolded inputs of the sites of ``stage`` while ``unit`` answers ``calls``: per call and block of rows."""
+    seen: dict[str, list[list[Tensor]]] = {site.name: [] for site in stage}
+
+    def note(site: Site) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            handles[site.name].remove()  # the inputs of out_proj are found by calling the module again
+            seen[site.name].append(columns(module, site.parameter, args, kwargs, site.axis, limit))
+            attach(site)
+
+        return hook
+
+    def attach(site: Site) -> None:
+        module = model.get_submodule(site.module)
+        handles[site.name] = module.register_forward_pre_hook(note(site), with_kwargs=True)
+
+    handles: dict[str, Any] = {}
+    for site in stage:
+        attach(site)
+    try:
+        outputs_of(unit, [calls])
+    finally:
+        for handle in handles.values():
+            handle.remove()
+    return seen
+
+
+def find_followers(model: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, str]:
+    """For each of the modules ``names`` whose output goes straight into a batch norm: the name of that norm."""
+    made: dict[int, str] = {}
+    followers: dict[str, str] = {}
+    alive: list[Any] = []
+
+    def made_by(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            alive.append(output)
+            made[id(output)] = name
+
+        return hook
+
+    def taken_by(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if id(args[0]) in made:
+                followers[made[id(args[0])]] = name
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(made_by(name)) for name in names]
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            handles.append(module.register_forward_pre_hook(taken_by(name)))
+    try:
+        with torch.no_grad():
+            call_model(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return followers

@@ -1,0 +1,366 @@
+"""Layer inputs, the replay and the sequential driver on small models, against what torch itself computes."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nmconvert.calibrate import Recipe, prune_model
+from nmconvert.correct import augment, held_out_error, keep_if_better, reconstruct, reestimate_norms
+from nmconvert.errors import DataError, ModelError
+from nmconvert.matrix import MatrixView
+from nmconvert.moments import Moments, find_followers, find_sites, inputs_seen
+from nmconvert.pattern import Pattern
+from nmconvert.replay import Call, Replay, as_call, find_units, outputs_of, trace
+from nmconvert.unfold import columns
+
+NM = Pattern(2, 4)
+PLAIN = Recipe(criterion="sparsegpt", against_dense=False, correct_means=False, reestimate=False, block_steps=0, model_steps=0)
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        y = F.relu_(self.bn1(self.conv1(x)))
+        return F.relu_(self.bn2(self.conv2(y)) + x)
+
+
+class Net(nn.Module):
+    def __init__(self, width=8, blocks=2):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.body = nn.Sequential(*(Block(width) for _ in range(blocks)))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+
+def small_net(seed=0):
+    torch.manual_seed(seed)
+    model = Net().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def images(count=6, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(8, 3, 8, 8, generator=generator) for _ in range(count)]
+
+
+def plan_for(model, pattern=NM, axis="channel"):
+    return {n: (pattern, axis) for n, p in model.named_parameters() if p.dim() == 4 and "stem" not in n}
+
+
+# ── unfolding ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def convolution(draw, transposed=False):
+    rank = draw(st.integers(1, 2))
+    groups = draw(st.sampled_from([1, 2, 3]))
+    kernel = tuple(draw(st.integers(1, 3)) for _ in range(rank))
+    stride = tuple(draw(st.integers(1, 3)) for _ in range(rank))
+    dilation = tuple(draw(st.integers(1, 2)) for _ in range(rank))
+    options = {"stride": stride, "dilation": dilation, "groups": groups, "bias": False, "dtype": torch.float64}
+    channels = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
+    if transposed:
+        extra = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+        padding = tuple(draw(st.integers(0, d * (k - 1))) for k, d in zip(kernel, dilation, strict=True))
+        kind = (nn.ConvTranspose1d, nn.ConvTranspose2d)[rank - 1]
+        return kind(*channels, kernel, padding=padding, output_padding=extra, **options)
+    mode = draw(st.sampled_from(["zeros", "reflect", "circular", "replicate"]))
+    padding = draw(st.sampled_from(["same", "valid", "numbers"]))
+    if padding == "numbers":
+        padding = tuple(draw(st.integers(0, 2)) for _ in range(rank))
+    if padding == "same":
+        options["stride"] = 1
+    return (nn.Conv1d, nn.Conv2d)[rank - 1](*channels, kernel, padding=padding, padding_mode=mode, **options)
+
+
+@settings(max_examples=60)
+@given(data=st.data(), transposed=st.booleans(), axis=st.sampled_from(["channel", "kernel"]))
+def test_a_convolution_is_its_matrix_times_the_unfolded_inputs(data, transposed, axis):
+    layer = convolution(data.draw, transposed)
+    rank = len(layer.kernel_size)
+    x = torch.randn(2, layer.in_channels, *[data.draw(st.integers(7, 9)) for _ in range(rank)], dtype=torch.float64)
+    expected = layer(x)
+    view = MatrixView.of("conv_transpose" if transposed else "conv", layer.weight.shape, axis, layer.groups)
+    rows = view.to_matrix(layer.weight).chunk(layer.groups)
+    blocks = columns(layer, "weight", (x,), {}, axis)
+    assert len(blocks) == layer.groups
+    found = torch.cat([block @ row.T for block, row in zip(blocks, rows, strict=True)], 1)
+    torch.testing.assert_close(found, expected.movedim(1, -1).reshape(-1, layer.out_channels))
+
+
+def test_a_limit_takes_the_same_tokens_of_two_inputs():
+    layer = nn.Conv2d(4, 4, 3)
+    x = torch.randn(3, 4, 9, 9)
+    (whole,) = columns(layer, "weight", (x,), {}, "channel")
+    (some,) = columns(layer, "weight", (x,), {}, "channel", 20)
+    (twice,) = columns(layer, "weight", (2 * x,), {}, "channel", 20)
+    assert some.shape == (20, 36)
+    assert torch.equal(2 * some, twice)
+    assert all((whole == token).all(1).any() for token in some)
+
+
+def test_attention_reads_queries_keys_and_values_and_its_heads_outputs():
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).double().eval()
+    q, kv = torch.randn(2, 3, 8).double(), torch.randn(2, 5, 8).double()
+    found = columns(attention, "in_proj_weight", (q, kv, kv), {}, "channel")
+    assert [tuple(x.shape) for x in found] == [(6, 8), (10, 8), (10, 8)]
+    (same,) = columns(attention, "in_proj_weight", (q, q, q), {}, "channel")
+    assert torch.equal(same, q.reshape(-1, 8))
+    (heads,) = columns(attention, "out_proj.weight", (q, kv, kv), {}, "channel")
+    projection = attention.out_proj
+    expected = attention(q, kv, kv)[0].reshape(-1, 8)
+    torch.testing.assert_close(heads @ projection.weight.T + projection.bias, expected)
+
+
+def test_a_layer_that_is_not_understood_is_named():
+    with pytest.raises(ModelError, match="LSTM cannot be calibrated: exclude 'weight_ih_l0'"):
+        columns(nn.LSTM(2, 2), "weight_ih_l0", (torch.zeros(1, 1, 2),), {}, "channel")
+
+
+@given(cuts=st.lists(st.integers(1, 39), max_size=3), seed=st.integers(0, 20))
+@settings(max_examples=20)
+def test_moments_do_not_depend_on_the_parts(cuts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, dense = torch.randn(2, 40, 6, generator=generator) + 1
+    moments = Moments()
+    for part, other in zip(x.tensor_split(sorted(cuts)), dense.tensor_split(sorted(cuts)), strict=True):
+        if len(part):
+            moments.add(part, other)
+    hessian, cross = moments.centred()
+    both = torch.cat([x, dense], 1).double()
+    covariance = torch.cov(both.T, correction=0)
+    torch.testing.assert_close(hessian, covariance[:6, :6], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cross, covariance[6:, :6], rtol=1e-4, atol=1e-5)
+
+
+# ── units and replay ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_blocks_are_units_and_single_layers_their_own():
+    model = small_net()
+    names = ["stem", "body.0.conv1", "body.0.conv2", "body.1.conv1", "head"]
+    assert find_units(model, names) == ["stem", "body.0", "body.1", "head"]
+    assert find_units(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), ["0", "2"]) == ["0", "2"]
+    assert find_units(nn.Linear(2, 2), [""]) == [""]
+
+
+def test_a_replay_gives_each_unit_what_the_changed_model_gives_it():
+    model, batches = small_net(), images(2)
+    replay = Replay(model, batches, {"body.0": 1, "body.1": 1, "head": 1})
+    with torch.no_grad():
+        model.body[0].conv1.weight.mul_(0.5)
+        expected = model.body[0](model.stem(batches[1]))
+    first = replay.calls("body.0")
+    replay.answer("body.0", outputs_of(model.body[0], first))
+    torch.testing.assert_close(replay.calls("body.1")[1][0].args[0], expected)
+    assert "forward" not in model.body[0].__dict__
+
+
+def test_a_unit_that_is_used_twice_is_replayed_call_by_call():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.shared(torch.relu(self.shared(x))))
+
+    model, batch = Twice().eval(), torch.randn(4, 3)
+    assert [name for name, _ in trace(model, batch, ["shared", "head"])] == ["shared", "shared", "head"]
+    replay = Replay(model, [batch], {"shared": 2, "head": 1})
+    calls = replay.calls("shared")
+    assert len(calls[0]) == 2
+    replay.answer("shared", outputs_of(model.shared, calls))
+    torch.testing.assert_close(replay.calls("head")[0][0].args[0], model.shared(torch.relu(model.shared(batch))))
+
+
+def test_layer_inputs_are_seen_with_what_is_pruned_before_them():
+    model, batch = small_net(), images(1)[0]
+    sites = find_sites(model, {"body.0.conv2.weight": (NM, "channel")})
+    block = model.body[0]
+    x = model.stem(batch)
+    seen = inputs_seen(model, block, sites, [Call((x,), {})], 1 << 20)["body.0.conv2.weight"]
+    inner = F.relu(block.bn1(block.conv1(x)))
+    torch.testing.assert_close(seen[0][0], columns(block.conv2, "weight", (inner,), {}, "channel")[0])
+
+
+def test_the_norm_after_a_convolution_is_found():
+    model = small_net()
+    names = ["stem", "body.0.conv1", "body.1.conv2"]
+    assert find_followers(model, images(1)[0], names) == {"body.0.conv1": "body.0.bn1", "body.1.conv2": "body.1.bn2"}
+
+
+# ── the driver ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("axis", ["channel", "kernel"])
+@pytest.mark.parametrize("criterion", ["magnitude", "sparsegpt", "auto"])
+def test_the_result_holds_the_pattern_and_nothing_else_moved(criterion, axis):
+    model = small_net()
+    before = copy.deepcopy(model.state_dict())
+    plan = plan_for(model, Pattern(1, 4), axis)
+    result = prune_model(model, images(), plan, Recipe(criterion=criterion, block_steps=0, model_steps=0))
+    for name in plan:
+        matrix = MatrixView.of("conv", before[name].shape, axis).to_matrix(result.state[name])
+        assert ((matrix.reshape(len(matrix), -1, 4) != 0).sum(2) <= 1).all()
+    assert {report.name for report in result.layers} == set(plan)
+    assert not {name for name in result.state if name.startswith(("stem", "head"))}
+    fresh = small_net()
+    fresh.load_state_dict({**before, **result.state})
+    assert torch.equal(fresh(images()[0]), model(images()[0]))
+
+
+def test_each_ingredient_lowers_the_error_on_inputs_never_seen():
+    held_out = images(4, seed=99)
+    dense = small_net()
+    calls = [[as_call(batch)] for batch in held_out]
+    targets = outputs_of(dense, calls)
+    errors = []
+    for recipe in (
+        Recipe(criterion="magnitude", correct_means=False, reestimate=False, block_steps=0, model_steps=0),
+        PLAIN,
+        Recipe(block_steps=0, model_steps=0, copies=1),
+        Recipe(block_steps=0, model_steps=60, copies=1),
+    ):
+        model = small_net()
+        prune_model(model, images(16), plan_for(model), recipe)
+        errors.append(held_out_error(model, calls, targets))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.5 * errors[1]
+
+
+def test_biases_and_running_means_take_up_the_mean_error():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6)).eval()
+    dense = copy.deepcopy(model)
+    batches = [torch.randn(50, 8) + 3 for _ in range(4)]
+    prune_model(model, batches, {"0.weight": (NM, "channel")}, Recipe(block_steps=0, model_steps=0))
+    seen = torch.cat(batches[:-1])
+    torch.testing.assert_close(model(seen).mean(0), dense(seen).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bytes():
+    states = []
+    for _ in range(2):
+        model = small_net()
+        prune_model(model, images(), plan_for(model), Recipe(block_steps=3, model_steps=3, copies=2, seed=5))
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x, scale):
+        return self.layers(x) * scale
+
+
+def test_a_transformer_with_packed_attention_and_keyword_inputs():
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    batches = [{"x": torch.randn(4, 5, 8), "scale": 2.0} for _ in range(4)]
+    names = [n for n, p in model.named_parameters() if p.dim() == 2]
+    before = copy.deepcopy(model)
+    result = prune_model(model, batches, dict.fromkeys(names, (NM, "channel")), Recipe(block_steps=5, model_steps=0))
+    assert [layer.name.split("layers.0.")[-1] for layer in result.layers[:4]] == [
+        "self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight",
+    ]  # fmt: skip
+    for name in names:
+        assert ((model.get_parameter(name).reshape(-1, 4) != 0).sum(1) <= 2).all()
+    calls = [[as_call(batch)] for batch in batches]
+    assert held_out_error(model, calls, outputs_of(before, calls)) < 0.2
+
+
+def test_what_cannot_be_calibrated_is_said():
+    model = small_net()
+    with pytest.raises(DataError, match="at least 2 batches"):
+        prune_model(model, images(1), plan_for(model))
+    with pytest.raises(ModelError, match=r"'body\.0\.bn1\.weight' is no weight"):
+        prune_model(model, images(2), {"body.0.bn1.weight": (NM, "channel")})
+    model.unused = nn.Linear(4, 4)
+    with pytest.raises(ModelError, match="'unused' was not used by the first batch"):
+        prune_model(model, images(2), {"unused.weight": (NM, "channel")})
+
+
+# ── corrections ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_norms_of_an_unpruned_model_stay_as_they_are():
+    model, dense = small_net(), small_net()
+    calls = [[as_call(batch)] for batch in images(3)]
+    reestimate_norms(model, dense, calls, calls)
+    for name, tensor in dense.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor)
+
+
+def test_norms_undo_a_scale_and_a_shift_before_them():
+    dense = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        model[0].weight.mul_(0.5)
+        model[0].bias.mul_(0.5).add_(1.0)
+    calls = [[as_call(batch)] for batch in images(3)]
+    reestimate_norms(model, dense, calls, calls)
+    torch.testing.assert_close(model(images()[0]), dense(images()[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_reconstruction_keeps_masks_and_reaches_the_dense_block():
+    torch.manual_seed(0)
+    dense, model = nn.Linear(8, 8), nn.Linear(8, 8)
+    mask = torch.rand(8, 8) < 0.5
+    with torch.no_grad():
+        for layer in (dense, model):
+            layer.weight.mul_(mask)
+    batches = images(4)
+    pairs = [(Call((b.reshape(-1, 8),), {}), dense(b.reshape(-1, 8)).detach()) for b in batches]
+    before = held_out_error(model, [[pairs[0][0]]], [[pairs[0][1]]])
+    reconstruct(model, lambda step: pairs[step % 4], {"weight": mask}, steps=300, rate=0.02)
+    assert not model.weight[~mask].any()
+    assert held_out_error(model, [[pairs[0][0]]], [[pairs[0][1]]]) < 1e-3 * before
+
+
+def test_a_change_that_does_not_help_is_taken_back():
+    model, dense = small_net(), small_net()
+    calls = [[as_call(batch)] for batch in images(2)]
+    targets = outputs_of(dense, calls)
+
+    def spoil():
+        with torch.no_grad():
+            model.head.weight.mul_(3)
+
+    before, after = keep_if_better(model, spoil, lambda: held_out_error(model, calls, targets))
+    assert before == 0 < after
+    assert torch.equal(model.head.weight, dense.head.weight)
+
+
+def test_augmented_images_are_flipped_and_shifted_ones():
+    batch = torch.arange(4 * 3 * 16 * 16, dtype=torch.float32).reshape(4, 3, 16, 16)
+    changed = augment(batch, torch.Generator().manual_seed(0))
+    assert changed.shape == batch.shape
+    assert not torch.equal(changed, batch)
+    for image, original in zip(changed, batch, strict=True):
+        candidates = [F.pad(x, [2] * 4, mode="reflect") for x in (original, original.flip(2))]
+        assert any(torch.equal(image, c[:, y : y + 16, x : x + 16]) for c in candidates for y in range(5) for x in range(5))
