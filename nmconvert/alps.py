@@ -59,7 +59,10 @@ def swap(problem: Problem, pattern: Pattern, start: Solution, rounds: int = 20) 
         return start
     step = max(1, _MAX_ENTRIES // (columns * pattern.kept(columns)))
     parts = [_swap_rows(_rows(problem, low, step), pattern, start, low, rounds) for low in range(0, rows, step)]
-    return Solution(*(torch.cat(tensors) for tensors in zip(*((p.weight, p.mask, p.error) for p in parts), strict=True)))
+    weight, mask, error = (
+        torch.cat(tensors) for tensors in zip(*((p.weight, p.mask, p.error) for p in parts), strict=True)
+    )
+    return Solution(weight, mask, error, start.signal)
 
 
 def _rows(problem: Problem, low: int, step: int) -> Problem:
@@ -68,7 +71,7 @@ def _rows(problem: Problem, low: int, step: int) -> Problem:
 
 def _swap_rows(problem: Problem, pattern: Pattern, start: Solution, low: int, rounds: int) -> Solution:
     part = slice(low, low + len(problem.moment))
-    current = resolve(problem, Solution(start.weight[part], start.mask[part], start.error[part]))
+    current = resolve(problem, Solution(start.weight[part], start.mask[part], start.error[part], start.signal))
     share = torch.full_like(current.error, 0.5)
     for _ in range(rounds):
         change, swapped = _best_swaps(problem, pattern, current)

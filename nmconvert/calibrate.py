@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from nmconvert.correct import augment, held_out_error, is_images, keep_if_better, norms, reconstruct, reestimate_norms
 from nmconvert.errors import DataError, ModelError
 from nmconvert.matrix import MatrixView
-from nmconvert.moments import Moments, Site, find_followers, find_sites, inputs_seen
+from nmconvert.moments import Moments, Site, find_followers, find_sites, inputs_seen, solve_rows
 from nmconvert.pattern import Axis, Pattern
-from nmconvert.quadratic import Problem
 from nmconvert.replay import Batch, Call, Replay, as_call, call_model, find_units, outputs_of, trace
-from nmconvert.sparsegpt import solve
 
 
 @dataclass(frozen=True)
@@ -217,22 +215,16 @@ class _Run:
         view = MatrixView.of(site.kind, parameter.shape, site.axis, site.groups)
         matrix = view.to_matrix(parameter.detach())
         mean = self._mean(site) if self.recipe.correct_means else None
-        rows, masks, shifts, error, signal = [], [], [], 0.0, 0.0
-        for dense, block in zip(matrix.chunk(len(moments)), moments, strict=True):
-            h, c = (block.hessian, block.cross) if mean is None else block.centred()
-            solution = solve(dense, h, site.pattern, method=self.recipe.criterion, cross=c, damping=self.recipe.damping)
-            rows.append(solution.weight)
-            masks.append(solution.mask)
-            shifts.append(solution.weight @ block.mean - dense.double() @ block.mean_dense)
-            error += float(solution.error.sum())
-            signal += Problem.of(dense, h, c, self.recipe.damping).signal()
+        solved = solve_rows(
+            matrix, moments, site.pattern, self.recipe.criterion, self.recipe.damping, centred=mean is not None
+        )
         with torch.no_grad():
-            parameter.copy_(view.from_matrix(torch.cat(rows)).to(parameter.dtype))
+            parameter.copy_(view.from_matrix(solved.weight).to(parameter.dtype))
             if mean is not None:
-                mean[0].add_((torch.cat(shifts) * mean[1]).to(mean[0].dtype))
-        self.masks[site.name] = view.from_matrix(torch.cat(masks))
-        self.result.layers.append(LayerReport(site.name, site.pattern, site.axis, unit, error / signal))
-        self.progress(f"{site.name}  {site.pattern} {site.axis}  error {error / signal:.4f}")
+                mean[0].add_((solved.shift * mean[1]).to(mean[0].dtype))
+        self.masks[site.name] = view.from_matrix(solved.mask)
+        self.result.layers.append(LayerReport(site.name, site.pattern, site.axis, unit, solved.error))
+        self.progress(f"{site.name}  {site.pattern} {site.axis}  error {solved.error:.4f}")
 
     def _mean(self, site: Site) -> tuple[Tensor, float] | None:
         """Where a change of the layer's mean output goes: its bias (sign −1) or the next norm's running mean (+1)."""

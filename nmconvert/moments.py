@@ -15,6 +15,7 @@ from nmconvert.matrix import Kind
 from nmconvert.model import layers
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.replay import Batch, Call, call_model, outputs_of
+from nmconvert.sparsegpt import solve
 from nmconvert.unfold import columns
 
 _ENTRIES = 1 << 24  # of one part of the inputs: 64 MiB in float32
@@ -84,6 +85,35 @@ class Moments:
             self.hessian - self.mean[:, None] * self.mean,
             self.cross - self.mean_dense[:, None] * self.mean,
         )
+
+
+@dataclass(frozen=True)
+class SolvedRows:
+    """``weight`` and ``mask`` [rows, K]; ``shift`` [rows], how the mean output moved; and the relative excess ``error``."""
+
+    weight: Tensor
+    mask: Tensor
+    shift: Tensor
+    error: float
+
+
+def solve_rows(
+    matrix: Tensor, moments: Sequence[Moments], pattern: Pattern, method: str, damping: float, *, centred: bool
+) -> SolvedRows:
+    """Prune ``matrix`` [rows, K], whose rows fall into equal blocks with one of ``moments`` each.
+
+    With ``centred``, the caller takes ``shift`` off a bias, and the weights need not care for the means.
+    """
+    rows, masks, shifts, error, signal = [], [], [], 0.0, 0.0
+    for dense, block in zip(matrix.chunk(len(moments)), moments, strict=True):
+        hessian, cross = block.centred() if centred else (block.hessian, block.cross)
+        solution = solve(dense, hessian, pattern, method=method, cross=cross, damping=damping)
+        rows.append(solution.weight)
+        masks.append(solution.mask)
+        shifts.append(solution.weight @ block.mean - dense.double() @ block.mean_dense)
+        error += float(solution.error.sum())
+        signal += solution.signal
+    return SolvedRows(torch.cat(rows), torch.cat(masks), torch.cat(shifts), error / signal)
 
 
 def inputs_seen(

@@ -20,12 +20,13 @@ _DIRECT_FLOPS = 2e11  # a closed-form solve up to here (about 10 s on one core);
 class Solution:
     """A pruned layer: ``weight`` [rows, K] (float64, zero where not kept), ``mask`` [rows, K] bool, ``error`` [rows].
 
-    ``error`` is the quadratic of the module docstring, per row.
+    ``error`` is the quadratic of the module docstring, per row; ``signal`` what it would be for all-zero weights, summed.
     """
 
     weight: Tensor
     mask: Tensor
     error: Tensor
+    signal: float
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Problem:
     def solution(self, weight: Tensor, mask: Tensor) -> Solution:
         """``weight`` with what the mask prunes set to zero, and its error."""
         kept = torch.where(mask, weight, 0.0)
-        return Solution(kept, mask, self.error(kept))
+        return Solution(kept, mask, self.error(kept), self.signal())
 
 
 def best(*solutions: Solution) -> Solution:
@@ -85,6 +86,7 @@ def best(*solutions: Solution) -> Solution:
         torch.stack([s.weight for s in solutions])[choice, rows],
         torch.stack([s.mask for s in solutions])[choice, rows],
         torch.stack([s.error for s in solutions])[choice, rows],
+        solutions[0].signal,
     )
 
 

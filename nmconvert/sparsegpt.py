@@ -154,4 +154,4 @@ def _backwards(problem: Problem, pattern: Pattern) -> Solution:
     there = problem.reordered(order)
     back = order.argsort()
     solution = resolve(there, sweep(there, pattern, exact_choice))
-    return Solution(solution.weight[:, back], solution.mask[:, back], solution.error)
+    return Solution(solution.weight[:, back], solution.mask[:, back], solution.error, problem.signal())

@@ -45,7 +45,11 @@ def columns(
         padded = F.pad(x.unsqueeze(0) if x.dim() == len(module.kernel_size) + 1 else x, *_padding(module))
         return conv_columns(padded, module.kernel_size, module.stride, module.dilation, module.groups, axis, limit)
     if isinstance(module, _TRANSPOSED):
-        return _transposed_columns(module, x, axis, limit)
+        x = x.unsqueeze(0) if x.dim() == len(module.kernel_size) + 1 else x
+        crops: Any = [(p, p - extra) for p, extra in zip(module.padding, module.output_padding, strict=True)]
+        return transposed_columns(
+            x, module.kernel_size, module.stride, crops, module.dilation, module.groups, axis, limit
+        )
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":  # Hugging Face's Conv1D is x @ [I, O]
         flat = x.reshape(-1, x.shape[-1])
         return [flat if limit is None or len(flat) <= limit else flat[_choice(len(flat), limit)]]
@@ -95,19 +99,29 @@ def _padding(module: Any) -> tuple[list[int], str]:
     return [p for pair in reversed(pairs) for p in pair], mode
 
 
-def _transposed_columns(module: Any, x: Tensor, axis: Axis, limit: int | None) -> list[Tensor]:
-    """A transposed convolution is a convolution of its zero-stuffed input with the mirrored kernel."""
-    rank = len(module.kernel_size)
-    x = x.unsqueeze(0) if x.dim() == rank + 1 else x
-    stuffed = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], module.stride, strict=True)))
-    places: tuple[Any, ...] = tuple(slice(None, None, s) for s in module.stride)
+def transposed_columns(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
+    axis: Axis,
+    limit: int | None = None,
+) -> list[Tensor]:
+    """As :func:`conv_columns` for a transposed convolution of ``x`` [B, C, *space]; ``padding`` is what it crops.
+
+    It is a convolution of its zero-stuffed input with the mirrored kernel; output padding is a negative crop at the end.
+    """
+    rank = len(kernel)
+    stuffed = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)))
+    places: tuple[Any, ...] = tuple(slice(None, None, s) for s in stride)
     stuffed[(..., *places)] = x
-    before = [d * (k - 1) - p for d, k, p in zip(module.dilation, module.kernel_size, module.padding, strict=True)]
-    after = [b + extra for b, extra in zip(before, module.output_padding, strict=True)]
-    padded = F.pad(stuffed, [p for pair in reversed(list(zip(before, after, strict=True))) for p in pair])
-    kernel, groups = module.kernel_size, module.groups
-    blocks = conv_columns(padded, kernel, (1,) * rank, module.dilation, groups, axis, limit)
-    inputs = module.in_channels // groups
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    pads = [(r - low, r - high) for r, (low, high) in zip(reach, padding, strict=True)]
+    padded = F.pad(stuffed, [p for pair in reversed(pads) for p in pair])
+    blocks = conv_columns(padded, kernel, (1,) * rank, dilation, groups, axis, limit)
+    inputs = x.shape[1] // groups
     shape = (-1, *kernel, inputs) if axis == "channel" else (-1, inputs, *kernel)
     spatial = [d + (1 if axis == "channel" else 2) for d in range(rank)]
     return [block.reshape(shape).flip(spatial).reshape(len(block), -1) for block in blocks]
