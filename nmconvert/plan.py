@@ -69,7 +69,8 @@ def make_plan(
 
     ``layers`` are (glob, pattern) pairs, None for dense; the last that matches wins. ``include`` globs, if any, select what is
     pruned and override the rules about embeddings, first and last layers, as does a pair of ``layers`` that is a tensor's own
-    name; ``exclude`` globs leave tensors dense. ``target`` is a key of :data:`nmconvert.targets.TARGETS`: layers that it could not use stay dense.
+    name; ``exclude`` globs leave tensors dense. ``target`` is a key of
+    :data:`nmconvert.targets.TARGETS`: layers that it could not use stay dense.
 
     Raises:
         UsageError: a glob matches no tensor.
