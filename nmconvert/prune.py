@@ -172,10 +172,10 @@ def _with_kinds(checkpoint: Checkpoint, tensors: Sequence[TensorInfo], model: to
     Raises:
         ModelError: no tensor is a layer's weight: it is another model.
     """
-    from nmconvert.model import layers, matching_names
+    from nmconvert.model import layers, matched_names
 
     known = {layer.tensor: layer for layer in layers(model)}
-    names = matching_names([info.own_name for info in tensors], model.state_dict(keep_vars=True))
+    names = matched_names([info.own_name for info in tensors], model.state_dict(keep_vars=True))
     result = []
     for info in tensors:
         layer = known.get(names[info.own_name])
