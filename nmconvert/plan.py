@@ -68,8 +68,9 @@ def make_plan(
     """Decide for every tensor.
 
     ``layers`` are (glob, pattern) pairs, None for dense; the last that matches wins. ``include`` globs, if any, select what is
-    pruned and override the rules about embeddings, first and last layers; ``exclude`` globs leave tensors dense. ``target``
-    is a key of :data:`nmconvert.targets.TARGETS`: layers that it could not use stay dense.
+    pruned and override the rules about embeddings, first and last layers, as does a pair of ``layers`` that is a tensor's own
+    name; ``exclude`` globs leave tensors dense. ``target`` is a key of
+    :data:`nmconvert.targets.TARGETS`: layers that it could not use stay dense.
 
     Raises:
         UsageError: a glob matches no tensor.
@@ -99,13 +100,11 @@ class _Choices:
 
 
 def _decide(info: TensorInfo, choices: _Choices, decided: dict[str, Row]) -> Row:
-    pattern = choices.pattern
-    chosen = False
-    for glob, for_layer in choices.layers:
-        if fnmatchcase(info.name, glob):
-            if for_layer is None:
-                return Row(info, reason=f"dense, by --layer '{glob}'")
-            pattern, chosen = for_layer, True
+    glob, pattern = next(
+        ((glob, pattern) for glob, pattern in reversed(choices.layers) if fnmatchcase(info.name, glob)), ("", choices.pattern)
+    )
+    if pattern is None:
+        return Row(info, reason=f"dense, by --layer '{glob}'")
     if reason := _impossible(info):
         return Row(info, reason=reason)
     if info.shared_with is not None and info.shared_with in decided:
@@ -113,7 +112,7 @@ def _decide(info: TensorInfo, choices: _Choices, decided: dict[str, Row]) -> Row
         return Row(info, reason=f"shares its storage with {first.name}" + (", pruned there" if first.pattern else ""))
     if excluded := _matching(info.name, choices.exclude):
         return Row(info, reason=f"excluded by '{excluded}'")
-    included = chosen or _matching(info.name, choices.include) is not None
+    included = info.name == glob or _matching(info.name, choices.include) is not None
     if choices.include and not included:
         return Row(info, reason="not included")
     assumed = info.kind is None

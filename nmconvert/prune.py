@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.detect import as_array, canonical_bytes
-from nmconvert.errors import UsageError, WeightError
+from nmconvert.errors import ModelError, UsageError, WeightError
 from nmconvert.manifest import Layer, Manifest
 from nmconvert.masks import CRITERIA, nm_mask
 from nmconvert.matrix import MatrixView
@@ -100,7 +101,7 @@ def plan_for(
     """The plan for a checkpoint: what its container knows, what ``model`` knows, and equal copies of embeddings."""
     tensors = checkpoint.tensors()
     if model is not None:
-        tensors = _with_kinds(tensors, model)
+        tensors = _with_kinds(checkpoint, tensors, model)
     tensors = _mark_copies(checkpoint, tensors)
     return make_plan(tensors, pattern, axis, layers=layers, include=include, exclude=exclude, target=target)
 
@@ -145,7 +146,7 @@ class Magnitude:
     def layer(self) -> Layer:
         """The manifest's entry, once the whole tensor has gone through."""
         assert self.row.axis is not None
-        energy = self._kept / self._total if self._total > 0 else 1.0
+        energy = None if math.isinf(self._total) else self._kept / self._total if self._total > 0 else 1.0
         return Layer(self.row.info, self.pattern, self.row.axis, self._hash.hexdigest(), self.row.assumed, energy)
 
     def _view(self, weight: Tensor) -> MatrixView:
@@ -156,26 +157,36 @@ class Magnitude:
 
 
 def _energy(weight: Tensor) -> float:
-    """The sum of squares."""
+    """The sum of squares; in double precision, which takes twice as long, only where single is not enough."""
     flat = weight.reshape(-1)
     flat = flat if flat.dtype == torch.float64 else flat.float()
-    return float(torch.dot(flat, flat))
+    energy = float(torch.dot(flat, flat))
+    if 1e-30 < energy < math.inf:
+        return energy
+    return float(torch.dot(flat.double(), flat.double()))
 
 
-def _with_kinds(tensors: Sequence[TensorInfo], model: torch.nn.Module) -> list[TensorInfo]:
-    """``tensors`` with the kind and groups that the model's layers give them; the others are no layer's weight."""
-    from nmconvert.model import layers as model_layers
+def _with_kinds(checkpoint: Checkpoint, tensors: Sequence[TensorInfo], model: torch.nn.Module) -> list[TensorInfo]:
+    """``tensors`` with the kind and groups that the model's layers give them; the others are no layer's weight.
 
-    known = {f"{layer.name}.{layer.parameter}" if layer.name else layer.parameter: layer for layer in model_layers(model)}
+    Raises:
+        ModelError: no tensor is a layer's weight: it is another model.
+    """
+    from nmconvert.model import layers, matched_names
+
+    known = {layer.tensor: layer for layer in layers(model)}
+    names = matched_names([info.own_name for info in tensors], model.state_dict(keep_vars=True))
     result = []
     for info in tensors:
-        layer = known.get(info.own_name)
+        layer = known.get(names[info.own_name])
         if layer is not None:
             result.append(replace(info, kind=layer.kind, groups=layer.groups))
         elif len(info.shape) > 1 and info.reason is None:
             result.append(replace(info, reason="not the weight of a convolution or a linear layer"))
         else:
             result.append(info)
+    if not any(info.kind for info in result):
+        raise ModelError(f"{checkpoint.path}: none of its tensors is a weight of the model; name the right one with --model")
     return result
 
 

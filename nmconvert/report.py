@@ -59,7 +59,7 @@ def prune_report(result: PruneResult) -> RenderableType:
             f"{row.axis}{' ?' if row.assumed else ''}",
             str(row.pattern),
             f"{density(row):.1%}",
-            f"{layer.energy or 0:.1%}",
+            "-" if layer.energy is None else f"{layer.energy:.1%}",
             ", ".join(usable_by(row)) or "-",
         )
     parts: list[RenderableType] = [pruned]
