@@ -19,12 +19,13 @@ struct Source {
   bool padded;
 };
 
-// A 1×1 convolution without stride or pads takes an image for one long row.
-void flatten_pointwise(ConvAttributes& attributes, Image& image) {
-  if (volume(attributes.kernel) != 1 || volume(attributes.strides) != 1) return;
+// A 1×1 convolution without stride or pads takes an image for one long row. Says whether this is one.
+bool flatten_pointwise(const ConvAttributes& attributes, Image& image) {
+  if (volume(attributes.kernel) != 1 || volume(attributes.strides) != 1) return false;
   for (int d = 0; d < 3; ++d)
-    if (attributes.before[d] || attributes.after[d]) return;
+    if (attributes.before[d] || attributes.after[d]) return false;
   image.in = image.out = {1, 1, volume(image.in)};
+  return true;
 }
 
 Source make_source(const ConvAttributes& attributes, const Image& image, const Parallel& parallel) {
@@ -209,10 +210,10 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
               const Epilogue& epilogue, const Parallel& parallel) {
   ConvAttributes attributes = given;
   Image image = given_image;
-  flatten_pointwise(attributes, image);
+  const bool pointwise = flatten_pointwise(attributes, image);
   const int64_t pixels = image.batch * volume(image.out);
   if (pixels == 0) return;
-  if (attributes.groups == 1 && volume(attributes.kernel) == 1 && volume(image.in) == 1)
+  if (pointwise && attributes.groups == 1 && volume(image.in) == 1)
     return run_linear(isa, weights, packed, 0, {image.x, image.batch, image.bias, image.residual, image.y}, epilogue, parallel);
   const TileChoice choice = choose_tile(isa, weights, pixels, kFill);
   const StreamPlan& plan = weights.stream(packed, *choice.isa, choice.tile);

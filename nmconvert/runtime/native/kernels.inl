@@ -49,6 +49,7 @@ inline Vector clip(Vector v, Vector low, Vector high) {
 template <int N, int R>
 void stream(const StreamJob& job) {
   const Vector low = splat(job.low), high = splat(job.high);
+  const bool clips = job.low > -__builtin_inff() || job.high < __builtin_inff();
   const char* const panel = reinterpret_cast<const char*>(job.panel);
   const float* values = job.values + static_cast<int64_t>(job.starts[0]) * R * kStep;
   const uint16_t* offsets = job.offsets + static_cast<int64_t>(job.starts[0]) * R * kStep;
@@ -80,8 +81,12 @@ void stream(const StreamJob& job) {
     for (int r = 0; r < R; ++r) {
       if (r >= valid) break;
       float* out = job.out + (row + r) * job.out_stride;
+      if (clips) {
 #pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) store(out + n * W, clip(sum[r][n], low, high));
+        for (int n = 0; n < N; ++n) sum[r][n] = clip(sum[r][n], low, high);
+      }
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) store(out + n * W, sum[r][n]);
     }
   }
 }
