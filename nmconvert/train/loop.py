@@ -18,7 +18,7 @@ from nmconvert import dist
 from nmconvert.errors import DataError, NmconvertError, UsageError
 from nmconvert.plan import Plan
 from nmconvert.srste import plain_state_dict, sparsify_plan
-from nmconvert.tasks import Batch, Task
+from nmconvert.tasks import Batch, Predict, Task
 from nmconvert.train import state
 from nmconvert.train.batches import Batches, validation_loader
 from nmconvert.train.diagnose import first_bad_layer, out_of_memory_named
@@ -126,8 +126,10 @@ class Run:
         device: torch.device,
     ) -> None:
         self.task, self.validation, self.settings, self.folder, self.device = task, validation, settings, folder, device
-        self.model = _placed(model, device).train()
-        self.teacher = None if teacher is None else _placed(teacher, device).eval().requires_grad_(False)
+        self.model = _placed(model, device, shard=settings.shard).train()
+        self.teacher = teacher
+        if teacher is not None:
+            self.teacher = _placed(teacher, device, shard=settings.shard).eval().requires_grad_(False)
         self.batches = Batches(data, task, settings, device)
         self.steps = settings.epochs * self.batches.steps
         self.sparse = sparsify_plan(self.model, plan, method=settings.method, decay=settings.decay)
@@ -257,8 +259,11 @@ class Run:
         was_training = model.training
         model.eval()
         loader = validation_loader(self.validation, self.task, self.settings, self.device)
-        gather = list if self.settings.shard else dist.gather
-        metrics = self.task.evaluate(self.task.predictor(model), loader, gather=gather)
+        predict = self.task.predictor(model)
+        if self.settings.shard:
+            metrics = self.task.evaluate(_without_inference_mode(predict), loader)
+        else:
+            metrics = self.task.evaluate(predict, loader, gather=dist.gather)
         model.train(was_training)
         return {name: float(value) for name, value in metrics.items()}
 
@@ -355,8 +360,20 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, value) for name, value in model.state_dict().items() if isinstance(value, Tensor))
 
 
-def _placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """On the device; two-dimensional convolutions with channels last, which is faster on CPUs and in half precision."""
-    ranks = {parameter.dim() for parameter in model.parameters()}
+def _placed(model: nn.Module, device: torch.device, *, shard: bool) -> nn.Module:
+    """On the device; filters with channels last, which is faster on CPUs and in half precision (FSDP2 cannot)."""
     placed = model.to(device)
-    return placed.to(memory_format=torch.channels_last) if 4 in ranks and 5 not in ranks else placed  # type: ignore[call-overload]
+    ranks = {parameter.dim() for parameter in model.parameters()}
+    if shard or 4 not in ranks or 5 in ranks:
+        return placed
+    return placed.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _without_inference_mode(predict: Predict) -> Predict:
+    """FSDP2 counts versions of tensors, which those of inference mode do not have."""
+
+    def call(inputs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return predict(inputs)
+
+    return call
