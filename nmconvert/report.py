@@ -14,6 +14,7 @@ from nmconvert.pattern import AXES
 from nmconvert.targets import usable_by
 
 if TYPE_CHECKING:
+    from nmconvert.evaluate import Evaluation
     from nmconvert.export import ExportResult
     from nmconvert.inspect import Inspection
     from nmconvert.pattern import Pattern
@@ -244,3 +245,14 @@ def verify_json(result: Verification) -> Mapping[str, Any]:
         "verified": not result.failed,
         "checks": [{"what": check.what, "holds": check.holds, "seen": check.seen} for check in result.checks],
     }
+
+
+def eval_report(result: Evaluation) -> RenderableType:
+    """The metrics of a file, the one that decides first."""
+    title = Text(f"{result.file}: {result.task.replace('_', ' ')}", style="bold")
+    table = new_table("", "metric", "value", right=("value",))
+    for name in sorted(result.metrics, key=lambda name: name != result.metric):
+        digits = 4 if name in ("loss", "bits_per_byte") else 2
+        style = "bold" if name == result.metric else ""
+        table.add_row(name.replace("_", " "), f"{result.metrics[name]:.{digits}f}", style=style)
+    return Group(title, table, Text(f"{result.samples} samples of {result.data} in {result.seconds:.1f} s"))

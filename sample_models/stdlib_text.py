@@ -9,7 +9,20 @@ import sys
 import sysconfig
 from pathlib import Path
 
-VAL = ("bisect", "calendar", "colorsys", "csv", "fractions", "glob", "queue", "sched", "shlex", "statistics", "string", "textwrap")
+VAL = (
+    "bisect",
+    "calendar",
+    "colorsys",
+    "csv",
+    "fractions",
+    "glob",
+    "queue",
+    "sched",
+    "shlex",
+    "statistics",
+    "string",
+    "textwrap",
+)
 
 
 def write(out: Path) -> None:

@@ -39,7 +39,13 @@ class Recipe:
 RECIPES = {
     "gpt": Recipe(gpt, stdlib_text.write, "language_model", {"block": "128"}, 1200, 16, 3e-3),
     "translator": Recipe(
-        translator, sentences.write, "translation", {"tokenizer": str(HERE / "tokenizer.json"), "max_length": "63"}, 900, 48, 3e-3
+        translator,
+        sentences.write,
+        "translation",
+        {"tokenizer": str(HERE / "tokenizer.json"), "max_length": "63"},
+        900,
+        48,
+        3e-3,
     ),
 }
 

@@ -18,7 +18,9 @@ PAD, START, END = 0, 1, 2  # their places in every tokenizer.json that train_tex
 class Translator(nn.Module):
     """One vocabulary for both languages; the output is tied to the embedding."""
 
-    def __init__(self, vocab_size: int, width: int = 64, depth: int = 2, heads: int = 4, length: int = 64, dropout: float = 0.0):
+    def __init__(
+        self, vocab_size: int, width: int = 64, depth: int = 2, heads: int = 4, length: int = 64, dropout: float = 0.0
+    ):
         super().__init__()
         self.vocab_size = vocab_size
         self.embedding = nn.Embedding(vocab_size, width, padding_idx=PAD)

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from nmconvert.cli.common import model_options, newest_result, output_options, show, task_options
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from nmconvert.evaluate import Evaluation
 
 
 @click.command("eval")
@@ -35,25 +29,11 @@ def command(
     FILE is by default the newest result of nmconvert in this folder. What was said before (--task, --data, --model) need
     not be said again.
     """
+    from nmconvert import report
     from nmconvert.evaluate import evaluate_again
 
     result = evaluate_again(
         file, task, settings, data, model=model, model_arguments=model_arguments, trust=trust, batch_size=batch_size,
         workers=workers, limit=limit, device=device,
     )  # fmt: skip
-    show(dataclasses.asdict(result), as_json=as_json, quiet=quiet, render=lambda: table(result))
-
-
-def table(result: Evaluation) -> Table:
-    """One row a metric, the one that decides first."""
-    from rich.table import Table
-
-    caption = f"{result.samples} samples of {result.data} in {result.seconds:.1f} s"
-    shown = Table(title=f"{result.file}: {result.task.replace('_', ' ')}", caption=caption)
-    shown.add_column("metric")
-    shown.add_column("value", justify="right")
-    for name in sorted(result.metrics, key=lambda name: name != result.metric):
-        style = "bold" if name == result.metric else ""
-        digits = 4 if name in ("loss", "bits_per_byte") else 2
-        shown.add_row(name.replace("_", " "), f"{result.metrics[name]:.{digits}f}", style=style)
-    return shown
+    show(dataclasses.asdict(result), as_json=as_json, quiet=quiet, render=lambda: report.eval_report(result))

@@ -93,18 +93,29 @@ def _export(module: nn.Module, arguments: Mapping[str, torch.Tensor], dynamic: M
     shapes = {
         name: {axis: torch.export.Dim.DYNAMIC for axis in dynamic if axis < value.ndim} for name, value in arguments.items()
     }
-    model = _run_exporter(module, (), dict(arguments), shapes if dynamic else None)
+    model = _run_exporter(module, (), dict(arguments), shapes if dynamic else None, _output_names(module, arguments))
     _name_dimensions(model, dynamic)
     return model
 
 
 def _run_exporter(
-    module: nn.Module | torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+    module: nn.Module | torch.export.ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    shapes: Any,
+    output_names: list[str] | None = None,
 ) -> ModelProto:
     try:
         with _quiet():
             program = torch.onnx.export(
-                module, args, kwargs=kwargs or None, dynamic_shapes=shapes, dynamo=True, optimize=True, opset_version=OPSET
+                module,
+                args,
+                kwargs=kwargs or None,
+                dynamic_shapes=shapes,
+                output_names=output_names,
+                dynamo=True,
+                optimize=True,
+                opset_version=OPSET,
             )
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"torch's exporter needs {error.name}: pip install onnxscript") from error
@@ -162,6 +173,14 @@ def _computing(module: nn.Module) -> tuple[nn.Module, torch.dtype]:
     if hasattr(module, "config") and hasattr(module.config, "use_cache"):
         module.config.use_cache = False
     return module, dtype
+
+
+def _output_names(module: nn.Module, arguments: Mapping[str, torch.Tensor]) -> list[str] | None:
+    """The keys of the outputs, where the module returns tensors by name: what reads the file finds them by these."""
+    with torch.no_grad():
+        outputs = module(**arguments)
+    named = {k: v for k, v in outputs.items() if v is not None} if hasattr(outputs, "items") else {}
+    return list(named) if named and all(isinstance(value, torch.Tensor) for value in named.values()) else None
 
 
 def _outputs(module: nn.Module, arguments: Mapping[str, torch.Tensor]) -> list[npt.NDArray[Any]]:

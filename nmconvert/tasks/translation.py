@@ -179,7 +179,7 @@ class Translation:
             raise DataError("no sentences to evaluate on")
         found, wanted = [p[0] for p in pairs], [[p[1] for p in pairs]]
         return {
-            "bleu": float(sacrebleu.corpus_bleu(found, wanted).score),
+            "bleu": float(sacrebleu.corpus_bleu(found, wanted, force=True).score),
             "chrf": float(sacrebleu.corpus_chrf(found, wanted).score),
         }
 
