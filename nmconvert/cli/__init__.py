@@ -51,30 +51,32 @@ def group() -> None:
 
 def main() -> None:
     """Run the command line; every error becomes one line and an exit status: 1 failed, 2 usage, 130 interrupted."""
-    debug = "--debug" in sys.argv
     try:
-        group.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        _fail("interrupted; nothing was left half written", 130)
+        group.main(prog_name="nmconvert", standalone_mode=False)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        _fail(*_one_line(error))
     except KeyboardInterrupt:
         _fail("interrupted; nothing was left half written", 130)
-    except click.ClickException as error:
-        if debug:
-            raise
-        error.show()
-        sys.exit(error.exit_code)
-    except NmconvertError as error:
-        if debug:
-            raise
-        _fail(str(error), error.exit_status)
-    except OSError as error:
-        if debug:
-            raise
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
-    except MemoryError:
-        if debug:
-            raise
-        _fail("out of memory: a smaller batch or a machine with more memory is needed", 1)
+
+
+def _one_line(error: Exception) -> tuple[str, int]:
+    """The message and the exit status that an error becomes."""
+    if isinstance(error, NmconvertError):
+        return str(error), error.exit_status
+    if isinstance(error, click.exceptions.Abort):
+        return "interrupted; nothing was left half written", 130
+    if isinstance(error, click.UsageError):
+        command = error.ctx.command_path if error.ctx else "nmconvert"
+        return f"{error.format_message()} (see {command} --help)", error.exit_code
+    if isinstance(error, click.ClickException):
+        return error.format_message(), error.exit_code
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}", 1
+    if isinstance(error, MemoryError):
+        return "out of memory: a smaller batch or a machine with more memory is needed", 1
+    return f"{type(error).__name__}: {error}; this is a bug in nmconvert: please report it with the output of --debug", 1
 
 
 def _fail(message: str, status: int) -> None:

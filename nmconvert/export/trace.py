@@ -42,15 +42,17 @@ def trace(module: nn.Module, specs: Sequence[InputSpec], dynamic: Mapping[int, s
     """
     module, dtype = _computing(module)
     arguments = _arguments(module, specs, dtype, dynamic)
+    outputs = _outputs(module, arguments)
     notes: tuple[str, ...] = ()
     try:
         model = _export(module, arguments, dynamic)
     except ExportError:
         if not dynamic:
             raise
+        arguments = _arguments(module, specs, dtype, {})
+        outputs = _outputs(module, arguments)
         model = _export(module, arguments, {})
         notes = ("the shape of the inputs is fixed: torch could not export it with a dynamic one",)
-    outputs = _outputs(module, arguments)
     feed = dict(zip((value.name for value in model.graph.input), (a.numpy() for a in arguments.values()), strict=True))
     return Traced(model, feed, outputs, notes)
 
@@ -184,8 +186,13 @@ def _output_names(module: nn.Module, arguments: Mapping[str, torch.Tensor]) -> l
 
 
 def _outputs(module: nn.Module, arguments: Mapping[str, torch.Tensor]) -> list[npt.NDArray[Any]]:
-    with torch.no_grad():
-        return _flatten(module(**arguments))
+    try:
+        with torch.no_grad():
+            return _flatten(module(**arguments))
+    except Exception as error:  # a module's code may raise anything
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in arguments.items())
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ExportError(f"the model fails on {shapes}: {type(error).__name__}: {reason}; is --input right?") from error
 
 
 def _flatten(outputs: Any) -> list[npt.NDArray[Any]]:
