@@ -28,12 +28,12 @@ from nmconvert.errors import ExportError, UsageError
 from nmconvert.export.check import Difference, check_export, run, stock_session
 from nmconvert.export.compress import Compressed, compress
 from nmconvert.export.find import patterns_found, sparse_layers
-from nmconvert.export.functions import FIRST_OPSET, OPSET
+from nmconvert.export.functions import DOMAIN, FIRST_OPSET, IR_VERSION, OPSET
 from nmconvert.export.narrow import narrow
 from nmconvert.export.trace import Traced, trace, trace_program
 from nmconvert.inputs import InputSpec, example_feed
 from nmconvert.manifest import Manifest
-from nmconvert.onnx_graph import opset
+from nmconvert.onnx_graph import graphs, opset
 
 FLAVOURS = ("compressed", "dense", "inlined")
 DYNAMIC_BATCH: Mapping[int, str] = {0: "batch"}
@@ -117,9 +117,12 @@ def _manifest(checkpoint: Checkpoint) -> Manifest:
 
 def _from_onnx(source: Path, manifest: Manifest, inputs: Sequence[InputSpec]) -> _Source:
     model = read_whole_model(source)
+    if any(node.domain == DOMAIN for graph, _ in graphs(model) for node in graph.node):
+        raise UsageError(f"{source}: is compressed already; export the checkpoint or ONNX file that it was made from")
     feed = example_feed(model, inputs or [InputSpec.parse(text) for text in manifest.settings.get("input") or []])
     outputs = run(stock_session(source), feed)
     if opset(model) < FIRST_OPSET:
+        model.ir_version = max(model.ir_version, IR_VERSION)  # below 4 the converter takes no initialiser that is no input
         try:
             model = onnx.version_converter.convert_version(model, OPSET)
         except Exception as error:  # the converter raises RuntimeError and others for operators that it does not know
@@ -183,7 +186,10 @@ def _write(source: Path, output: Path, flavour: str, loaded: _Source) -> ExportR
     layers = manifest.layers if flavour == "compressed" else ()
 
     def check(path: Path) -> None:
-        differences.append(check_export(path, loaded.feed, loaded.outputs, layers))
+        try:
+            differences.append(check_export(path, loaded.feed, loaded.outputs, layers))
+        except ExportError as error:  # the file does not have its name yet
+            raise ExportError(str(error).replace(str(path), str(output)).replace(path.name, output.name)) from error
 
     save_model(model, output, manifest=manifest.to_json, check=check)
     nbytes = output.stat().st_size + sum(path.stat().st_size for path in output.parent.glob(f"{output.name}*.data"))

@@ -1,0 +1,320 @@
+"""ONNX files made sparse ONNX files; the graphs that torch makes are in test_export_torch.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from containers import sha256
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx_models import conv_net, model_of, op_types, random_input, run, session, sparse_weight, value
+from test_onnx_graph import branch, if_model
+
+from nmconvert.checkpoint import onnx_file, open_checkpoint
+from nmconvert.detect import digest
+from nmconvert.errors import ExportError, UsageError
+from nmconvert.export import ExportResult, default_output, export
+from nmconvert.export.calls import packed_layers
+from nmconvert.export.check import compare
+from nmconvert.export.functions import DOMAIN
+from nmconvert.inputs import InputSpec
+from nmconvert.manifest import Manifest
+from nmconvert.pattern import Pattern
+from nmconvert.prune import prune
+
+make = helper.make_node
+
+
+def exported(model: ModelProto, folder: Path, flavour: str = "compressed", **options: Any) -> ExportResult:
+    onnx.save(model, folder / "source.onnx")
+    return export(folder / "source.onnx", output=folder / "out.onnx", flavour=flavour, **options)
+
+
+def manifest_of(path: Path) -> Manifest:
+    text = open_checkpoint(path).manifest_text()
+    assert text is not None
+    return Manifest.from_json(text, str(path))
+
+
+@pytest.mark.parametrize("flavour", ["compressed", "dense", "inlined"])
+def test_flavours(tmp_path: Path, flavour: str) -> None:
+    model = conv_net()
+    result = exported(model, tmp_path, flavour)
+    x = random_input((3, 8, 6, 6))
+    assert np.array_equal(run(result.output, x), run(model, x))
+    written = onnx.load(result.output)
+    assert bool(written.functions) == (flavour == "compressed")
+    assert any(node.domain == DOMAIN for node in written.graph.node) == (flavour == "compressed")
+    names = {tensor.name for tensor in written.graph.initializer}
+    assert ("first.weight" in names) == (flavour == "dense")
+    weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    layers = manifest_of(result.output).layers
+    assert {layer.name: layer.digest for layer in layers} == {
+        name: digest(array) for name, array in weights.items() if name.endswith("weight")
+    }
+    assert {str(layer.pattern) for layer in layers} == {"2:4"}
+    session(result.output, optimized=tmp_path / "optimized.onnx")
+    assert "CumSum" not in op_types(tmp_path / "optimized.onnx")
+    assert result.nbytes == result.output.stat().st_size
+    if flavour != "dense":
+        assert result.compressed.packed_bytes <= 0.532 * result.compressed.dense_bytes
+
+
+def test_from_prune_to_packed_with_patterns_by_layer(tmp_path: Path) -> None:
+    onnx.save(conv_net(None), tmp_path / "a.onnx")
+    layers = [("second.weight", Pattern(1, 4)), ("head.weight", Pattern(4, 8))]
+    pruned = prune(tmp_path / "a.onnx", Pattern(2, 4), "kernel", layers=layers)
+    result = export(pruned.output, output=tmp_path / "b.onnx")
+    assert {layer.name: (str(layer.pattern), layer.axis) for layer in result.compressed.layers} == {
+        "first.weight": ("2:4", "kernel"),
+        "second.weight": ("1:4", "kernel"),
+        "head.weight": ("4:8", "kernel"),
+    }
+    manifest = manifest_of(result.output)
+    assert [stage["stage"] for stage in manifest.history] == ["prune", "export"]
+    assert {layer.name: layer.digest for layer in manifest.layers} == {
+        layer.name: layer.digest for layer in pruned.manifest.layers
+    }
+
+
+def test_the_file_is_the_same_each_time(tmp_path: Path) -> None:
+    files = {sha256(exported(conv_net(), tmp_path, flavour="compressed").output) for _ in range(2)}
+    assert len(files) == 1
+
+
+def test_batch_stays_dynamic(tmp_path: Path) -> None:
+    result = exported(conv_net(), tmp_path, inputs=[InputSpec(None, (2, 8, 6, 6))])
+    for batch in (1, 5):
+        assert run(result.output, random_input((batch, 8, 6, 6))).shape == (batch, 10)
+
+
+@pytest.mark.parametrize("opset", range(7, 23))
+def test_every_opset_that_onnxruntime_loads(tmp_path: Path, opset: int) -> None:
+    model = conv_net(opset=opset)
+    result = exported(model, tmp_path)
+    assert len(result.compressed.layers) == 3
+    x = random_input((2, 8, 6, 6))
+    assert np.array_equal(run(result.output, x), run(model, x))
+
+
+@pytest.mark.parametrize("opset", [9, 18])
+def test_initialisers_among_the_inputs(tmp_path: Path, opset: int) -> None:
+    """As files of IR version 3 have to, and many later ones do: a packed weight must not stay behind as an input."""
+    model = conv_net(opset=opset)
+    model.graph.input.extend(value(tensor.name, tensor.dims) for tensor in model.graph.initializer)
+    if opset < 10:
+        model.ir_version = 3
+    result = exported(model, tmp_path)
+    assert len(result.compressed.layers) == 3
+    assert [found.name for found in session(result.output).get_inputs()] == ["X"]
+    x = random_input((2, 8, 6, 6))  # the source's weights are no constants, so onnxruntime runs it in another order
+    np.testing.assert_allclose(run(result.output, x), run(model, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_that_several_operators_share_is_packed_once(tmp_path: Path) -> None:
+    nodes = [make("MatMul", ["X", "W"], ["a"]), make("Tanh", ["a"], ["b"]), make("MatMul", ["b", "W"], ["Y"])]
+    model = model_of(nodes, {"W": sparse_weight("matmul", (64, 64), "2:4")}, ["n", 64])
+    result = exported(model, tmp_path)
+    assert sum(node.domain == DOMAIN for node in onnx.load(result.output).graph.node) == 2
+    assert len(result.compressed.layers) == len(list(packed_layers(onnx.load(result.output)))) == 1
+    x = random_input((3, 64))
+    assert np.array_equal(run(result.output, x), run(model, x))
+
+
+def test_a_weight_with_another_use_stays_dense(tmp_path: Path) -> None:
+    """Packed it would be there twice."""
+    table = sparse_weight("linear", (64, 64), "2:4")
+    nodes = [
+        make("Gather", ["T", "ids"], ["rows"]),
+        make("MatMul", ["X", "W"], ["a"]),
+        make("Add", ["a", "rows"], ["b"]),
+        make("Gemm", ["b", "T"], ["Y"], transB=1),
+    ]
+    constants = {"T": table, "ids": np.array([3], np.int64), "W": sparse_weight("matmul", (64, 64), "2:4")}
+    model = model_of(nodes, constants, [1, 64])
+    result = exported(model, tmp_path)
+    assert [layer.name for layer in result.compressed.layers] == ["W"]
+    assert result.compressed.dense == {"T": "tied: also used by Gather"}
+    x = random_input((1, 64))
+    assert np.array_equal(run(result.output, x), run(model, x))
+
+
+@pytest.mark.parametrize("cast", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_weights_behind_nodes_lose_the_nodes(tmp_path: Path, cast: int) -> None:
+    stored = np.ascontiguousarray(sparse_weight("matmul", (64, 32), "2:4").T).astype(np.float16)
+    nodes = [
+        make("Constant", [], ["W"], value=numpy_helper.from_array(stored)),
+        make("Identity", ["W"], ["u"]),
+        make("Transpose", ["u"], ["v"], perm=[1, 0]),
+        make("Cast", ["v"], ["w"], to=cast),
+        make("MatMul", ["X", "w"], ["Y"]),
+    ]
+    model = model_of(nodes, {}, ["n", 64], element=cast)
+    result = exported(model, tmp_path)
+    assert [node.op_type for node in onnx.load(result.output).graph.node] == ["MatMul"]
+    x = random_input((3, 64), helper.tensor_dtype_to_np_dtype(cast))
+    assert np.array_equal(run(result.output, x), run(model, x))
+
+
+def test_bodies_of_if(tmp_path: Path) -> None:
+    weights = [sparse_weight("matmul", (8, 64), "2:4", seed=seed) for seed in range(2)]
+    model = if_model(branch("then", "W", {}), branch("else", "own", {"own": weights[1]}), {"W": weights[0]})
+    result = exported(model, tmp_path)
+    assert {layer.name for layer in result.compressed.layers} == {"W", "own"}
+    for x in (random_input((4, 8)), -random_input((4, 8))):
+        assert np.array_equal(run(result.output, x), run(model, x))
+
+
+def test_two_branches_with_weights_of_one_name(tmp_path: Path) -> None:
+    weights = [sparse_weight("matmul", (8, 64), "2:4", seed=seed) for seed in range(3)]
+    model = if_model(branch("then", "w", {"w": weights[0]}), branch("else", "w", {"w": weights[1]}), {"V": weights[2]})
+    extra = make("MatMul", ["X", "V"], ["Z"])
+    model.graph.node.append(extra)
+    model.graph.output.append(value("Z", [None, None]))
+    result = exported(model, tmp_path)
+    assert [layer.name for layer in result.compressed.layers] == ["V"]
+    for x in (random_input((4, 8)), -random_input((4, 8))):
+        assert np.array_equal(run(result.output, x), run(model, x))
+
+
+def test_int8_weights_stay_as_they_are(tmp_path: Path) -> None:
+    integers = (sparse_weight("matmul", (64, 64), "2:4") * 20).astype(np.int8)
+    nodes = [make("DequantizeLinear", ["Q", "s"], ["q"]), make("MatMul", ["X", "q"], ["a"]), make("MatMul", ["a", "W"], ["Y"])]
+    constants = {"Q": integers, "s": np.array(0.1, np.float32), "W": sparse_weight("matmul", (64, 64), "2:4", seed=1)}
+    result = exported(model_of(nodes, constants, ["n", 64]), tmp_path)
+    assert [layer.name for layer in result.compressed.layers] == ["W"]
+    assert result.compressed.dense["Q"] == "int8 behind DequantizeLinear: left as it is"
+
+
+def test_what_would_be_no_smaller_stays_dense(tmp_path: Path) -> None:
+    weight = random_input((32, 64), np.float16)
+    onnx.save(
+        model_of([make("MatMul", ["X", "W"], ["Y"])], {"W": weight}, ["n", 32], element=TensorProto.FLOAT16),
+        tmp_path / "a.onnx",
+    )
+    pruned = prune(tmp_path / "a.onnx", Pattern(30, 32), include=["W"]).output
+    result = export(pruned, output=tmp_path / "b.onnx")
+    assert result.compressed.dense == {"W": "packed at 30:32 it would be no smaller"}
+    assert not result.compressed.layers
+
+
+@pytest.mark.parametrize("flavour", ["compressed", "inlined"])
+def test_nothing_sparse(tmp_path: Path, flavour: str) -> None:
+    with pytest.raises(
+        UsageError, match="nothing in it is N:M sparse; run nmconvert prune first, or export with --flavour dense"
+    ):
+        exported(conv_net(None), tmp_path, flavour)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_compressed_file_is_not_compressed_again(tmp_path: Path) -> None:
+    first = exported(conv_net(), tmp_path).output
+    with pytest.raises(UsageError, match="is compressed already"):
+        export(first, output=tmp_path / "again.onnx")
+
+
+@pytest.mark.parametrize("flavour", ["compressed", "dense", "inlined"])
+def test_large_models_use_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: str) -> None:
+    monkeypatch.setattr(onnx_file, "EXTERNAL_ABOVE", 1000)
+    model = conv_net()
+    x = random_input((3, 8, 6, 6))
+    for _ in range(2):  # the second replaces the first
+        result = exported(model, tmp_path, flavour)
+        files = {path.name for path in tmp_path.glob("out.onnx*")}
+        assert len(files) == 2
+        assert result.nbytes == sum((tmp_path / name).stat().st_size for name in files)
+        assert np.array_equal(run(result.output, x), run(model, x))
+        onnx.checker.check_model(str(result.output), full_check=True)
+        assert {layer.name for layer in manifest_of(result.output).layers} == {"first.weight", "second.weight", "head.weight"}
+
+
+def test_external_data_in(tmp_path: Path) -> None:
+    onnx.save(conv_net(), tmp_path / "a.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    result = export(tmp_path / "a.onnx", output=tmp_path / "b.onnx")
+    assert not list(tmp_path.glob("b.onnx?*"))
+    x = random_input((3, 8, 6, 6))
+    assert np.array_equal(run(result.output, x), run(tmp_path / "a.onnx", x))
+
+
+@pytest.mark.parametrize("limit", [0, 10**10])
+def test_a_failing_check_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(onnx_file, "EXTERNAL_ABOVE", limit)
+    exported(conv_net(seed=1), tmp_path)
+    before = {path: sha256(path) for path in tmp_path.iterdir() if path.name != "source.onnx"}
+
+    def wrong(*args: Any) -> list[Any]:
+        return [np.full((1, 10), 7, np.float32)]
+
+    monkeypatch.setattr("nmconvert.export.check.run", wrong)
+    with pytest.raises(ExportError, match=r"out\.onnx: its output differs from the model's by") as caught:
+        exported(conv_net(seed=2), tmp_path)
+    assert "nmconvert-part" not in str(caught.value)
+    assert {path: sha256(path) for path in tmp_path.iterdir() if path.name != "source.onnx"} == before
+
+
+def test_a_body_that_is_not_folded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    from nmconvert.export import check
+
+    def unoptimised(path: Path, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.optimized_model_filepath = str(optimized or tmp_path / "x.onnx")
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    onnx.save(conv_net(), tmp_path / "a.onnx")
+    monkeypatch.setattr(check, "stock_session", unoptimised)
+    with pytest.raises(ExportError, match="onnxruntime did not fold CumSum"):
+        export(tmp_path / "a.onnx", output=tmp_path / "b.onnx")
+    assert not (tmp_path / "b.onnx").exists()
+
+
+def test_a_model_that_onnxruntime_cannot_run(tmp_path: Path) -> None:
+    model = model_of([make("MatMul", ["X", "W"], ["Y"])], {"W": sparse_weight("matmul", (64, 64), "2:4")}, ["n", 32])
+    with pytest.raises(ExportError, match=r"source\.onnx: onnxruntime"):
+        exported(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["source.onnx"]
+
+
+def test_the_input_is_not_overwritten(tmp_path: Path) -> None:
+    onnx.save(conv_net(), tmp_path / "a.onnx")
+    with pytest.raises(UsageError, match="is the input itself; give another name with --output"):
+        export(tmp_path / "a.onnx", output=tmp_path / "a.onnx")
+
+
+def test_default_outputs() -> None:
+    assert default_output(Path("a.nm2-4.pt"), "compressed") == Path("a.nm2-4.onnx")
+    assert default_output(Path("a.nm2-4.pt"), "dense") == Path("a.nm2-4.dense.onnx")
+    assert default_output(Path("a.nm2-4.onnx"), "compressed") == Path("a.nm2-4.compressed.onnx")
+
+
+def test_outputs_are_compared_with_care() -> None:
+    one = np.ones((2, 2), np.float32)
+    assert compare(one, one).accepted
+    assert compare(one * 1.0005, one).accepted
+    assert not compare(one * 1.01, one).accepted
+    assert not compare(np.full_like(one, np.nan), one).accepted
+    assert not compare(one, np.full_like(one, np.nan)).accepted
+    assert compare(np.full_like(one, np.inf), np.full_like(one, np.inf)).accepted
+    assert not compare(np.full_like(one, -np.inf), np.full_like(one, np.inf)).accepted
+    assert compare(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.float32)).accepted
+    assert compare((one * 1.01).astype(np.float16), one.astype(np.float16)).accepted
+    assert not compare(np.array([1, 2]), np.array([1, 3])).accepted
+    with pytest.raises(ExportError, match=r"an output has shape \[2, 2\], expected \[2\]"):
+        compare(one, one[0])
+
+
+def test_double_and_half(tmp_path: Path) -> None:
+    for element in (TensorProto.DOUBLE, TensorProto.FLOAT16):
+        dtype: Any = helper.tensor_dtype_to_np_dtype(element)
+        weight = sparse_weight("matmul", (64, 64), "2:4", dtype=dtype)
+        model = model_of([make("MatMul", ["X", "W"], ["Y"])], {"W": weight}, ["n", 64], element=element)
+        result = exported(model, tmp_path)
+        share = result.compressed.packed_bytes / result.compressed.dense_bytes
+        assert share <= (0.563 if element == TensorProto.FLOAT16 else 0.516)
+        x = random_input((3, 64), dtype)
+        assert np.array_equal(run(result.output, x), run(model, x))
