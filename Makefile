@@ -15,7 +15,7 @@ WORKERS ?= auto
 VENV      := .venv
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NATIVE    := $(wildcard CMakeLists.txt nmconvert/native/*)
+NATIVE    := $(wildcard CMakeLists.txt nmconvert/runtime/native/*)
 
 .PHONY: demo test check docs clean
 

@@ -1,4 +1,7 @@
-"""``make demo``: prune, export and verify a small trained model, and measure it at each step; all files land in ``demo/``."""
+"""``make demo``: prune, fine-tune, export and verify a small trained model, and measure it at each step.
+
+``make demo TASK=detection`` (or segmentation, translation, language_model) does it for another task. All files land in ``demo/``.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -17,56 +21,87 @@ from rich.text import Text
 from nmconvert.report import new_table, size
 
 HERE = Path(__file__).parent
-FILES = ("digits.pt", "digits.py", "digits.npz")
-
-STEPS = (
-    ("Keep 2 of every 4 weights, those of largest magnitude.", "nmconvert prune digits.pt --nm 2:4 --model digits.py:digits"),
-    ("Write an ONNX file that holds only what was kept.", "nmconvert export digits.nm2-4.pt --onnx --input 1,1,8,8"),
-    ("Prove that it is what it says.", "nmconvert verify digits.nm2-4.onnx --against digits.nm2-4.pt"),
-)
-MEASURED = (
-    ("digits.pt", "as it was trained"),
-    ("digits.nm2-4.pt", "2:4, one shot"),
-    ("digits.nm2-4.onnx", "the same, compressed, in onnxruntime"),
-)
 
 
-def main() -> None:
-    """Run every step in a fresh folder ``demo``, then measure every file; raises CalledProcessError where one fails."""
+@dataclass(frozen=True)
+class Demo:
+    """One sample model: ``files`` are copied from this folder; ``data`` is one of them, or a module that writes a folder."""
+
+    name: str
+    model: str
+    files: tuple[str, ...]
+    data: str
+    inputs: str
+    settings: str = ""
+
+
+DEMOS = {
+    "classification": Demo(
+        "digits", "digits.py:digits", ("digits.pt", "digits.py", "digits.npz"), "digits.npz", "--input 1,1,8,8"
+    ),
+}
+
+
+def main(task: str = "classification") -> None:
+    """Run every step for ``task`` in a fresh folder ``demo``; raises CalledProcessError where one fails."""
+    demo = DEMOS[task]
     folder = HERE.parent / "demo"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for name in FILES:
-        shutil.copy(HERE / name, folder)
+    for file in demo.files:
+        shutil.copy(HERE / file, folder)
     console = Console()
-    for why, command in STEPS:
+    for why, command in steps(demo):
         console.print(Text.assemble("\n", (why, "italic"), "\n", ("$ ", "bold green"), (command, "bold")))
-        nmconvert(command, folder)
+        run(command, folder)
     console.print()
-    console.print(comparison(folder))
+    console.print(comparison(demo, folder))
 
 
-def comparison(folder: Path) -> Table:
-    """Size and accuracy of every file of ``MEASURED``, each measured by ``nmconvert eval``."""
-    table = new_table("What happened, on 360 test images", "file", "what it is", "size", "top-1", right=("size", "top-1"))
-    for name, what in MEASURED:
-        command = f"nmconvert eval {name} --data digits.npz --model digits.py:digits --json"
-        top1 = json.loads(nmconvert(command, folder, capture=True))["metrics"]["top1"]
-        table.add_row(name, what, size((folder / name).stat().st_size), f"{top1:.2f} %")
+def steps(demo: Demo) -> list[tuple[str, str]]:
+    """What each step is for, and its command line."""
+    pruned, tuned = f"{demo.name}.nm2-4", f"{demo.name}.nm2-4.ft"
+    return [
+        (
+            "Keep 2 of every 4 weights, those of largest magnitude.",
+            f"nmconvert prune {demo.name}.pt --nm 2:4 --model {demo.model}",
+        ),
+        ("Train back what that cost.", f"nmconvert finetune {pruned}.pt --data {demo.data}{demo.settings}"),
+        ("Write an ONNX file that holds only what was kept.", f"nmconvert export {tuned}.pt --onnx {demo.inputs}"),
+        ("Prove that it is what it says.", f"nmconvert verify {tuned}.onnx --against {tuned}.pt"),
+    ]
+
+
+def comparison(demo: Demo, folder: Path) -> Table:
+    """Size and metric of the file that each step wrote, as ``nmconvert eval`` measures them."""
+    what = {
+        f"{demo.name}.pt": "as it was trained",
+        f"{demo.name}.nm2-4.pt": "pruned to 2:4",
+        f"{demo.name}.nm2-4.ft.pt": "fine-tuned",
+        f"{demo.name}.nm2-4.ft.onnx": "the same, compressed, in onnxruntime",
+    }
+    measured = {}
+    for name in what:
+        command = f"nmconvert eval {name} --data {demo.data} --model {demo.model}{demo.settings} --json"
+        measured[name] = json.loads(run(command, folder, capture=True))
+    metric = measured[f"{demo.name}.pt"]["metric"]
+    table = new_table("What happened", "file", "what it is", "size", metric, right=("size", metric))
+    for name, result in measured.items():
+        table.add_row(name, what[name], size((folder / name).stat().st_size), f"{result['metrics'][metric]:.2f}")
     return table
 
 
-def nmconvert(command: str, folder: Path, *, capture: bool = False) -> str:
+def run(command: str, folder: Path, *, capture: bool = False) -> str:
     """Run ``command`` in ``folder`` with this Python; what it printed, where that is asked for."""
     program = [sys.executable, "-m", *shlex.split(command)]
     paths = filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))  # the checkout, installed or not
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     sys.stdout.flush()
-    run = subprocess.run(
+    done = subprocess.run(
         program, cwd=folder, env=environment, check=True, text=True, stdout=subprocess.PIPE if capture else None
     )
-    return run.stdout or ""
+    return done.stdout or ""
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

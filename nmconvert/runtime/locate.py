@@ -63,9 +63,7 @@ def kernels() -> Kernels:
 
 def _installed() -> Path | None:
     """Beside this package: a source checkout that was installed editable has a second folder, for what was compiled."""
-    from nmconvert import runtime
-
-    candidates = [Path(folder) / _NAME for folder in runtime.__path__]
+    candidates = [Path(folder) / _NAME for folder in sys.modules["nmconvert.runtime"].__path__]
     return next((path for path in candidates if path.is_file()), None)
 
 
