@@ -143,13 +143,14 @@ def _strip(model: ModelProto) -> None:
 
 
 def _name_dimensions(model: ModelProto, dynamic: Mapping[int, str]) -> None:
-    """Give the open dimensions the names that were asked for."""
-    names = {}
+    """Give the open dimensions the names that were asked for; dimensions that may differ get different names."""
+    names: dict[str, str] = {}
     for value in model.graph.input:
         for axis, name in dynamic.items():
             dims = value.type.tensor_type.shape.dim
-            if axis < len(dims) and dims[axis].dim_param:
-                names[dims[axis].dim_param] = name
+            if axis < len(dims) and dims[axis].dim_param and dims[axis].dim_param not in names:
+                taken = name in names.values()
+                names[dims[axis].dim_param] = f"{name}_{value.name}" if taken else name
     for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in names:

@@ -1,0 +1,1 @@
+"""Modules that the published checkpoints of the data folder belong to, written anew from their graphs and names."""

@@ -1,0 +1,91 @@
+"""Llama (Touvron et al. 2023) as Karpathy's tinyllamas have it: the module of ``stories260K.pt``.
+
+    nmconvert eval stories260K.pt --model benchmarks/models/llama.py:stories260k --task language_model \\
+        --data tinystories/test.npz --task-arg block=512      # of `benchmarks/data.py tinystories`: loss 1.461
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Causal, with rotary positions; ``kv_heads`` keys and values serve ``heads`` queries."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, theta: float) -> None:
+        super().__init__()
+        self.size, self.theta, self.repeats = width // heads, theta, heads // kv_heads
+        self.wq = nn.Linear(width, heads * self.size, bias=False)
+        self.wk = nn.Linear(width, kv_heads * self.size, bias=False)
+        self.wv = nn.Linear(width, kv_heads * self.size, bias=False)
+        self.wo = nn.Linear(heads * self.size, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, width]."""
+        q, k, v = (w(x).unflatten(2, (-1, self.size)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        k, v = (t.repeat_interleave(self.repeats, 1) for t in (self.turned(k), v))
+        mixed = F.scaled_dot_product_attention(self.turned(q), k, v, is_causal=True)
+        return self.wo(mixed.transpose(1, 2).flatten(2))
+
+    def turned(self, x: Tensor) -> Tensor:
+        """``x`` [B, heads, T, size], each pair of neighbours turned by its position's angle."""
+        speed = self.theta ** -(torch.arange(0, self.size, 2, device=x.device) / self.size)
+        angle = torch.arange(x.shape[2], device=x.device)[:, None] * speed
+        even, odd = x[..., 0::2], x[..., 1::2]
+        turned = [even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()]
+        return torch.stack(turned, -1).flatten(-2).to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1, self.w3 = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, width]."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each after an RMSNorm, beside a residual."""
+
+    def __init__(self, width: int, hidden: int, heads: int, kv_heads: int, eps: float, theta: float) -> None:
+        super().__init__()
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
+        self.attention = Attention(width, heads, kv_heads, theta)
+        self.feed_forward = FeedForward(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, width]."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Llama(nn.Module):
+    """``input_ids`` [B, T] → logits [B, T, vocabulary]; the output is tied to the embedding."""
+
+    def __init__(self, vocab_size: int, width: int, hidden: int, depth: int, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.tok_embeddings = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleList(Layer(width, hidden, heads, kv_heads, 1e-5, 1e4) for _ in range(depth))
+        self.norm = nn.RMSNorm(width, 1e-5)
+        self.output = nn.Linear(width, vocab_size, bias=False)
+        self.output.weight = self.tok_embeddings.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """The logits of what follows each position."""
+        x = self.tok_embeddings(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.output(self.norm(x))
+
+
+def stories260k() -> Llama:
+    """The module of ``stories260K.pt``."""
+    return Llama(vocab_size=512, width=64, hidden=172, depth=5, heads=8, kv_heads=4)
