@@ -38,12 +38,26 @@ def is_embedding(name: str) -> bool:
 
 
 def output_matrix(tensors: Sequence[tuple[str, Sequence[int]]]) -> str | None:
-    """The name of the network's output layer: the last matrix, if one part of its name says that it is one."""
-    matrices = [name for name, shape in tensors if len(shape) == 2]
+    """The name of the network's output layer: the last matrix, if one part of its name says that it is one.
+
+    A listing in alphabetical order (safetensors) does not say what is last: there it is the one whose first part says so.
+    """
+    matrices = [(name, _own_parts(name, tensors)) for name, shape in tensors if len(shape) == 2]
     if not matrices:
         return None
-    parts = matrices[-1].removeprefix("module.").removeprefix("_orig_mod.").split(".")
-    return matrices[-1] if _OUTPUT.match(parts[0].lower()) or _OUTPUT.match(".".join(parts[-2:-1]).lower()) else None
+    last, parts = matrices[-1]
+    if _OUTPUT.match(parts[0]) or _OUTPUT.match(".".join(parts[-2:-1])):
+        return last
+    if [name for name, _ in matrices] != sorted(name for name, _ in matrices):
+        return None
+    return next((name for name, parts in reversed(matrices) if _OUTPUT.match(parts[0])), None)
+
+
+def _own_parts(name: str, tensors: Sequence[tuple[str, Sequence[int]]]) -> list[str]:
+    """The parts of a name in lower case, without the first one where all tensors have the same (``module``, ``model``)."""
+    first = name.partition(".")[0]
+    parts = name.lower().split(".")
+    return parts[1:] if len(parts) > 2 and all(other.startswith(f"{first}.") for other, _ in tensors) else parts
 
 
 def rule_against(name: str, shape: Sequence[int], kind: Kind | None, *, is_output: bool) -> str | None:

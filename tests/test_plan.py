@@ -149,6 +149,19 @@ def test_rules_on_published_names(model: str) -> None:
             assert (found[name] or "pruned").startswith(why), (name, found[name])
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_rules_in_alphabetical_order(model: str) -> None:
+    """As safetensors list them, the output layer need not be the last."""
+    expected = dict(sorted(MODELS[model].items()))
+    found = reasons(plan({name: shape for name, (shape, _) in expected.items()}))
+    assert {name for name, why in found.items() if why is None} == {name for name, (_, why) in expected.items() if why is None}
+
+
+def test_with_known_kinds_the_output_layer_is_found_by_name_too() -> None:
+    infos = [replace(info, kind="linear") for info in tensors({"a.weight": (8, 8), "fc.weight": (8, 8)})]
+    assert reasons(make_plan(infos, Pattern(2, 4)))["fc.weight"] == "the output layer; --include prunes it"
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model."])
 def test_rules_see_through_prefixes(prefix: str) -> None:
     expected = MODELS["torchvision resnet50"]

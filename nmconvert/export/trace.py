@@ -17,8 +17,9 @@ import torch
 from onnx import ModelProto
 from torch import nn
 
-from nmconvert.errors import ExportError, MissingExtraError
+from nmconvert.errors import ExportError, MissingExtraError, UsageError
 from nmconvert.export.functions import IR_VERSION, OPSET
+from nmconvert.export.names import restore_names
 from nmconvert.inputs import InputSpec, example_array
 
 
@@ -53,6 +54,7 @@ def trace(module: nn.Module, specs: Sequence[InputSpec], dynamic: Mapping[int, s
         outputs = _outputs(module, arguments)
         model = _export(module, arguments, {})
         notes = ("the shape of the inputs is fixed: torch could not export it with a dynamic one",)
+    restore_names(model, module.state_dict())
     feed = dict(zip((value.name for value in model.graph.input), (a.numpy() for a in arguments.values()), strict=True))
     return Traced(model, feed, outputs, notes)
 
@@ -67,6 +69,7 @@ def trace_program(program: torch.export.ExportedProgram) -> Traced:
         raise ExportError("the exported program carries no example inputs: export the state dict with --model and --input")
     args, kwargs = program.example_inputs
     model = _run_exporter(program, (), {}, None)
+    restore_names(model, program.state_dict)
     with torch.no_grad():
         outputs = _flatten(program.module()(*args, **kwargs))
     arrays = [value.numpy() for value in torch.utils._pytree.tree_leaves((args, kwargs))]
@@ -77,13 +80,16 @@ def _arguments(
     module: nn.Module, specs: Sequence[InputSpec], dtype: torch.dtype, dynamic: Mapping[int, str]
 ) -> dict[str, torch.Tensor]:
     """Example arguments by parameter name. A dynamic dimension of size 1 is traced with 2: torch would fix a 1."""
-    names = [name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs")]
+    parameters = inspect.signature(module.forward).parameters
+    names = [name for name in parameters if name not in ("args", "kwargs")]
     rng = np.random.default_rng(0)
     arguments = {}
     for position, spec in enumerate(specs):
         if spec.name is None and position >= len(names):
-            raise ExportError(f"{len(specs)} inputs were given, the model's forward takes {len(names)}: {', '.join(names)}")
+            raise UsageError(f"{len(specs)} inputs were given, the model's forward takes {len(names)}: {', '.join(names)}")
         name = spec.name or names[position]
+        if name not in names and "kwargs" not in parameters:
+            raise UsageError(f"the model's forward has no input '{name}': it takes {', '.join(names)}")
         shape = [2 if axis in dynamic and size == 1 else size for axis, size in enumerate(spec.shape)]
         floating = spec.dtype.startswith(("float", "bfloat"))
         array = torch.from_numpy(example_array(shape, np.dtype("float32" if floating else spec.dtype), rng))

@@ -1,0 +1,255 @@
+"""Checkpoints with a model made ONNX files: state dicts, Hugging Face folders, exported programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx_models import session
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nmconvert.errors import ExportError, UntrustedFileError, UsageError
+from nmconvert.export import ExportResult, export
+from nmconvert.export.functions import DOMAIN
+from nmconvert.inputs import InputSpec
+from nmconvert.pattern import Pattern
+from nmconvert.prune import prune
+
+HERE = Path(__file__).name
+
+
+class Net(nn.Module):
+    """Convolutions with BatchNorm, grouped and depthwise, a transposed one, and a classifier."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+        self.body = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.grouped = nn.Conv2d(width, width, 3, padding=1, groups=2)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.deconv = nn.ConvTranspose2d(width, 12, 2, stride=2)
+        self.fc = nn.Linear(12, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.deconv(self.depthwise(self.grouped(self.body(self.stem(x)))))
+        z: Tensor = self.head(F.gelu(self.fc(y.mean((2, 3)))))
+        return z
+
+
+class Tokens(nn.Module):
+    """Two inputs, an embedding whose weight is the output layer's too, attention, and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.conv = nn.Conv1d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 32, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed(ids) * weights
+        y = self.attention(x, x, x, need_weights=False)[0]
+        y = self.conv(y.transpose(1, 2)).transpose(1, 2)
+        return self.head(y), y
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return _settled(Net())
+
+
+def tokens() -> Tokens:
+    torch.manual_seed(0)
+    return Tokens()
+
+
+def _settled(model: Net) -> Net:
+    """With statistics in its BatchNorms that are not those of a new one."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = torch.randn(module.num_features) / 4
+            module.running_var = torch.rand(module.num_features) + 0.5
+    return model.eval()
+
+
+IMAGE = [InputSpec(None, (1, 3, 8, 8))]
+SPEC = f"{__file__}:{{}}"
+
+
+def saved(model: nn.Module, folder: Path, pattern: str = "2:4", dtype: torch.dtype = torch.float32) -> Path:
+    """A pruned checkpoint of a model."""
+    torch.save({"state_dict": model.to(dtype).state_dict()}, folder / "a.pt")
+    return prune(folder / "a.pt", Pattern.parse(pattern), model=model).output
+
+
+def pruned_outputs(module: nn.Module, checkpoint: Path, *inputs: Tensor) -> Any:
+    """What the pruned model gives in torch, in float32."""
+    module.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"], strict=True)
+    with torch.no_grad():
+        return module.float().eval()(*inputs)
+
+
+def packed_names(result: ExportResult) -> set[str]:
+    return {layer.name for layer in result.compressed.layers}
+
+
+@pytest.fixture(scope="module")
+def exported_net(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportResult]:
+    folder = tmp_path_factory.mktemp("net")
+    checkpoint = saved(net(), folder)
+    return checkpoint, export(checkpoint, model=SPEC.format("net"), inputs=IMAGE)
+
+
+def test_a_state_dict_with_its_model(exported_net: tuple[Path, ExportResult]) -> None:
+    checkpoint, result = exported_net
+    assert result.output == checkpoint.with_suffix(".onnx")
+    model = onnx.load(result.output)
+    operators = {node.op_type for node in model.graph.node}
+    assert "BatchNormalization" not in operators
+    calls = [node.op_type for node in model.graph.node if node.domain == DOMAIN]
+    assert sorted(calls) == ["Conv", "Conv", "ConvTranspose", "Gemm"]
+    assert result.notes == ()
+    assert result.compressed.packed_bytes <= 0.532 * result.compressed.dense_bytes
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 3, 8, 8)
+        found = session(result.output).run(None, {model.graph.input[0].name: x.numpy()})[0]
+        np.testing.assert_allclose(found, pruned_outputs(Net(), checkpoint, x), rtol=1e-3, atol=1e-4)
+
+
+def test_dimensions_have_their_names(exported_net: tuple[Path, ExportResult]) -> None:
+    model = onnx.load(exported_net[1].output)
+    assert [dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim] == ["batch", 3, 8, 8]
+    assert model.graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert model.ir_version <= 8
+
+
+def test_what_was_said_once_need_not_be_said_again(tmp_path: Path) -> None:
+    torch.save(net().state_dict(), tmp_path / "a.pt")
+    settings = {"model": SPEC.format("Net"), "model_arguments": {"width": "16"}, "input": ["1,3,8,8"]}
+    checkpoint = prune(tmp_path / "a.pt", Pattern(2, 4), settings=settings).output
+    result = export(checkpoint, dynamic={})
+    dims = onnx.load(result.output).graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_value for dim in dims] == [1, 3, 8, 8]
+
+
+@pytest.mark.parametrize("flavour", ["dense", "inlined"])
+def test_other_flavours(tmp_path: Path, flavour: str) -> None:
+    checkpoint = saved(net(), tmp_path)
+    result = export(checkpoint, flavour=flavour, model=SPEC.format("net"), inputs=IMAGE)
+    assert result.output.name == f"a.nm2-4.{flavour}.onnx"
+    x = torch.randn(2, 3, 8, 8)
+    found = session(result.output).run(None, {session(result.output).get_inputs()[0].name: x.numpy()})[0]
+    np.testing.assert_allclose(found, pruned_outputs(Net(), checkpoint, x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    checkpoint = saved(net(), tmp_path, dtype=dtype)
+    result = export(checkpoint, model=SPEC.format("Net"), inputs=IMAGE)
+    assert len(result.compressed.layers) == 4
+    opened = session(result.output)
+    name, element = opened.get_inputs()[0].name, opened.get_inputs()[0].type
+    assert element == ("tensor(float16)" if dtype == torch.float16 else "tensor(float)")
+    x = torch.randn(2, 3, 8, 8)
+    found = opened.run(None, {name: x.half().numpy() if dtype == torch.float16 else x.numpy()})[0]
+    expected = pruned_outputs(Net(), checkpoint, x.half().float() if dtype == torch.float16 else x)
+    assert np.abs(found - expected.numpy()).max() < 0.02 * expected.abs().max()
+    if dtype == torch.float16:
+        assert result.compressed.packed_bytes <= 0.563 * result.compressed.dense_bytes
+
+
+def test_to_float16_on_the_way(tmp_path: Path) -> None:
+    result = export(saved(net(), tmp_path), model=SPEC.format("net"), inputs=IMAGE, dtype=torch.float16)
+    assert session(result.output).get_inputs()[0].type == "tensor(float16)"
+    assert {str(layer.info.dtype) for layer in result.compressed.layers} == {"torch.float16"}
+
+
+def test_several_inputs_and_tied_weights(tmp_path: Path) -> None:
+    checkpoint = saved(tokens(), tmp_path)
+    inputs = [InputSpec("ids", (1, 6), "int64"), InputSpec("weights", (1, 6, 16))]
+    result = export(checkpoint, model=SPEC.format("tokens"), inputs=inputs)
+    opened = session(result.output)
+    assert [found.name for found in opened.get_inputs()] == ["ids", "weights"]
+    ids, weights = torch.randint(0, 32, (3, 6)), torch.randn(3, 6, 16)
+    expected = pruned_outputs(Tokens(), checkpoint, ids, weights)
+    for found, wanted in zip(opened.run(None, {"ids": ids.numpy(), "weights": weights.numpy()}), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+    initializers = {tensor.name: tensor for tensor in onnx.load(result.output).graph.initializer}
+    assert [np.prod(tensor.dims) for tensor in initializers.values()].count(32 * 16) == 1  # the tied table is there once
+    assert packed_names(result) == {"attention.in_proj_weight", "attention.out_proj.weight", "conv.weight"}
+
+
+def test_an_exported_program(tmp_path: Path) -> None:
+    model = Net()
+    model.load_state_dict(torch.load(saved(net(), tmp_path), weights_only=True)["state_dict"])
+    torch.export.save(torch.export.export(model.eval(), (torch.randn(2, 3, 8, 8),)), tmp_path / "b.pt2")
+    with pytest.raises(UntrustedFileError, match="--trust"):
+        export(tmp_path / "b.pt2")
+    result = export(tmp_path / "b.pt2", trust=True)
+    assert len(result.compressed.layers) == 4
+    pruned = prune(tmp_path / "b.pt2", Pattern(1, 4), trust=True)
+    result = export(pruned.output, trust=True)
+    assert {str(layer.pattern) for layer in result.compressed.layers} == {"1:4"}
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    checkpoint = saved(net(), tmp_path)
+    with pytest.raises(UsageError, match="holds weights only; name the module with --model"):
+        export(checkpoint)
+    with pytest.raises(UsageError, match="an example input is needed; give its shape, for example --input 1,3,224,224"):
+        export(checkpoint, model=SPEC.format("net"))
+    with pytest.raises(UsageError, match="2 inputs were given, the model's forward takes 1: x"):
+        export(checkpoint, model=SPEC.format("net"), inputs=IMAGE * 2)
+    with pytest.raises(UsageError, match=r"the model's forward has no input 'y': it takes x"):
+        export(checkpoint, model=SPEC.format("net"), inputs=[InputSpec("y", (1, 3, 8, 8))])
+    with pytest.raises(ExportError, match=r"torch cannot export the model: .* to have 3 channels, but got 4"):
+        export(checkpoint, model=SPEC.format("net"), inputs=[InputSpec(None, (1, 4, 8, 8))])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.nm2-4.pt", "a.pt"]
+
+
+def test_a_dense_checkpoint_is_told_so(tmp_path: Path) -> None:
+    torch.save(net().state_dict(), tmp_path / "a.pt")
+    with pytest.raises(UsageError, match=r"a\.pt: nothing in it is N:M sparse; run nmconvert prune first"):
+        export(tmp_path / "a.pt", model=SPEC.format("net"), inputs=IMAGE)
+
+
+def hugging_face(kind: str) -> tuple[Any, list[InputSpec]]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32)
+        model = transformers.GPT2LMHeadModel(config)
+    elif kind == "bert":
+        config = transformers.BertConfig(**small, intermediate_size=64, max_position_embeddings=32)
+        model = transformers.BertForSequenceClassification(config)
+    else:
+        config = transformers.LlamaConfig(**small, intermediate_size=64, max_position_embeddings=32, num_key_value_heads=1)
+        model = transformers.LlamaForCausalLM(config)
+    inputs = [InputSpec("input_ids", (1, 8), "int64"), InputSpec("attention_mask", (1, 8), "int64")]
+    return model.eval(), inputs[:1] if kind == "llama" else inputs
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("gpt2", 8), ("bert", 13), ("llama", 14)])
+def test_hugging_face_folders(tmp_path: Path, kind: str, layers: int) -> None:
+    model, inputs = hugging_face(kind)
+    model.save_pretrained(tmp_path / kind)
+    pruned = prune(tmp_path / kind, Pattern(2, 4))
+    assert len(pruned.plan.pruned) == layers
+    result = export(pruned.output, inputs=inputs)
+    assert packed_names(result) == {row.name for row in pruned.plan.pruned}
+    assert result.output == tmp_path / f"{kind}.nm2-4.onnx"
+    again = type(model).from_pretrained(pruned.output).eval()
+    ids = torch.randint(0, 64, (3, 8))
+    arguments = {spec.name or "": ids if spec.name == "input_ids" else torch.ones_like(ids) for spec in inputs}
+    found = session(result.output).run(None, {name: array.numpy() for name, array in arguments.items()})[0]
+    with torch.no_grad():
+        expected = again(**arguments).logits
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
