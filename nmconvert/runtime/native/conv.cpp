@@ -5,7 +5,6 @@
 namespace nmconvert {
 namespace {
 
-constexpr int64_t kTasks = 16;
 constexpr double kFill = 1.6;  // cycles to gather one vector of a panel
 
 int64_t volume(const Triple& t) { return t[0] * t[1] * t[2]; }
@@ -97,14 +96,9 @@ int64_t find_segments(const ConvAttributes& a, const Image& image, const Source&
 
 void fill_panel(const Isa* isa, const Source& source, const float* base, const int64_t* offsets, int64_t columns, const Segment* segments,
                 int64_t count, float* panel, int64_t width) {
-  for (int64_t column = 0; column < columns; ++column, panel += width) {
-    const float* from = base + offsets[column];
-    if (source.padded) {  // the copy has room to read beyond a run, and the next run overwrites what is written beyond
-      for (int64_t s = 0; s < count; ++s) isa->copy_over(panel + segments[s].to, from + segments[s].from, segments[s].count);
-    } else {
-      for (int64_t s = 0; s < count; ++s) std::memcpy(panel + segments[s].to, from + segments[s].from, segments[s].count * 4);
-    }
-  }
+  if (source.padded) return isa->gather(base, offsets, columns, segments, count, panel, width);  // the copy has room beyond runs
+  for (int64_t column = 0; column < columns; ++column, panel += width)
+    for (int64_t s = 0; s < count; ++s) std::memcpy(panel + segments[s].to, base + offsets[column] + segments[s].from, segments[s].count * 4);
 }
 
 // One panel of pixels and a range of output channels.
@@ -223,7 +217,7 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
 
   // Splitting the rows gathers every panel once more: worth it only where there are few panels and many rows.
   const int64_t width = choice.panel_width(), panels = ceil_div(pixels, width);
-  const int64_t wanted = ceil_div(kTasks, panels * attributes.groups);
+  const int64_t wanted = ceil_div(wanted_tasks(), panels * attributes.groups);
   const int64_t useful = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(plan.rows) * weights.density() / 32));
   const int64_t per_task = ceil_div(ceil_div(plan.rows, std::min(wanted, useful)), 16) * 16;
   const int64_t splits = ceil_div(plan.rows, per_task);

@@ -53,6 +53,11 @@ struct RowJob {
   float low, high;
 };
 
+// A run of output pixels that reads contiguous input at every kernel position.
+struct Segment {
+  int64_t from, to, count;
+};
+
 struct Isa {
   const char* name;
   int width;      // floats in a vector
@@ -65,8 +70,10 @@ struct Isa {
   void (*unpack_tokens)(const float* panel, int64_t panel_width, int64_t rows, int64_t tokens, const float* residual, float* y,
                         int64_t y_stride, float low, float high);
   void (*activate)(float* y, int64_t count, Activation activation);
-  // Copies `count` floats; may read and write up to `width` floats beyond the end.
-  void (*copy_over)(float* to, const float* from, int64_t count);
+  // Row c of the panel is filled from the runs `segments`, starting at from + offsets[c]. Up to a vector is read and written
+  // beyond each run: runs are in rising order, so that the next one overwrites it.
+  void (*gather)(const float* from, const int64_t* offsets, int64_t columns, const Segment* segments, int64_t count, float* panel,
+                 int64_t panel_width);
 };
 
 const Isa* isa_portable();

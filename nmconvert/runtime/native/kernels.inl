@@ -309,8 +309,16 @@ void activate(float* y, int64_t count, Activation activation) {
   for (int64_t j = 0; j < count - i; ++j) y[i + j] = rest[j];
 }
 
-void copy_over(float* to, const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += W) store(to + i, load(from + i));
+void gather(const float* from, const int64_t* offsets, int64_t columns, const Segment* segments, int64_t count, float* panel,
+            int64_t panel_width) {
+  for (int64_t column = 0; column < columns; ++column, panel += panel_width) {
+    const float* source = from + offsets[column];
+    for (int64_t s = 0; s < count; ++s) {
+      const float* read = source + segments[s].from;
+      float* write = panel + segments[s].to;
+      for (int64_t i = 0; i < segments[s].count; i += W) store(write + i, load(read + i));
+    }
+  }
 }
 
 constexpr Isa kIsa = {
@@ -322,7 +330,7 @@ constexpr Isa kIsa = {
     pack_tokens,
     unpack_tokens,
     activate,
-    copy_over,
+    gather,
 };
 
 }  // namespace NMC_NAMESPACE

@@ -5,7 +5,6 @@
 namespace nmconvert {
 namespace {
 
-constexpr int64_t kTasks = 16;             // enough for the threads of a desktop, few enough to cost nothing
 constexpr int64_t kSmallestTask = 1 << 14;  // multiplications
 
 // Up to four tokens: lanes are output rows, and every weight is read once.
@@ -17,7 +16,7 @@ void run_few(const Isa* isa, const RowPlan& plan, int64_t rows, int64_t columns,
     std::fill_n(x + t * plan.padded_columns + columns, plan.padded_columns - columns, 0.0f);
   }
   const int64_t work = plan.words * 8 * isa->width * tokens.tokens;
-  const int64_t per_task = std::max({ceil_div(plan.blocks, kTasks), ceil_div(kSmallestTask, work), int64_t{1}});
+  const int64_t per_task = std::max({ceil_div(plan.blocks, wanted_tasks()), ceil_div(kSmallestTask, work), int64_t{1}});
   parallel(ceil_div(plan.blocks, per_task), [&](int64_t task) {
     RowJob job{};
     job.first_block = task * per_task;
@@ -63,7 +62,7 @@ void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group,
 
   const int64_t tile_rows = kTiles[choice.tile].rows;
   const double row_work = static_cast<double>(columns * width) * density;
-  int64_t per_task = std::max(ceil_div(rows * panels, kTasks), static_cast<int64_t>(kSmallestTask / row_work));
+  int64_t per_task = std::max(ceil_div(rows * panels, wanted_tasks()), static_cast<int64_t>(kSmallestTask / row_work));
   per_task = std::max<int64_t>(16, std::min(ceil_div(per_task, 16) * 16, ceil_div(rows, 16) * 16));
   const int64_t splits = ceil_div(rows, per_task);
   parallel(panels * splits, [&](int64_t task) {

@@ -8,6 +8,8 @@
 #include <new>
 #include <utility>
 
+#include "isa.h"
+
 namespace nmconvert {
 
 // Grows, never shrinks, starts at a cache line. What it held is lost when it grows.
@@ -50,11 +52,6 @@ class Buffer {
 
   T* data_ = nullptr;
   int64_t size_ = 0;
-};
-
-// A run of output pixels that reads contiguous input at every kernel position.
-struct Segment {
-  int64_t from, to, count;
 };
 
 // One set for each thread. `shared_*` belong to the thread that runs the node and are read by all; `own_*` to each task.

@@ -5,9 +5,17 @@
 #include <cstddef>
 #include <cstdint>
 #include <new>
+#include <thread>
 #include <type_traits>
 
 namespace nmconvert {
+
+// Parts to split work into: two for each core, so that threads that are held up leave little to wait for. What a part costs
+// extra (its panel has to come into the cache once more) grows with their number; what is computed does not change with it.
+inline int64_t wanted_tasks() {
+  static const int64_t wanted = 2 * static_cast<int64_t>(std::thread::hardware_concurrency());
+  return wanted > 2 ? wanted : 2;
+}
 
 // Calls a function for 0 … count - 1, from any number of threads, and returns when all calls have.
 class Parallel {
