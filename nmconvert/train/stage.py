@@ -104,7 +104,7 @@ def finetune(
         master = None if dense is None else load(said.model, dense, said.model_arguments, trust=trust).float()
         if from_dense and master is not None:
             network.load_state_dict(master.state_dict())
-        log = output.with_name(f"{output.stem}.jsonl")
+        log = output.with_name(f"{output.name if source.is_dir() else output.stem}.jsonl")
         states = output.with_name(f"{output.name}.state")
         training = train(
             network,
