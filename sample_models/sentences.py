@@ -7,6 +7,7 @@ participle at the end of the clause, and the verb at its end after "weil".
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,7 @@ def sentence(rng: Generator) -> Pair:
     return f"{english} .", f"{german} ."
 
 
+@cache
 def pairs(part: str) -> list[Pair]:
     """The sentences of a part, none of which the other has."""
     rng = np.random.default_rng(0)
