@@ -14,7 +14,7 @@ from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model
 from nmconvert.detect import satisfies, tightest
 from nmconvert.errors import NmconvertError
-from nmconvert.export.calls import PackedLayer, packed_layers
+from nmconvert.export.calls import PackedLayer, inlined_layers, packed_layers
 from nmconvert.manifest import Layer, Manifest
 from nmconvert.pattern import AXES, Axis, Pattern
 from nmconvert.rules import guess_kind
@@ -70,7 +70,10 @@ def inspect(path: Path, *, require: Pattern | None = None, trust: bool = False) 
     checkpoint = open_checkpoint(path, trust=trust)
     text = checkpoint.manifest_text()
     manifest = None if text is None else Manifest.from_json(text, str(path))
-    packed = list(packed_layers(read_whole_model(path), str(path))) if isinstance(checkpoint, OnnxCheckpoint) else []
+    packed: list[PackedLayer] = []
+    if isinstance(checkpoint, OnnxCheckpoint):
+        model = read_whole_model(path)
+        packed = list(packed_layers(model, str(path))) or list(inlined_layers(model, manifest.layers if manifest else ()))
     parts = {name for layer in packed for name in layer.node.input[1:4]}
     tensors = [info for info in checkpoint.tensors() if info.name not in parts]
     weights = [info for info in tensors if len(info.shape) > 1 and info.numel and info.dtype in PRUNABLE_DTYPES]

@@ -14,7 +14,7 @@ from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model
 from nmconvert.detect import Array, as_array, digest, satisfies, tightest
 from nmconvert.errors import ExportError, NmconvertError, UsageError
-from nmconvert.export.calls import PackedLayer, packed_layers
+from nmconvert.export.calls import PackedLayer, inlined_layers, packed_layers
 from nmconvert.export.check import compare, first_line, run, stock_session
 from nmconvert.export.trace import run_module
 from nmconvert.inputs import InputSpec, example_feed
@@ -82,14 +82,14 @@ def _manifest(checkpoint: Checkpoint) -> Manifest | None:
 
 def _own_checks(checkpoint: Checkpoint, manifest: Manifest | None) -> Iterator[Check]:
     """The pattern and hash of every sparse tensor."""
-    weights = _Weights(checkpoint)
+    weights = _Weights(checkpoint, manifest)
     if manifest is None or not manifest.layers:
         yield from _without_manifest(weights)
         return
     for layer in manifest.layers:
         yield _check_layer(layer, weights)
     promised = {layer.name for layer in manifest.layers}
-    for name in weights.packed.keys() - promised:
+    for name in [name for name in weights.packed if name not in promised]:
         yield Check(name, False, "packed, but the manifest does not know it")
 
 
@@ -98,6 +98,12 @@ def _check_layer(layer: Layer, weights: _Weights) -> Check:
         weight = weights.read(layer.name)
         if tuple(weight.shape) != layer.info.shape:
             return Check(layer.name, False, f"shape {list(weight.shape)}, the manifest says {list(layer.info.shape)}")
+        packed = weights.packed.get(layer.name)
+        if packed is not None and (packed.pattern, packed.axis, packed.view) != (layer.pattern, layer.axis, layer.view):
+            said = f"{packed.pattern} along the {packed.axis} axis"
+            return Check(
+                layer.name, False, f"packed as {said}, which is not what the manifest says: {layer.pattern} {layer.axis}"
+            )
         if not satisfies(layer.view.to_matrix(weight), layer.pattern):
             return Check(layer.name, False, f"not {layer.pattern} along the {layer.axis} axis")
     except NmconvertError as error:
@@ -114,18 +120,20 @@ def _without_manifest(weights: _Weights) -> Iterator[Check]:
             yield Check(name, holds, f"{layer.pattern} along the {layer.axis} axis" if holds else f"not {layer.pattern}")
         except NmconvertError as error:
             yield Check(name, False, str(error))
-    if not weights.packed:
-        yield Check("manifest", False, "none: nothing in this file says what it should be; see nmconvert inspect")
+    seen = "only the patterns of its packed weights could be checked" if weights.packed else "see nmconvert inspect"
+    yield Check("manifest", False, f"none: nothing in this file says what it should be; {seen}")
 
 
 class _Weights:
     """The weights of a checkpoint or an ONNX file by name, packed ones unpacked."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, manifest: Manifest | None) -> None:
         self.checkpoint = checkpoint
-        is_onnx = isinstance(checkpoint, OnnxCheckpoint)
-        layers = packed_layers(read_whole_model(checkpoint.path), str(checkpoint.path)) if is_onnx else ()
-        self.packed: dict[str, PackedLayer] = {layer.name: layer for layer in layers}
+        self.packed: dict[str, PackedLayer] = {}
+        if isinstance(checkpoint, OnnxCheckpoint):
+            model = read_whole_model(checkpoint.path)
+            layers = list(packed_layers(model, str(checkpoint.path)))
+            self.packed = {layer.name: layer for layer in layers or inlined_layers(model, manifest.layers if manifest else ())}
 
     def read(self, name: str) -> Array:
         """One weight, in its operator's or its container's shape."""
@@ -171,7 +179,7 @@ def _comparison(
 ) -> Iterator[Check]:
     first, second = isinstance(checkpoint, OnnxCheckpoint), isinstance(other, OnnxCheckpoint)
     if not first and not second:
-        yield from _compare_tensors(checkpoint, other)
+        yield from _compare_tensors(checkpoint, other, manifest)
         return
     feed = _feed(checkpoint.path if first else other.path, manifest, inputs)
     settings = [m.settings for m in (manifest, _manifest(other)) if m is not None]
@@ -189,7 +197,7 @@ def _comparison(
 
     yield from _compare_outputs(outputs(checkpoint), outputs(other), other.path)
     if first and second:
-        yield from _compare_weights(_Weights(checkpoint), _Weights(other))
+        yield from _compare_weights(_Weights(checkpoint, manifest), _Weights(other, _manifest(other)))
 
 
 def _compare_outputs(found: Sequence[Array], expected: Sequence[Array], other: Path) -> Iterator[Check]:
@@ -219,8 +227,12 @@ def _compare_weights(mine: _Weights, theirs: _Weights) -> Iterator[Check]:
         yield Check(name, same, "the same weight, bit for bit" if same else f"not the weight of {theirs.checkpoint.path}")
 
 
-def _compare_tensors(checkpoint: Checkpoint, other: Checkpoint) -> Iterator[Check]:
-    """Every tensor of two checkpoints: identical, or identical where the sparser one keeps anything."""
+def _compare_tensors(checkpoint: Checkpoint, other: Checkpoint, manifest: Manifest | None) -> Iterator[Check]:
+    """Every tensor of two checkpoints: identical, or, if it may be sparse, identical where it keeps anything.
+
+    Which may be is what the manifest of ``checkpoint`` says; without one, all with two dimensions or more.
+    """
+    sparse = None if manifest is None else {layer.name for layer in manifest.layers}
     mine = {info.name: info for info in checkpoint.tensors()}
     theirs = {info.name: info for info in other.tensors()}
     for name in mine.keys() ^ theirs.keys():
@@ -232,8 +244,8 @@ def _compare_tensors(checkpoint: Checkpoint, other: Checkpoint) -> Iterator[Chec
         first, second = checkpoint.read(name), other.read(name)
         if torch.equal(first, second):
             yield Check(name, True, "identical")
-        elif first.is_floating_point() and torch.equal(first[first != 0], second[first != 0]):
-            pruned = tightest(as_array(first.reshape(first.shape[0], -1))) if first.ndim > 1 else None
+        elif (name in sparse if sparse is not None else first.ndim > 1) and torch.equal(first[first != 0], second[first != 0]):
+            pruned = tightest(as_array(first.reshape(first.shape[0], -1)))
             yield Check(name, True, f"identical where it is kept{f' ({pruned} or sparser)' if pruned else ''}")
         else:
             changed = int((first != second).sum())

@@ -59,11 +59,12 @@ def test_sparser_than_it_was_asked_for(tmp_path: Path) -> None:
     assert texts(found)["channel"] == "1:8"
 
 
-def test_onnx_with_zeros_in_place_and_packed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flavour", ["compressed", "inlined"])
+def test_onnx_with_zeros_in_place_and_packed(tmp_path: Path, flavour: str) -> None:
     onnx.save(conv_net("1:4"), tmp_path / "a.onnx")
     dense = by_name(inspect(tmp_path / "a.onnx"))
     assert {name: texts(found)["channel"] for name, found in dense.items()} == dict.fromkeys(dense, "1:4")
-    packed_file = export(tmp_path / "a.onnx", output=tmp_path / "b.onnx").output
+    packed_file = export(tmp_path / "a.onnx", output=tmp_path / "b.onnx", flavour=flavour).output
     packed = by_name(inspect(packed_file))
     assert packed.keys() == dense.keys()
     for name, found in packed.items():

@@ -6,7 +6,7 @@ Whatever reads a compressed file (inspect, verify, a test) goes through :func:`p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -17,9 +17,10 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from nmconvert.errors import CheckpointError, NmconvertError, WeightError
 from nmconvert.export.functions import DOMAIN, FUNCTIONS, GEMM_DEFAULTS
+from nmconvert.manifest import Layer
 from nmconvert.matrix import MatrixView
 from nmconvert.onnx_graph import Constants, attribute, graphs
-from nmconvert.packing import Packed, unpack
+from nmconvert.packing import Coding, Packed, coding_for, unpack
 from nmconvert.pattern import AXES, Axis, Pattern
 
 VALUES, MASK, TABLE = 1, 2, 3  # positions of the packed inputs in a call
@@ -117,6 +118,29 @@ def packed_layers(model: ModelProto, source: str = "the model") -> Iterator[Pack
                 yield read_call(node, scope, source)
 
 
+def inlined_layers(model: ModelProto, layers: Iterable[Layer]) -> Iterator[PackedLayer]:
+    """The packed weights of a model whose functions were expanded: found by the names that ``layers`` promise."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for layer in layers:
+        coding = coding_for(layer.pattern, layer.view.columns)
+        parts = [values_name(layer.name), mask_name(layer.name)]
+        parts += [name for name in tensors if name.startswith(table_name(coding))][:1]
+        if len(parts) == 3 and all(name in tensors for name in parts):
+            values, mask, table = (numpy_helper.to_array(tensors[name]) for name in parts)
+            node = helper.make_node("Inlined", ["", *parts], [])
+            yield PackedLayer(
+                node,
+                layer.name,
+                layer.pattern,
+                layer.axis,
+                layer.view,
+                coding.parts,
+                values.reshape(-1),
+                mask.reshape(-1),
+                table,
+            )
+
+
 def read_call(node: NodeProto, scope: Constants, source: str) -> PackedLayer:
     """Read one call.
 
@@ -155,3 +179,13 @@ def _columns(node: NodeProto, shape: Sequence[int], split: Sequence[int]) -> int
 def values_name(weight: str) -> str:
     """The initialiser that holds the values of ``weight``."""
     return weight + _SUFFIX
+
+
+def mask_name(weight: str) -> str:
+    """The initialiser that holds the mask of ``weight``."""
+    return f"{weight}.mask"
+
+
+def table_name(coding: Coding) -> str:
+    """What the name of a coding's table starts with; a number follows."""
+    return f"nmconvert.{coding.name}.{'x'.join(map(str, coding.table.shape))}."

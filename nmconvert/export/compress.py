@@ -14,7 +14,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from nmconvert.detect import digest, satisfies
 from nmconvert.errors import WeightError
-from nmconvert.export.calls import call_node, initializer, values_name
+from nmconvert.export.calls import call_node, initializer, mask_name, table_name, values_name
 from nmconvert.export.find import sparsest_first
 from nmconvert.export.functions import DOMAIN, DOMAIN_VERSION, FUNCTIONS, IR_VERSION, function_proto
 from nmconvert.manifest import Layer
@@ -136,16 +136,14 @@ class _Packer:
         self.result.dense_bytes += weight.nbytes
         self.result.packed_bytes += packed.nbytes
         self.model.graph.initializer.extend(
-            [initializer(values_name(use.source.name), packed.values), initializer(use.source.name + ".mask", packed.mask)]
+            [initializer(values_name(use.source.name), packed.values), initializer(mask_name(use.source.name), packed.mask)]
         )
         return packed, view, axis
 
     def _table(self, packed: Packed) -> str:
         content = packed.coding.table.tobytes()
         if content not in self.tables:
-            self.tables[content] = (
-                f"nmconvert.{packed.coding.name}.{'x'.join(map(str, packed.coding.table.shape))}.{len(self.tables)}"
-            )
+            self.tables[content] = f"{table_name(packed.coding)}{len(self.tables)}"
             self.model.graph.initializer.append(initializer(self.tables[content], packed.coding.table))
         return self.tables[content]
 
@@ -171,7 +169,7 @@ class _Packer:
         third = [bias[1]] if bias else [own] if takes_bias else []
         return call_node(
             function,
-            [node.input[0 if use.position else 1], values_name(weight), weight + ".mask", self._table(packed), *third],
+            [node.input[0 if use.position else 1], values_name(weight), mask_name(weight), self._table(packed), *third],
             bias[0].output[0] if bias else node.output[0],
             packed=packed,
             view=view,
