@@ -29,4 +29,4 @@ def command(file: Path, require: str | None, trust: bool, as_json: bool, quiet: 
     show(report.inspect_json(result), as_json=as_json, quiet=quiet, render=lambda: report.inspect_report(result, required))
     if required and result.failing:
         names = ", ".join(found.name for found in result.failing[:3])
-        raise VerificationError(f"{file}: {len(result.failing)} tensors do not satisfy {required}, among them {names}")
+        raise VerificationError(f"{file}: {len(result.failing)} of {len(result.tensors)} tensors fail {required}: {names}")

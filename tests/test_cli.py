@@ -1,0 +1,251 @@
+"""The commands as a person runs them: what they print, what they return, and errors of one line that can be acted on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from containers import sha256
+from onnx_models import conv_net
+from strategies import random_weight
+from test_export_torch import SPEC, Net, net
+
+from nmconvert.cli import COMMANDS, main
+
+NET = [f"--model={SPEC.format('Net')}"]
+
+
+class Run:
+    """What one call of ``nmconvert`` did."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["nmconvert", *map(str, arguments)])
+        capsys.readouterr()
+        self.status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            self.status = int(stop.code or 0)
+        self.out, self.err = capsys.readouterr()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def nm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs ``nmconvert`` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: Run(capsys, monkeypatch, *arguments)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With a state dict and an ONNX model."""
+    torch.save(net().state_dict(), tmp_path / "net.pt")
+    onnx.save(conv_net(None), tmp_path / "a.onnx")
+    return tmp_path
+
+
+def test_the_whole_line_without_saying_anything_twice(nm: Any, folder: Path) -> None:
+    pruned = nm("prune", "net.pt", "--nm", "2:4", *NET)
+    assert pruned.status == 0, pruned.err
+    assert "net.nm2-4.pt" in pruned.out
+    assert "body.0.weight" in pruned.out
+    assert "the output layer; --include prunes it" in pruned.out
+    exported = nm("export", "--onnx", "--input", "1,3,8,8")
+    assert exported.status == 0, exported.err
+    assert "taking net.nm2-4.pt, the newest checkpoint of nmconvert here" in exported.err
+    verified = nm("verify")
+    assert verified.status == 0, verified.err
+    assert "taking net.nm2-4.onnx, the newest ONNX file of nmconvert here" in verified.err
+    against = nm("verify", "--against", "net.nm2-4.pt", "--json")
+    assert against.status == 0
+    assert against.json["verified"] is True
+    inspected = nm("inspect", "net.nm2-4.onnx", "--require", "2:4")
+    assert inspected.status == 0
+    assert "2:4" in inspected.out
+
+
+def test_json_of_every_command(nm: Any, folder: Path) -> None:
+    pruned = nm("prune", "a.onnx", "--nm=1:4", "--include=*.weight", "--json").json
+    assert {row["name"] for row in pruned["tensors"] if row["pattern"] == "1:4"} == {
+        "first.weight",
+        "second.weight",
+        "head.weight",
+    }
+    assert all(row["reason"] for row in pruned["tensors"] if row["pattern"] is None)
+    exported = nm("export", "a.nm1-4.onnx", "--json").json
+    assert exported["packed_weight_bytes"] < 0.3 * exported["dense_weight_bytes"]
+    assert Path(exported["output"]).stat().st_size == exported["bytes"]
+    assert nm("verify", exported["output"], "--json").json["verified"] is True
+    inspected = nm("inspect", exported["output"], "--json").json
+    assert {found["patterns"]["channel"] for found in inspected["tensors"]} == {"1:4"}
+    assert inspected["manifest"]["format"] == 1
+
+
+@pytest.mark.parametrize("command", ["prune a.onnx --nm 2:4", "inspect a.onnx", "export a.nm2-4.onnx", "verify a.nm2-4.onnx"])
+def test_quiet_prints_nothing(nm: Any, folder: Path, command: str) -> None:
+    nm("prune", "a.onnx", "--nm", "2:4")
+    run = nm(*command.split(), "--quiet")
+    assert (run.status, run.out, run.err) == (0, "", "")
+
+
+def test_tables_say_what_happened(nm: Any, folder: Path) -> None:
+    pruned = nm("prune", "a.onnx", "--nm", "2:4", "--axis", "kernel")
+    for text in ("Pruned (N of every M weights are kept)", "first.weight", "8×8×3×3", "kernel", "2:4", "50.0%", "Left dense"):
+        assert text in pruned.out
+    assert "assumed" not in pruned.out  # ONNX says what everything is
+    torch.save({"a.weight": random_weight((8, 8), 0)}, folder / "b.pt")
+    assert "? the kind of the layer, and so its axis, was assumed" in nm("prune", "b.pt", "--nm", "2:4").out
+    exported = nm("export", "a.nm2-4.onnx")
+    for text in ("compressed", "weights packed", "%", "Checked: the ONNX checker, a run in stock onnxruntime"):
+        assert text in exported.out
+    assert "its sparse weights are zeros in place" in nm("export", "a.nm2-4.onnx", "--flavour", "dense").out
+    inspected = nm("inspect", "a.nm2-4.compressed.onnx")
+    for text in ("packed", "Manifest: 2 sparse tensors; stages: prune, export."):
+        assert text in inspected.out
+    assert "No nmconvert manifest in this file." in nm("inspect", "a.onnx").out
+
+
+# Arguments, exit status, and what the one line says; {…} stands for files of the folder.
+ERRORS: list[tuple[str, int, str]] = [
+    ("prune net.pt --nm 5:4", 2, "pattern 5:4 is out of range: N:M keeps N of every M weights, with 1 <= N <= M <= 32"),
+    ("prune net.pt --nm half", 2, "'half' is not an N:M pattern: write how many are kept of how many, for example 2:4"),
+    (
+        "prune net.pt --nm 2:4 --include x*",
+        2,
+        "'x*' matches no tensor of the checkpoint; `nmconvert inspect` lists their names",
+    ),
+    ("prune net.pt --nm 2:4 --layer body=3", 2, "'3' is not an N:M pattern"),
+    ("prune net.pt --nm 2:4 --exclude *", 2, "net.pt: nothing to prune among its"),
+    ("prune net.pt --nm 2:4 -o net.pt", 2, "net.pt: is the input itself; give another name with --output"),
+    ("prune net.pt --nm 2:4 -o no/net.pt", 1, "cannot be written: its folder does not exist; create it, or choose another"),
+    ("prune net.pt --nm 2:4 --model nothing", 2, "--model 'nothing' does not say what builds the model; give it as"),
+    ("prune net.pt --nm 2:4 --model no_such:Net", 1, "there is no module 'no_such'"),
+    (
+        "prune text.txt --nm 2:4",
+        1,
+        "text.txt: not a checkpoint that nmconvert knows (PyTorch, safetensors, Hugging Face, ONNX)",
+    ),
+    ("prune empty.pt --nm 2:4", 1, "empty.pt: is empty; copy the file anew"),
+    ("prune cut.pt --nm 2:4", 1, "cut.pt: "),
+    ("prune cut.onnx --nm 2:4", 1, "cut.onnx: "),
+    ("inspect cut.onnx", 1, "cut.onnx: "),
+    ("inspect a.onnx --require 2:4", 1, "a.onnx: 1 of 3 tensors fail 2:4: first.weight"),
+    ("inspect a.onnx --require 2", 2, "'2' is not an N:M pattern"),
+    ("export", 2, "no checkpoint was given, and this folder has none of nmconvert's: run nmconvert prune first"),
+    ("export net.pt", 2, "net.pt: holds weights only; name the module with --model package.module:callable"),
+    ("export net.pt --input 1,a", 2, "--input '1,a' is not [NAME=]SHAPE[:DTYPE]"),
+    ("export a.onnx", 2, "a.onnx: nothing in it is N:M sparse; run nmconvert prune first, or export with --flavour dense"),
+    ("export a.onnx --flavour dense --input z=1,8,6,6", 2, "the model has no input 'z': it takes X"),
+    ("verify", 2, "no ONNX file was given, and this folder has none of nmconvert's: run nmconvert export --onnx first"),
+    ("verify a.onnx", 1, "a.onnx: 1 of 3 checks fail, among them manifest"),
+    ("verify net.pt", 1, "net.pt: 1 of 1 checks fail, among them manifest"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "status", "text"), ERRORS)
+def test_errors(nm: Any, folder: Path, arguments: str, status: int, text: str) -> None:
+    (folder / "text.txt").write_text("hello, this is a text of some length, and no checkpoint")
+    (folder / "empty.pt").write_bytes(b"")
+    for name in ("net.pt", "a.onnx"):
+        whole = (folder / name).read_bytes()
+        (folder / name.replace("net", "cut").replace("a.", "cut.")).write_bytes(whole[: len(whole) * 2 // 3])
+    before = {path.name: sha256(path) for path in folder.iterdir()}
+    run = nm(*arguments.split())
+    assert run.status == status, run.err
+    assert text in run.err
+    assert run.err.startswith("nmconvert: error: ")
+    assert run.err.count("\n") == 1
+    assert "Traceback" not in run.err
+    assert {path.name: sha256(path) for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("prune", "Missing argument 'CHECKPOINT'"),
+        ("prune net.pt", "Missing option '--nm'"),
+        ("prune missing.pt --nm 2:4", "'missing.pt' does not exist"),
+        ("prune net.pt --nm 2:4 --axis depth", "'depth' is not one of 'channel', 'kernel'"),
+        ("prune net.pt --nm 2:4 --layer body", "is not of the form GLOB=N:M"),
+        ("prune net.pt --nm 2:4 --model-arg width", "'width' is not of the form NAME=VALUE"),
+        ("export net.pt --dynamic batch", "is not of the form NAME=VALUE"),
+        ("export net.pt --dynamic a=batch", "write the number of the dimension and a name for it, for example 0=batch"),
+        ("inspect net.pt --no-such-option", "No such option"),
+        ("no-such-command", "No such command 'no-such-command'"),
+    ],
+)
+def test_usage(nm: Any, folder: Path, arguments: str, text: str) -> None:
+    run = nm(*arguments.split())
+    assert run.status == 2
+    assert text in run.err
+    assert "Traceback" not in run.err
+
+
+def test_verify_fails_with_a_table_and_valid_json(nm: Any, folder: Path) -> None:
+    nm("prune", "a.onnx", "--nm", "2:4")
+    model = onnx.load(folder / "a.nm2-4.onnx")
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "first.weight")
+    tensor.raw_data = bytes([tensor.raw_data[0] ^ 1]) + tensor.raw_data[1:]
+    onnx.save(model, folder / "changed.onnx")
+    table = nm("verify", "changed.onnx")
+    assert table.status == 1
+    assert "FAILS" in table.out
+    assert table.err == "nmconvert: error: changed.onnx: 1 of 4 checks fail, among them first.weight\n"
+    as_json = nm("verify", "changed.onnx", "--json")
+    assert as_json.status == 1
+    assert as_json.json["verified"] is False
+    against = nm("verify", "changed.onnx", "--against", "a.onnx", "--quiet")
+    assert (against.status, against.out) == (1, "")
+
+
+def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    from nmconvert.errors import UsageError
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["nmconvert", "prune", "net.pt", "--nm", "2:4", "--exclude", "*", "--debug"])
+    with pytest.raises(UsageError):
+        main()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(nm: Any, command: str) -> None:
+    run = nm(command, "--help")
+    assert run.status == 0
+    assert f"nmconvert {command}" in run.out or command in run.out
+    for option in ("--json", "--quiet", "--debug"):
+        assert option in run.out
+
+
+def test_ctrl_c_leaves_nothing(folder: Path) -> None:
+    """SIGINT while the copy is written: one line, status 130, the folder as it was."""
+    torch.save({f"layer{n}.weight": torch.randn(2048, 2048) for n in range(16)}, folder / "large.pt")
+    before = {path.name for path in folder.iterdir()}
+    command = [sys.executable, "-m", "nmconvert", "prune", "large.pt", "--nm", "7:32"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while {path.name for path in folder.iterdir()} == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.strip() == "nmconvert: error: interrupted; nothing was left half written"
+    assert {path.name for path in folder.iterdir()} == before
+
+
+def test_the_result_loads_where_the_original_did(nm: Any, folder: Path) -> None:
+    nm("prune", "net.pt", "--nm", "2:4")
+    Net().load_state_dict(torch.load(folder / "net.nm2-4.pt", weights_only=True), strict=True)
