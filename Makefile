@@ -1,4 +1,5 @@
-# make demo    prune, evaluate, export and verify a small trained model, and say what happened
+# make demo    prune, fine-tune, export and verify a small trained model, and say what happened;
+#              TASK=detection or translation shows another one
 # make test    all tests
 # make check   ruff, its formatter, mypy --strict
 # make docs    write the README's command reference anew from --help, and record its picture
@@ -11,6 +12,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 # Test workers. Each uses one thread, so one a core; `make test WORKERS=0` runs in one process.
 WORKERS ?= auto
+TASK    ?= classification
 
 VENV      := .venv
 BIN       := $(VENV)/bin
@@ -20,7 +22,7 @@ NATIVE    := $(wildcard CMakeLists.txt nmconvert/runtime/native/*)
 .PHONY: demo test check docs clean
 
 demo: $(INSTALLED)
-	$(BIN)/python -m sample_models.demo
+	$(BIN)/python -m sample_models.demo $(TASK)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS)

@@ -1,17 +1,38 @@
-"""The README's command reference, written from ``--help``: ``python -m docs.reference``."""
+"""What of the README is written from the code: its list of modules and its command reference; ``python -m docs.reference``."""
 
 from __future__ import annotations
 
+import ast
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+import nmconvert
+from docs.rooms import ROOMS
 from nmconvert.cli import COMMANDS, group
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN = "<!-- written by `make docs`: begin -->\n"
-END = "<!-- written by `make docs`: end -->\n"
+PACKAGE = Path(nmconvert.__file__).parent
 WIDTH = 100
+
+
+def modules(rooms: Sequence[Sequence[str]] = ROOMS) -> str:
+    """Markdown: a table of the modules, from the top of the house to its cellar, each with what its docstring says first."""
+    rows = ["| `nmconvert/` | |", "|---|---|"]
+    for room in (room for row in rooms for room in row):
+        for path, name in ((PACKAGE / f"{room}.py", f"{room}.py"), (PACKAGE / room / "__init__.py", f"{room}/")):
+            if path.exists():
+                rows.append(f"| `{name}` | {first_sentence(path)} |")
+    return "\n".join(rows) + "\n"
+
+
+def first_sentence(path: Path) -> str:
+    """The first sentence of a module's docstring, reStructuredText turned into Markdown."""
+    docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+    sentence = " ".join(docstring.split("\n\n")[0].split()).partition(". ")[0].rstrip(".:")
+    return re.sub(r":\w+:`", "`", sentence).replace("``", "`").replace("|", "\\|")
 
 
 def reference() -> str:
@@ -26,12 +47,17 @@ def reference() -> str:
 
 
 def updated(readme: str) -> str:
-    """``readme`` with what stands between the two markers replaced; raises ValueError where a marker is missing."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{README} lacks a line {BEGIN.strip()!r} or {END.strip()!r}")
-    return f"{before}{begin}\n{reference()}\n{end}{after}"
+    """``readme`` with what stands between its markers written anew; raises ValueError where a marker is missing."""
+    return _between(_between(readme, "modules", modules()), "commands", reference())
+
+
+def _between(readme: str, part: str, text: str) -> str:
+    begin, end = (f"<!-- {part}, written by `make docs`: {edge} -->\n" for edge in ("begin", "end"))
+    before, found, rest = readme.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise ValueError(f"{README} lacks the line {begin.strip()!r} or {end.strip()!r}")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def _context(command: click.Command, name: str, parent: click.Context | None = None) -> click.Context:

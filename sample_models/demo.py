@@ -1,6 +1,6 @@
 """``make demo``: prune, fine-tune, export and verify a small trained model, and measure it at each step.
 
-``make demo TASK=detection`` (or segmentation, translation, language_model) does it for another task. All files land in ``demo/``.
+``make demo TASK=detection`` (or translation) does it for another task. All files land in ``demo/``.
 """
 
 from __future__ import annotations
@@ -25,25 +25,49 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Demo:
-    """One sample model: ``files`` are copied from this folder; ``data`` is one of them, or a module that writes a folder."""
+    """One sample model: ``files`` are copied from this folder, ``data`` is one of them or a folder that ``maker`` writes."""
 
     name: str
     model: str
     files: tuple[str, ...]
     data: str
     inputs: str
-    settings: str = ""
+    maker: str = ""
+    task: str = ""
+    epochs: int = 3
 
 
 DEMOS = {
     "classification": Demo(
         "digits", "digits.py:digits", ("digits.pt", "digits.py", "digits.npz"), "digits.npz", "--input 1,1,8,8"
     ),
+    "detection": Demo(
+        name="detector",
+        model="sample_models.detector:detector",
+        files=("detector.pt",),
+        data="scenes",
+        inputs="--input 1,3,64,64",
+        maker="sample_models.digit_scenes",
+        task=" --task detection",
+    ),
+    "translation": Demo(
+        name="translator",
+        model="sample_models.translator:translator",
+        files=("translator.pt", "tokenizer.json"),
+        data="sentences",
+        inputs="--input input_ids=2,12:int64 --input attention_mask=2,12:int64 --input decoder_input_ids=2,9:int64"
+        " --dynamic 0=batch --dynamic 1=length",
+        maker="sample_models.sentences",
+        task=" --task translation --task-arg source=en --task-arg target=de --task-arg tokenizer=tokenizer.json",
+        epochs=1,
+    ),
 }
 
 
 def main(task: str = "classification") -> None:
     """Run every step for ``task`` in a fresh folder ``demo``; raises CalledProcessError where one fails."""
+    if task not in DEMOS:
+        sys.exit(f"no demo for '{task}': TASK is one of {', '.join(DEMOS)}")
     demo = DEMOS[task]
     folder = HERE.parent / "demo"
     shutil.rmtree(folder, ignore_errors=True)
@@ -51,6 +75,8 @@ def main(task: str = "classification") -> None:
     for file in demo.files:
         shutil.copy(HERE / file, folder)
     console = Console()
+    if demo.maker:
+        run(f"{demo.maker} {demo.data}", folder)
     for why, command in steps(demo):
         console.print(Text.assemble("\n", (why, "italic"), "\n", ("$ ", "bold green"), (command, "bold")))
         run(command, folder)
@@ -66,7 +92,7 @@ def steps(demo: Demo) -> list[tuple[str, str]]:
             "Keep 2 of every 4 weights, those of largest magnitude.",
             f"nmconvert prune {demo.name}.pt --nm 2:4 --model {demo.model}",
         ),
-        ("Train back what that cost.", f"nmconvert finetune {pruned}.pt --data {demo.data}{demo.settings}"),
+        ("Train back what that cost.", f"nmconvert finetune {pruned}.pt --data {demo.data}{demo.task} --epochs {demo.epochs}"),
         ("Write an ONNX file that holds only what was kept.", f"nmconvert export {tuned}.pt --onnx {demo.inputs}"),
         ("Prove that it is what it says.", f"nmconvert verify {tuned}.onnx --against {tuned}.pt"),
     ]
@@ -82,7 +108,7 @@ def comparison(demo: Demo, folder: Path) -> Table:
     }
     measured = {}
     for name in what:
-        command = f"nmconvert eval {name} --data {demo.data} --model {demo.model}{demo.settings} --json"
+        command = f"nmconvert eval {name} --data {demo.data} --model {demo.model}{demo.task} --json"
         measured[name] = json.loads(run(command, folder, capture=True))
     metric = measured[f"{demo.name}.pt"]["metric"]
     table = new_table("What happened", "file", "what it is", "size", metric, right=("size", metric))
@@ -92,7 +118,7 @@ def comparison(demo: Demo, folder: Path) -> Table:
 
 
 def run(command: str, folder: Path, *, capture: bool = False) -> str:
-    """Run ``command`` in ``folder`` with this Python; what it printed, where that is asked for."""
+    """Run ``command``, a module and its arguments, in ``folder`` with this Python; what it printed, where that is asked for."""
     program = [sys.executable, "-m", *shlex.split(command)]
     paths = filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))  # the checkout, installed or not
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}

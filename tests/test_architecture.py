@@ -13,35 +13,11 @@ import click
 import pytest
 
 import nmconvert
+from docs.rooms import ROOMS
 from nmconvert.cli import COMMANDS, group
 
 PACKAGE = Path(nmconvert.__file__).parent
 
-# From the top of the house to its cellar (DESIGN.md, "Rooms"). A module imports from lower rows, and from its own row.
-ROOMS: tuple[tuple[str, ...], ...] = (
-    ("__main__",),
-    ("cli",),
-    ("report",),
-    ("verify", "inspect", "bench"),
-    ("export",),
-    ("train",),
-    ("evaluate",),
-    ("tasks",),
-    ("prune",),
-    ("srste",),
-    ("budget", "calibrate", "correct", "moments", "replay"),
-    ("permute", "sparsegpt", "alps", "quadratic", "unfold", "masks"),
-    ("runtime", "onnx_model"),
-    ("model",),
-    ("checkpoint",),
-    ("onnx_graph",),
-    ("manifest",),
-    ("plan", "rules", "targets"),
-    ("tensor", "packing", "detect"),
-    ("matrix",),
-    ("pattern", "inputs", "dist", "extras"),
-    ("errors",),
-)
 LEVEL = {room: level for level, rooms in enumerate(rooms for rooms in reversed(ROOMS)) for room in rooms}
 
 

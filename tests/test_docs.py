@@ -26,7 +26,7 @@ def test_reference_is_the_help() -> None:
 
 
 def test_reference_needs_its_markers() -> None:
-    with pytest.raises(ValueError, match="lacks a line"):
+    with pytest.raises(ValueError, match="lacks the line"):
         updated("# nmconvert")
 
 

@@ -1,0 +1,29 @@
+"""Which module stands where: in this order the README lists them, and `tests/test_architecture.py` holds imports to it."""
+
+from __future__ import annotations
+
+# From the top of the house to its cellar (DESIGN.md, "Rooms"). A module imports from lower rows, and from its own row.
+ROOMS: tuple[tuple[str, ...], ...] = (
+    ("__main__",),
+    ("cli",),
+    ("report",),
+    ("verify", "inspect", "bench"),
+    ("export",),
+    ("train",),
+    ("evaluate",),
+    ("tasks",),
+    ("prune",),
+    ("srste",),
+    ("budget", "calibrate", "correct", "moments", "replay"),
+    ("permute", "sparsegpt", "alps", "quadratic", "unfold", "masks"),
+    ("runtime", "onnx_model"),
+    ("model",),
+    ("checkpoint",),
+    ("onnx_graph",),
+    ("manifest",),
+    ("plan", "rules", "targets"),
+    ("tensor", "packing", "detect"),
+    ("matrix",),
+    ("pattern", "inputs", "dist", "extras"),
+    ("errors",),
+)
