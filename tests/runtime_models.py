@@ -95,8 +95,7 @@ def layer(
 ) -> onnx.ModelProto:
     """One call of ``function`` on ``x``; ``extra`` holds its other inputs (B, Z), which are constants."""
     extra = extra or {}
-    takes_bias = FUNCTIONS[function].adds_bias or "B" in FUNCTIONS[function].inputs
-    names = ["x", *(["B" if "B" in extra else ""] if takes_bias else []), *(name for name in extra if name != "B")]
+    names = ["x", *(["B" if "B" in extra else ""] if FUNCTIONS[function].takes_bias else []), *(name for name in extra if name != "B")]
     node = call(function, weight, names, "y", compute=kind, **attributes)
     constants = [*initializers(weight), *(tensor(name, array) for name, array in extra.items())]
     return model([node], constants, x_shape, kind, y_rank)

@@ -136,7 +136,8 @@ def check(case: Case, dense: ModelProto, packed: ModelProto, tmp_path: Path, dty
 
 
 def test_every_function_has_its_case() -> None:
-    assert {case.function for case in CASES.values()} == set(FUNCTIONS)
+    whole = {name for name, function in FUNCTIONS.items() if not function.residual and not function.activation}
+    assert {case.function for case in CASES.values()} == whole  # the fused ones have theirs in test_export_fuse.py
 
 
 @pytest.mark.parametrize("axis", ["channel", "kernel"])

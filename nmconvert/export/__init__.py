@@ -29,6 +29,7 @@ from nmconvert.export.check import Difference, check_export, run, stock_session
 from nmconvert.export.compress import Compressed, compress
 from nmconvert.export.find import patterns_found, sparse_layers
 from nmconvert.export.functions import DOMAIN, FIRST_OPSET, IR_VERSION, OPSET
+from nmconvert.export.fuse import fuse
 from nmconvert.export.narrow import narrow
 from nmconvert.export.trace import Traced, trace, trace_program
 from nmconvert.inputs import InputSpec, example_feed
@@ -175,6 +176,8 @@ def _write(source: Path, output: Path, flavour: str, loaded: _Source) -> ExportR
     if loaded.storage is torch.bfloat16:
         narrow(model)
     compressed = compress(model, list(patterns)) if flavour != "dense" else Compressed()
+    if flavour == "compressed":
+        fuse(model)
     if flavour == "inlined":
         model = onnx.inliner.inline_local_functions(model)
     manifest = replace(

@@ -167,7 +167,7 @@ def read_call(node: NodeProto, scope: Constants, source: str) -> PackedLayer:
 
 def _columns(node: NodeProto, shape: Sequence[int], split: Sequence[int]) -> int:
     """K, the length of the grouped axis, from the dense shape."""
-    if node.op_type == "Conv":
+    if FUNCTIONS[node.op_type].op_type == "Conv":
         return prod(shape[1:])
     if node.op_type == "ConvTranspose":
         return split[1] * prod(split[3:])

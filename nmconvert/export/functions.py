@@ -12,6 +12,11 @@ domain and names and never looks at the body. Both read the same call::
     Y = nmconvert.MatMulLeft(X, values, mask, table)        W · X
     Y = nmconvert.GemmLeft(X, values, mask, table, C)       alpha · W · X + beta · C, C may be ""
 
+What follows a layer in the graph can be fused into its call (:mod:`nmconvert.export.fuse`), so that a kernel does it while
+the output is still in registers: ``ConvRelu``, ``ConvClip``, ``ConvSilu``, ``ConvAdd``, ``ConvAddRelu``, ``LinearRelu``,
+``LinearSilu``, ``LinearGelu``, ``LinearGeluTanh``, ``LinearAdd`` and ``GemmRelu`` take the inputs of their base, those with Add
+a last one, ``Z``, of the output's shape, which is added before the activation; Clip has the attributes ``low`` and ``high``.
+
 ``values``, ``mask`` and ``table`` are those of :mod:`nmconvert.packing`, always constant. Attributes of every call:
 
 =============  ======  =========================================================================================
@@ -40,6 +45,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import pi, sqrt
 from typing import Any
 
 import onnx
@@ -62,6 +68,7 @@ _CONV = {
 }
 _CONV_TRANSPOSE = _CONV | {"output_padding": AttributeProto.INTS, "output_shape": AttributeProto.INTS}
 GEMM_DEFAULTS: dict[str, float] = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
+_CLIP = {"low": AttributeProto.FLOAT, "high": AttributeProto.FLOAT}
 _GEMM = {
     "alpha": AttributeProto.FLOAT,
     "beta": AttributeProto.FLOAT,
@@ -79,6 +86,29 @@ class Function:
     inputs: tuple[str, ...]
     attributes: dict[str, AttributeProto.AttributeType]
     adds_bias: bool = False  # the bias is an Add of its own: MatMul has none
+    residual: bool = False  # Z is added
+    activation: str = ""  # Relu, Clip, Silu, Gelu or GeluTanh comes last
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether there is an input B."""
+        return self.adds_bias or "B" in self.inputs
+
+
+def _fused(
+    base: str, op_type: str, inputs: tuple[str, ...], attributes: dict[str, AttributeProto.AttributeType], tail: str
+) -> Function:
+    """``base`` with ``tail`` fused in: an optional Add, then an optional activation."""
+    more = _CLIP if tail.endswith("Clip") else {}
+    return Function(
+        base + tail,
+        op_type,
+        inputs,
+        attributes | more,
+        adds_bias=base == "Linear",
+        residual=tail.startswith("Add"),
+        activation=tail.removeprefix("Add"),
+    )
 
 
 FUNCTIONS: dict[str, Function] = {
@@ -91,6 +121,9 @@ FUNCTIONS: dict[str, Function] = {
         Function("Gemm", "Gemm", ("X", "W", "B"), _GEMM),
         Function("MatMulLeft", "MatMul", ("W", "X"), {}),
         Function("GemmLeft", "Gemm", ("W", "X", "B"), _GEMM),
+        *(_fused("Conv", "Conv", ("X", "W", "B"), _CONV, tail) for tail in ("Relu", "Clip", "Silu", "Add", "AddRelu")),
+        *(_fused("Linear", "MatMul", ("X", "W"), {}, tail) for tail in ("Relu", "Silu", "Gelu", "GeluTanh", "Add")),
+        _fused("Gemm", "Gemm", ("X", "W", "B"), _GEMM, "Relu"),
     )
 }
 
@@ -98,22 +131,70 @@ FUNCTIONS: dict[str, Function] = {
 def function_proto(name: str, opset: int = OPSET) -> FunctionProto:
     """The FunctionProto of ``FUNCTIONS[name]`` in operators of ``opset`` (13 or later), which should be its model's own."""
     function = FUNCTIONS[name]
-    takes_bias = function.adds_bias or "B" in function.inputs
-    product = "product" if function.adds_bias else "Y"
-    operator = helper.make_node(function.op_type, list(function.inputs), [product])
-    operator.attribute.extend(_reference(key, key, kind) for key, kind in sorted(function.attributes.items()))
+    operator = helper.make_node(function.op_type, list(function.inputs), ["product"])
+    operator.attribute.extend(
+        _reference(key, key, kind) for key, kind in sorted(function.attributes.items()) if key not in _CLIP
+    )
     nodes = [*_rebuild_weight(), operator]
     if function.adds_bias:
-        nodes.append(helper.make_node("Add", [product, "B"], ["Y"]))
+        nodes.append(_node("Add", ["product", "B"], "biased"))
+    if function.residual:
+        nodes.append(_node("Add", [nodes[-1].output[0], "Z"], "added"))
+    nodes.extend(_activation(function.activation, nodes[-1].output[0], opset))
+    nodes[-1].output[0] = "Y"
     return helper.make_function(
         DOMAIN,
         name,
-        inputs=["X", "values", "mask", "table", *(["B"] if takes_bias else [])],
+        inputs=["X", "values", "mask", "table", *(["B"] if function.takes_bias else []), *(["Z"] if function.residual else [])],
         outputs=["Y"],
         nodes=nodes,
         opset_imports=[helper.make_opsetid("", opset)],
         attributes=[*CALL_ATTRIBUTES, *sorted(function.attributes)],
     )
+
+
+def _activation(name: str, x: str, opset: int) -> list[NodeProto]:
+    """The nodes that lead from ``x`` to its activation; float32 only, because of their constants."""
+    if name == "Relu":
+        return [_node("Relu", [x], "activated")]
+    if name == "Clip":
+        low, high = (_referring(helper.make_node("Constant", [], [key]), "value_float", key, kind) for key, kind in _CLIP.items())
+        return [low, high, _node("Clip", [x, "low", "high"], "activated")]
+    if name == "Silu":
+        return [_node("Sigmoid", [x], "gate"), _node("Mul", [x, "gate"], "activated")]
+    if name.startswith("Gelu"):
+        return _gelu(x, tanh=name == "GeluTanh", opset=opset)
+    return []
+
+
+def _gelu(x: str, *, tanh: bool, opset: int) -> list[NodeProto]:
+    if opset >= 20:
+        return [_node("Gelu", [x], "activated", approximate="tanh" if tanh else "none")]
+    if tanh:
+        curve = [
+            _constant("cubic", value_float=0.044715),
+            _constant("slope", value_float=sqrt(2 / pi)),
+            _node("Mul", [x, x], "square"),
+            _node("Mul", ["square", x], "cube"),
+            _node("Mul", ["cube", "cubic"], "bend"),
+            _node("Add", [x, "bend"], "bent"),
+            _node("Mul", ["bent", "slope"], "argument"),
+            _node("Tanh", ["argument"], "curve"),
+        ]
+    else:
+        curve = [
+            _constant("root", value_float=sqrt(2)),
+            _node("Div", [x, "root"], "argument"),
+            _node("Erf", ["argument"], "curve"),
+        ]
+    return [
+        *curve,
+        _constant("one", value_float=1.0),
+        _constant("half", value_float=0.5),
+        _node("Add", ["curve", "one"], "gate"),
+        _node("Mul", [x, "gate"], "twice"),
+        _node("Mul", ["twice", "half"], "activated"),
+    ]
 
 
 def _rebuild_weight() -> list[NodeProto]:

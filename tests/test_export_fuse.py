@@ -1,0 +1,134 @@
+"""Fusing: the same numbers from the graph before, from the bodies of the fused functions, and from the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from runtime_models import call, initializers, model, random_weight, tensor
+
+from nmconvert import runtime
+from nmconvert.export.functions import FUNCTIONS, function_proto
+from nmconvert.export.fuse import fuse
+
+FUSED = sorted(name for name, function in FUNCTIONS.items() if function.residual or function.activation)
+
+
+def following(fused: str, value: str) -> list[onnx.NodeProto]:
+    """The standard operators that ``fused`` takes in after its base, from ``value`` to ``y``."""
+    nodes = []
+    if FUNCTIONS[fused].residual:
+        nodes.append(helper.make_node("Add", ["z", value], ["added"]))
+        value = "added"
+    activation = FUNCTIONS[fused].activation
+    if activation == "Silu":
+        nodes += [helper.make_node("Sigmoid", [value], ["gate"]), helper.make_node("Mul", [value, "gate"], ["activated"])]
+    elif activation == "Clip":
+        nodes.append(helper.make_node("Clip", [value, "low", "high"], ["activated"]))
+    elif activation.startswith("Gelu"):
+        mode = "tanh" if activation == "GeluTanh" else "none"
+        nodes.append(helper.make_node("Gelu", [value], ["activated"], approximate=mode))
+    elif activation:
+        nodes.append(helper.make_node(activation, [value], ["activated"]))
+    nodes[-1].output[0] = "y"
+    return nodes
+
+
+def unfused(fused: str, opset: int = 20) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """A model of a layer and the operators after it, and a feed."""
+    rng = np.random.default_rng(0)
+    base = next(name for name in ("Conv", "Linear", "Gemm") if fused.startswith(name))
+    rows = 24
+    bias = rng.standard_normal(rows).astype(np.float32)
+    if base == "Conv":
+        weight = random_weight(rng, "conv", (rows, 16, 3, 3), "2:4")
+        shape, out, attributes = [2, 16, 9, 10], [2, rows, 9, 10], {"pads": [1] * 4}
+    else:
+        weight = random_weight(rng, "matmul", (32, rows), "2:4")
+        shape, out = ([2, 7, 32], [2, 7, rows]) if base == "Linear" else ([9, 32], [9, rows])
+        attributes = {} if base == "Linear" else {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
+    nodes = [call(base, weight, ["x", "B"], "h", **attributes), *following(fused, "h")]
+    constants = [*initializers(weight), tensor("B", bias), tensor("low", np.float32(-0.25)), tensor("high", np.float32(0.5))]
+    more = {"z": out} if FUNCTIONS[fused].residual else {}
+    proto = model(nodes, constants, shape, y_rank=len(out), more_inputs=more)
+    proto.opset_import[0].version = opset
+    del proto.functions[:]
+    proto.functions.append(function_proto(base, opset))
+    proto.graph.value_info.append(helper.make_tensor_value_info("h", TensorProto.FLOAT, out))
+    feed = {"x": rng.standard_normal(shape).astype(np.float32)}
+    return proto, feed | {name: rng.standard_normal(dims).astype(np.float32) for name, dims in more.items()}
+
+
+def run(proto: onnx.ModelProto, feed: dict[str, np.ndarray], *, kernels: bool = False) -> np.ndarray:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if kernels:
+        options.register_custom_ops_library(str(runtime.library()))
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    result: np.ndarray = session.run(None, feed)[0]
+    return result
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_calls_compute_what_the_graph_did(name: str) -> None:
+    proto, feed = unfused(name)
+    expected = run(proto, feed)
+    fuse(proto)
+    onnx.checker.check_model(proto, full_check=True)
+    assert [node.op_type for node in proto.graph.node] == [name]
+    np.testing.assert_allclose(run(proto, feed), expected, atol=2e-6)
+    if runtime.kernels().usable:
+        for isa in ("portable", "avx2", "avx512"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("NMCONVERT_ISA", isa)
+                if runtime.kernels().usable:
+                    np.testing.assert_allclose(run(proto, feed, kernels=True), expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in FUSED if "Gelu" in name])
+def test_bodies_without_a_gelu_operator_compute_the_same(name: str) -> None:
+    proto, feed = unfused(name)
+    expected = run(proto, feed)
+    fuse(proto)
+    proto.opset_import[0].version = 18
+    del proto.functions[:]
+    proto.functions.append(function_proto(name, 18))
+    np.testing.assert_allclose(run(proto, feed), expected, atol=2e-6)
+
+
+def nodes_after(change: Any) -> list[str]:
+    proto, _ = unfused("ConvAddRelu")
+    change(proto)
+    fuse(proto)
+    return [node.op_type for node in proto.graph.node]
+
+
+def test_nothing_is_fused_that_something_else_reads() -> None:
+    def read_twice(proto: onnx.ModelProto) -> None:
+        proto.graph.output.append(helper.make_tensor_value_info("h", TensorProto.FLOAT, [2, 24, 9, 10]))
+
+    assert nodes_after(read_twice) == ["Conv", "Add", "Relu"]
+
+
+def test_an_addition_of_unknown_shape_stays() -> None:
+    assert nodes_after(lambda proto: proto.graph.ClearField("value_info")) == ["Conv", "Add", "Relu"]
+
+
+def test_other_types_stay() -> None:
+    def computes_halves(proto: onnx.ModelProto) -> None:
+        next(a for a in proto.graph.node[0].attribute if a.name == "compute").i = TensorProto.FLOAT16
+
+    assert nodes_after(computes_halves) == ["Conv", "Add", "Relu"]
+
+
+def test_silu_of_torch_is_found() -> None:
+    proto, feed = unfused("LinearSilu")
+    x = torch.from_numpy(run(proto, feed))
+    assert fuse(proto) == 2
+    assert torch.allclose(torch.from_numpy(run(proto, feed)), x, atol=1e-6)
