@@ -258,6 +258,22 @@ def test_state_dict_round_trip_goes_on_bit_for_bit():
         assert torch.equal(value, others[0].state_dict()[name]), name
 
 
+def test_two_optimizers_share_the_work():
+    model = mlp()
+    optimizers = [torch.optim.SGD(model[0].parameters(), lr=50.0), torch.optim.AdamW([*model[2].parameters()], lr=0.05)]
+    sparse = sparsify(model, decay=0.1, include=EVERYTHING)
+    for optimizer in optimizers:
+        sparse.attach(optimizer)
+    before = [w.mask.mask.clone() for w in sparse.weights]
+    for _ in range(5):
+        model(torch.randn(8, 16)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = [not torch.equal(w.mask.mask, mask) for w, mask in zip(sparse.weights, before, strict=True)]
+    assert moved == [True, True, False], "the third belongs to neither"
+    assert sparse.steps == 5
+
+
 def test_statistics_survive_a_round_trip():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=3.0)

@@ -352,6 +352,18 @@ def test_bad_settings_and_data_are_named():
         run(model=nn.Sequential(nn.Flatten(), nn.Linear(64, 2)))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_sample_is_one_line_with_its_path(workers):
+    data = Samples(_unreadable, 64)
+    with pytest.raises(DataError) as caught:
+        run(Settings(batch=32, workers=workers), data=data)
+    assert str(caught.value) == "cats/7.png: is no readable image; --skip-bad leaves out what cannot be read"
+
+
+def _unreadable(index):
+    raise DataError("cats/7.png: is no readable image; --skip-bad leaves out what cannot be read")
+
+
 def test_the_learning_rate_warms_up_and_falls():
     settings = Settings(lr=0.1, warmup=0.2)
     rates = [settings.lr_at(step, 10) for step in range(10)]

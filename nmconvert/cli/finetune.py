@@ -21,7 +21,7 @@ SETTINGS: tuple[Callable[[F], F], ...] = (
     click.option("--batch", type=int, help="Samples per step, over all processes.  [default: 64]"),
     click.option("--accumulate", type=int, help="Parts in which each process takes its share.  [default: 1]"),
     click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="[default: sgd, with Nesterov momentum]"),
-    click.option("--lr", type=float, help="Highest learning rate.  [default: 0.05 for sgd, 5e-4 for adamw]"),
+    click.option("--lr", type=float, help="Highest learning rate.  [default: 0.02 for sgd, 5e-4 for adamw]"),
     click.option("--weight-decay", type=float, help="Of matrices and filters.  [default: 1e-4]"),
     click.option("--warmup", type=float, help="Share of the steps until the highest rate.  [default: 0.05]"),
     click.option("--clip", type=float, help="Largest norm of the gradient."),

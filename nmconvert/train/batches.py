@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from nmconvert import dist
-from nmconvert.errors import DataError, UsageError
+from nmconvert.errors import DataError, NmconvertError, UsageError
 from nmconvert.tasks import Batch, Task
 from nmconvert.train.settings import Settings
 
@@ -54,7 +55,9 @@ class Batches:
         )
         parts = iter(loader)
         for _ in range(first, self.steps):
-            yield [next(parts).to(self.device) for _ in range(self.settings.accumulate)]
+            with _worker_errors():
+                read = [next(parts) for _ in range(self.settings.accumulate)]
+            yield [batch.to(self.device) for batch in read]
 
 
 class _Order(Sampler[list[int]]):
@@ -78,5 +81,19 @@ def validation_loader(dataset: Any, task: Task, settings: Settings, device: torc
     ranks, rank = (1, 0) if settings.shard else (dist.world(), dist.rank())
     subset = torch.utils.data.Subset(dataset, range(rank, len(dataset), ranks))
     batch = max(1, settings.batch // settings.accumulate // dist.world())
-    for loaded in DataLoader(subset, batch, num_workers=settings.workers, collate_fn=task.collate):
-        yield loaded.to(device)
+    with _worker_errors():
+        for loaded in DataLoader(subset, batch, num_workers=settings.workers, collate_fn=task.collate):
+            yield loaded.to(device)
+
+
+@contextmanager
+def _worker_errors() -> Iterator[None]:
+    """An error of ours in a process that reads data, which arrives as its whole traceback, becomes one line again."""
+    try:
+        yield
+    except NmconvertError as error:
+        last = str(error).strip().splitlines()[-1]
+        name = f"{type(error).__name__}: "
+        if name not in last:
+            raise
+        raise type(error)(last.partition(name)[2]) from error

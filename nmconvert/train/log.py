@@ -35,6 +35,35 @@ class Row:
     seconds: float | None = None
 
 
+class Reporter:
+    """All of it together: what happens is told once."""
+
+    def __init__(self, log: Log, display: Display) -> None:
+        self.log, self.display = log, display
+
+    def __enter__(self) -> Reporter:
+        self.display.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.display.__exit__(*error)
+
+    def rows(self, step: int, rows: Sequence[Row]) -> None:
+        """Models that were validated after ``step``."""
+        for row in rows:
+            self.log.row(step, row)
+            self.display.row(row)
+
+    def epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
+        """An epoch (from 0) begins, or goes on after ``done`` steps."""
+        self.display.start(f"epoch {epoch + 1}/{epochs}", steps, done)
+
+    def step(self, step: int, facts: Mapping[str, float]) -> None:
+        """An optimiser step is done."""
+        self.log.step(step, facts)
+        self.display.step(facts)
+
+
 class Log:
     """The JSONL file and the curves; of a resumed run, what was logged after the state it resumed from is dropped."""
 
@@ -47,9 +76,9 @@ class Log:
             self.lines = [line for line in _read_lines(path) if line["step"] <= resumed_at]
         path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
-    def step(self, step: int, **values: float) -> None:
+    def step(self, step: int, facts: Mapping[str, float]) -> None:
         """One optimiser step."""
-        self._add({"kind": "step", "step": step, **values})
+        self._add({"kind": "step", "step": step, **facts})
 
     def row(self, step: int, row: Row) -> None:
         """A validated model; the curves are drawn anew."""
@@ -111,8 +140,8 @@ def table(rows: Sequence[Row], metric: str) -> Table:
 class Display:
     """The live display on stderr: the table, a bar, loss, time per step, time left. Nothing where that is no terminal."""
 
-    def __init__(self, metric: str, *, show: bool) -> None:
-        self.metric, self.rows = metric, list[Row]()
+    def __init__(self, metric: str, rows: Sequence[Row], *, show: bool) -> None:
+        self.metric, self.rows = metric, list(rows)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

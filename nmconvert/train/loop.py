@@ -22,7 +22,7 @@ from nmconvert.tasks import Batch, Predict, Task
 from nmconvert.train import state
 from nmconvert.train.batches import Batches, validation_loader
 from nmconvert.train.diagnose import first_bad_layer, out_of_memory_named
-from nmconvert.train.log import Display, Log, Row
+from nmconvert.train.log import Display, Log, Reporter, Row
 from nmconvert.train.settings import Settings, seed_step
 
 MAY_CHANGE = {"epochs", "workers", "save_minutes", "shard", "accumulate", "patience"}
@@ -75,39 +75,32 @@ def train(
         UsageError: settings that contradict each other, or those of the run that is resumed.
         NmconvertError: the loss is no longer finite, or there is too little memory; the last good state is kept.
     """
+    _check_folder(settings, folder, resume)
+    run = Run(model, plan, task, data, validation, settings, teacher, folder, device or torch.device("cpu"))
+    resumed_at = run.resume() if resume else None
+    with run.reporter(log, resumed_at, display) as report:
+        if resumed_at is None:
+            report.rows(0, run.validate_before())
+        for epoch in range(run.step // run.batches.steps, settings.epochs):
+            if run.stopped_early:
+                break
+            first = run.step % run.batches.steps
+            report.epoch(epoch, settings.epochs, run.batches.steps, first)
+            for parts in run.batches.epoch(epoch, first):
+                report.step(run.step + 1, run.train_step(parts))
+                if run.save_is_due:
+                    run.save()
+            report.rows(run.step, [run.validate_epoch(epoch + 1)])
+            run.save()
+    return run.finish()
+
+
+def _check_folder(settings: Settings, folder: Path | None, resume: bool) -> None:
     if settings.patience is not None and folder is None:
         raise UsageError("patience needs a folder for states, to come back to the best epoch")
     left = None if folder is None or resume else state.latest(folder)
     if left is not None:
         raise UsageError(f"{left}: a run that did not end left this; go on with --resume, or remove the folder to start anew")
-    run = Run(model, plan, task, data, validation, settings, teacher, folder, device or torch.device("cpu"))
-    resumed = run.resume() if resume else None
-    first_rank = dist.rank() == 0
-    journal = Log(log if first_rank else None, task.metric, run.batches.steps, resumed)
-    with Display(task.metric, show=display and first_rank) as screen:
-        for row in run.rows:
-            screen.row(row)
-        if resumed is None:
-            for row in run.validate_before():
-                screen.row(row)
-                journal.row(0, row)
-
-        for epoch in range(run.step // run.batches.steps, settings.epochs):
-            if run.stopped_early:
-                break
-            first = run.step % run.batches.steps
-            screen.start(f"epoch {epoch + 1}/{settings.epochs}", run.batches.steps, first)
-            for parts in run.batches.epoch(epoch, first):
-                facts = run.train_step(parts)
-                journal.step(run.step, **facts)
-                screen.step(facts)
-                if run.save_is_due:
-                    run.save()
-            row = run.validate_epoch(epoch + 1)
-            screen.row(row)
-            journal.row(run.step, row)
-            run.save()
-    return run.finish()
 
 
 class Run:
@@ -339,6 +332,12 @@ class Run:
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in _tensors_of(self.average)}
         return tensors
+
+    def reporter(self, log: Path | None, resumed_at: int | None, display: bool) -> Reporter:
+        """What tells of the run, on the first process only."""
+        first = dist.rank() == 0
+        journal = Log(log if first else None, self.task.metric, self.batches.steps, resumed_at)
+        return Reporter(journal, Display(self.task.metric, self.rows, show=display and first))
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-LEARNING_RATES: dict[OptimizerName, float] = {"sgd": 0.05, "adamw": 5e-4}
+LEARNING_RATES: dict[OptimizerName, float] = {"sgd": 0.02, "adamw": 5e-4}
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Settings:
         batch: samples per optimiser step, over all processes and accumulated parts.
         accumulate: in how many parts, one after the other, each process takes its share of a batch.
         optimizer: ``sgd`` (Nesterov momentum 0.9) or ``adamw``.
-        lr: the highest learning rate; left out: 0.05 for sgd, 5e-4 for adamw.
+        lr: the highest learning rate; left out: 0.02 for sgd, 5e-4 for adamw.
         weight_decay: of weights with two dimensions or more.
         warmup: share of the steps over which the learning rate rises; then it falls to 0 along half a cosine.
         clip: the largest norm of the gradient of all weights.

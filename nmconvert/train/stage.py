@@ -95,31 +95,24 @@ def finetune(
     said = _said(manifest, source, task, task_settings or {}, data, model, model_arguments or {})
     does = build_task(said.task, said.task_settings, folder=Path(said.model))
     output = output or default_output(source)
+    log = output.with_name(f"{output.name if source.is_dir() else output.stem}.jsonl")
+    states = output.with_name(f"{output.name}.state")
     dense = None if learn_alone else teacher or _dense_source(manifest)
     if from_dense and dense is None:
         raise UsageError("--from-dense: there is no dense checkpoint to start from; name it with --teacher")
     place = _device(device)
     with dist.processes(place):
-        network = load(said.model, source, said.model_arguments, trust=trust).float()
-        master = None if dense is None else load(said.model, dense, said.model_arguments, trust=trust).float()
+        network, master = (_network(said, path, trust=trust) for path in (source, dense))
+        assert network is not None
         if from_dense and master is not None:
             network.load_state_dict(master.state_dict())
-        log = output.with_name(f"{output.name if source.is_dir() else output.stem}.jsonl")
-        states = output.with_name(f"{output.name}.state")
+        plan = plan_of(manifest, checkpoint, network)
+        samples = does.dataset(said.data, split="train", augment=settings.augment)
+        held_out = does.dataset(said.data, split="val", augment=False)
         training = train(
-            network,
-            plan_of(manifest, checkpoint, network),
-            does,
-            does.dataset(said.data, split="train", augment=settings.augment),
-            does.dataset(said.data, split="val", augment=False),
-            settings,
-            teacher=master,
-            folder=states,
-            log=log,
-            resume=resume,
-            device=place,
-            display=display,
-        )
+            network, plan, does, samples, held_out, settings,
+            teacher=master, folder=states, log=log, resume=resume, device=place, display=display,
+        )  # fmt: skip
         if dist.rank() == 0:
             told = {"teacher": None if dense is None else str(dense), "settings": asdict(settings)}
             _write(checkpoint, output, training, manifest.with_settings(**asdict(said)), told)
@@ -199,6 +192,11 @@ def _said(
         raise UsageError(f"{source}: holds weights only; say what they belong to with --model module:callable")
     arguments = model_arguments or before.get("model_arguments") or {}
     return Said(name, {**known, **task_settings}, data, str(spec), dict(arguments))
+
+
+def _network(said: Said, path: Path | None, *, trust: bool) -> nn.Module | None:
+    """The model with the weights of ``path``, in fp32 whatever the file has: small steps vanish in half precision."""
+    return None if path is None else load(said.model, path, said.model_arguments, trust=trust).float()
 
 
 def _dense_source(manifest: Manifest) -> Path | None:

@@ -1,25 +1,8 @@
-"""SR-STE: train the weights of a model so that they end as N:M (Zhou et al., "Learning N:M fine-grained structured sparse
-neural networks from scratch", ICLR 2021; "the paper" below).
-
-The forward pass sees ``mask ⊙ w``, where the mask keeps the largest weights of each group and follows the dense weight once
-per optimiser step; the gradient passes the mask unchanged (straight through); and pruned weights decay, by λ·(1-mask)·w.
-Three lines put it into any training loop::
-
-    sparse = nmconvert.sparsify(model, "2:4", axis="channel")
-    sparse.attach(optimizer)
-    ...                              # train as before
-    sparse.finalize()
-
-The mask is a parametrization (`torch.nn.utils.parametrize`), so the parameter is the very same object before and after,
-and whatever knows modules (deepcopy, state_dict, compile, autocast, DDP, FSDP2) knows this. The decay is applied by hooks
-of the optimiser, outside autograd: once per step, however many processes, accumulated batches or loss scales there are.
-With SGD it is added to the gradient, as in the paper. With any other optimiser it is decoupled, as AdamW's weight decay:
-inside the gradient, the second moment would divide it away again (and be spoilt by it: STEP, ICML 2023).
-"""
+"""The model under SR-STE, and how an optimiser keeps it there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Any, Literal, get_args
@@ -31,12 +14,11 @@ from torch.optim import Optimizer
 
 from nmconvert import dist
 from nmconvert.errors import ModelError, UsageError
-from nmconvert.masks import magnitude, nm_mask
-from nmconvert.matrix import Kind, MatrixView
 from nmconvert.model import layers
 from nmconvert.pattern import Axis, Pattern
-from nmconvert.plan import Plan, Row, make_plan
+from nmconvert.plan import Plan, make_plan
 from nmconvert.rules import output_matrix
+from nmconvert.srste.masked import SparseWeight, mask_weight, masked_weights
 from nmconvert.tensor import TensorInfo
 
 Method = Literal["sr-ste", "ste", "fixed-mask"]
@@ -48,88 +30,6 @@ Anneal = Literal["constant", "rise", "fall"]
 ANNEALS: tuple[Anneal, ...] = get_args(Anneal)
 
 DECAY = 2e-4  # λ of the paper, section 4.1
-
-
-class _StraightThrough(torch.autograd.Function):
-    """mask ⊙ w forward, the identity backward (the paper, equation 5)."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
-        return weight * mask
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class WeightMask(nn.Module):
-    """The parametrization of one weight: its N:M mask, a bool buffer of the weight's shape.
-
-    With ``straight_through`` the gradient passes unchanged; without, that of pruned weights is zero.
-    """
-
-    mask: Tensor
-
-    def __init__(self, weight: Tensor, kind: Kind, groups: int, pattern: Pattern, axis: Axis) -> None:
-        super().__init__()
-        self.kind, self.groups, self.pattern, self.axis = kind, groups, pattern, axis
-        self.straight_through = True
-        self.register_buffer("mask", self.mask_of(weight))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The masked weight."""
-        if self.straight_through:
-            masked: Tensor = _StraightThrough.apply(weight, self.mask)  # type: ignore[no-untyped-call]
-            return masked
-        return weight * self.mask
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """What is assigned to the weight becomes the dense weight."""
-        return weight
-
-    @torch.no_grad()
-    def mask_of(self, weight: Tensor) -> Tensor:
-        """The mask, bool [*weight.shape], that keeps the largest of each group of ``weight``.
-
-        Of a sharded weight each rank computes its part, unless groups cross the ranks; the result is whole on each.
-        """
-        crosses = dist.shard_dims(weight) & self.grouped_dims(weight.dim())
-        part = dist.whole(weight) if crosses else dist.local(weight)
-        if part.numel():
-            view = MatrixView.of(self.kind, part.shape, self.axis, self.groups)
-            mask = view.from_matrix(nm_mask(magnitude(view.to_matrix(part)), self.pattern))
-        else:
-            mask = torch.empty(part.shape, dtype=torch.bool, device=part.device)
-        mask = mask if crosses else dist.assemble(mask, like=weight)
-        return mask.contiguous() if dist.is_sharded(weight) else torch.empty_like(weight, dtype=torch.bool).copy_(mask)
-
-    def grouped_dims(self, rank: int) -> set[int]:
-        """The dimensions of the weight that its groups run along: it must not be sharded along these."""
-        if self.kind == "conv_transpose":
-            return {0} if self.axis == "channel" else {0, *range(2, rank)}
-        if self.kind == "conv":
-            return {1} if self.axis == "channel" else set(range(1, rank))
-        return {rank - 1} if self.kind == "linear" else {rank - 2}
-
-    def extra_repr(self) -> str:
-        """For print(model)."""
-        return f"{self.pattern}, axis={self.axis}"
-
-
-@dataclass(frozen=True)
-class SparseWeight:
-    """One masked weight of a model, under its plain name; ``owners`` are all (module, attribute) that share it."""
-
-    name: str
-    owners: tuple[tuple[nn.Module, str], ...]
-    mask: WeightMask
-
-    @property
-    def dense(self) -> nn.Parameter:
-        """The dense weight, the parameter that is trained (looked up each time: FSDP2 replaces it)."""
-        module, attribute = self.owners[0]
-        parameter: nn.Parameter = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
-        return parameter
 
 
 @dataclass(frozen=True)
@@ -153,7 +53,7 @@ class Sparse:
         weights: the masked weights.
         plan: a row for every weight, with the reason of those that stay dense.
         decay: λ; None until `attach` chooses: 2e-4 (the paper).
-        steps: optimiser steps taken.
+        steps: optimiser steps taken; where several optimisers are attached, those of the first.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, method: Method, decay: float | None) -> None:
@@ -163,7 +63,7 @@ class Sparse:
             raise UsageError(f"decay {decay} must be 0 or more")
         self.model, self.plan, self.method = model, plan, method
         self.decay = DECAY if decay is None else decay
-        self.weights = [_mask_weight(model, row) for row in plan.pruned]
+        self.weights = [mask_weight(model, row) for row in plan.pruned]
         self.steps = 0
         self._total_steps: int | None = None
         self._anneal: Anneal = "constant"
@@ -217,8 +117,13 @@ class Sparse:
                 raise UsageError("optimizer.step(closure) computes gradients too late for the decay: call backward first")
             self._apply_decay(optimizer, in_gradient)
 
+        counts = not self._hooks  # of several optimisers, the first
+
         def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._renew_masks(optimizer)
+            if not self.frozen:
+                self._renew_masks(optimizer)
+            self.steps += counts
+            self._follow_steps()
 
         self._hooks += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
         self._follow_steps()
@@ -262,14 +167,10 @@ class Sparse:
 
     @torch.no_grad()
     def _renew_masks(self, optimizer: Optimizer) -> None:
-        was_frozen = self.frozen
-        self.steps += 1
-        if not was_frozen:
-            for weight, _ in self._held(optimizer):
-                mask = weight.mask.mask_of(weight.dense)
-                self._flips = self._flips + torch.count_nonzero(mask ^ weight.mask.mask)
-                weight.mask.mask.copy_(mask)
-        self._follow_steps()
+        for weight, _ in self._held(optimizer):
+            mask = weight.mask.mask_of(weight.dense)
+            self._flips = self._flips + torch.count_nonzero(mask ^ weight.mask.mask)
+            weight.mask.mask.copy_(mask)
 
     def _follow_steps(self) -> None:
         for weight in self.weights:
@@ -337,7 +238,7 @@ class Sparse:
 
     def mask_names(self) -> list[str]:
         """The names of the masks among the model's buffers."""
-        return [f"{path}parametrizations.{attribute}.0.mask" for path, _, attribute, _ in _masked(self.model)]
+        return [f"{path}parametrizations.{attribute}.0.mask" for path, _, attribute, _ in masked_weights(self.model)]
 
     def finalize(self) -> nn.Module:
         """Make the model plain again, each weight exactly N:M in the parameter it had; returns the model.
@@ -397,70 +298,6 @@ def sparsify_plan(model: nn.Module, plan: Plan, *, method: Method = "sr-ste", de
         ModelError: the model lacks a weight of the plan, or is sparse already.
     """
     return Sparse(model, plan, method, decay)
-
-
-def refresh_masks(model: nn.Module) -> None:
-    """Recompute every mask in ``model`` from its dense weights: for a copy that was averaged, or given other weights."""
-    for _, module, attribute, mask in _masked(model):
-        mask.mask.copy_(mask.mask_of(module.parametrizations[attribute].original))  # type: ignore[index, union-attr]
-
-
-@torch.no_grad()
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict that ``model``, or a copy of it, would have once finalized: plain names, weights exactly N:M.
-
-    Sharded tensors are gathered: every process has to call this, and gets all of them.
-    """
-    prefixes = {f"{path}parametrizations.{attribute}.": f"{path}{attribute}" for path, _, attribute, _ in _masked(model)}
-    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    plain = {}
-    for name, value in state.items():
-        value = dist.whole(value)
-        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-        if prefix is None:
-            plain[name] = value.detach().clone(memory_format=torch.contiguous_format)
-        elif name == f"{prefix}original":
-            plain[prefixes[prefix]] = value.masked_fill(~state[f"{prefix}0.mask"], 0.0).contiguous()
-    return plain
-
-
-def _masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, WeightMask]]:
-    """Every (prefix of its names, module, attribute, mask) in ``model``; a shared mask comes once for each owner."""
-    for path, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            for attribute, steps in module.parametrizations.items():
-                if isinstance(steps[0], WeightMask):
-                    yield (f"{path}." if path else ""), module, attribute, steps[0]
-
-
-def _mask_weight(model: nn.Module, row: Row) -> SparseWeight:
-    assert row.pattern is not None
-    assert row.axis is not None
-    assert row.info.kind is not None
-    path, _, attribute = row.name.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-        if parametrize.is_parametrized(module, attribute):
-            raise ModelError(f"'{row.name}' is parametrized already: finalize the model first")
-        parameter = getattr(module, attribute)
-    except AttributeError as error:
-        raise ModelError(f"the model has no weight '{row.name}': was it pruned from another model?") from error
-    if tuple(parameter.shape) != row.info.shape:
-        raise ModelError(f"'{row.name}' has shape {list(parameter.shape)} in the model, {list(row.info.shape)} in the plan")
-    mask = WeightMask(parameter, row.info.kind, row.info.groups, row.pattern, row.axis)
-    owners = tuple(_owners(model.modules(), parameter))
-    for owner, name in owners:
-        parametrize.register_parametrization(owner, name, mask)
-    return SparseWeight(row.name, owners, mask)
-
-
-def _owners(modules: Iterable[nn.Module], parameter: Tensor) -> list[tuple[nn.Module, str]]:
-    return [
-        (module, name)
-        for module in modules
-        for name, value in module.named_parameters(recurse=False, remove_duplicate=False)
-        if value is parameter
-    ]
 
 
 def weights_of(model: nn.Module) -> list[TensorInfo]:

@@ -1,0 +1,169 @@
+"""A weight under its N:M mask: the parametrization that the forward pass sees, and models that have some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from nmconvert import dist
+from nmconvert.errors import ModelError
+from nmconvert.masks import magnitude, nm_mask
+from nmconvert.matrix import Kind, MatrixView
+from nmconvert.pattern import Axis, Pattern
+from nmconvert.plan import Row
+
+
+class _StraightThrough(torch.autograd.Function):
+    """mask ⊙ w forward, the identity backward (the paper, equation 5)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class WeightMask(nn.Module):
+    """The parametrization of one weight: its N:M mask, a bool buffer of the weight's shape.
+
+    With ``straight_through`` the gradient passes unchanged; without, that of pruned weights is zero.
+    """
+
+    mask: Tensor
+
+    def __init__(self, weight: Tensor, kind: Kind, groups: int, pattern: Pattern, axis: Axis) -> None:
+        super().__init__()
+        self.kind, self.groups, self.pattern, self.axis = kind, groups, pattern, axis
+        self.straight_through = True
+        self.register_buffer("mask", self.mask_of(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The masked weight."""
+        if self.straight_through:
+            masked: Tensor = _StraightThrough.apply(weight, self.mask)  # type: ignore[no-untyped-call]
+            return masked
+        return weight * self.mask
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What is assigned to the weight becomes the dense weight."""
+        return weight
+
+    @torch.no_grad()
+    def mask_of(self, weight: Tensor) -> Tensor:
+        """The mask, bool [*weight.shape], that keeps the largest of each group of ``weight``.
+
+        Of a sharded weight each rank computes its part, unless groups cross the ranks; the result is whole on each.
+        """
+        crosses = dist.shard_dims(weight) & self.grouped_dims(weight.dim())
+        part = dist.whole(weight) if crosses else dist.local(weight)
+        if part.numel():
+            view = MatrixView.of(self.kind, part.shape, self.axis, self.groups)
+            mask = view.from_matrix(nm_mask(magnitude(view.to_matrix(part)), self.pattern))
+        else:
+            mask = torch.empty(part.shape, dtype=torch.bool, device=part.device)
+        mask = mask if crosses else dist.assemble(mask, like=weight)
+        return mask.contiguous() if dist.is_sharded(weight) else torch.empty_like(weight, dtype=torch.bool).copy_(mask)
+
+    def grouped_dims(self, rank: int) -> set[int]:
+        """The dimensions of the weight that its groups run along: it must not be sharded along these."""
+        if self.kind == "conv_transpose":
+            return {0} if self.axis == "channel" else {0, *range(2, rank)}
+        if self.kind == "conv":
+            return {1} if self.axis == "channel" else set(range(1, rank))
+        return {rank - 1} if self.kind == "linear" else {rank - 2}
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"{self.pattern}, axis={self.axis}"
+
+
+@dataclass(frozen=True)
+class SparseWeight:
+    """One masked weight of a model, under its plain name; ``owners`` are all (module, attribute) that share it."""
+
+    name: str
+    owners: tuple[tuple[nn.Module, str], ...]
+    mask: WeightMask
+
+    @property
+    def dense(self) -> nn.Parameter:
+        """The dense weight, the parameter that is trained (looked up each time: FSDP2 replaces it)."""
+        module, attribute = self.owners[0]
+        parameter: nn.Parameter = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
+        return parameter
+
+
+def mask_weight(model: nn.Module, row: Row) -> SparseWeight:
+    """Put the weight of a pruned ``row`` under its mask, in every module that shares it.
+
+    Raises:
+        ModelError: the model has no such weight of that shape, or it is parametrized already.
+    """
+    assert row.pattern is not None
+    assert row.axis is not None
+    assert row.info.kind is not None
+    path, _, attribute = row.name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+        if parametrize.is_parametrized(module, attribute):
+            raise ModelError(f"'{row.name}' is parametrized already: finalize the model first")
+        parameter = getattr(module, attribute)
+    except AttributeError as error:
+        raise ModelError(f"the model has no weight '{row.name}': was it pruned from another model?") from error
+    if tuple(parameter.shape) != row.info.shape:
+        raise ModelError(f"'{row.name}' has shape {list(parameter.shape)} in the model, {list(row.info.shape)} in the plan")
+    mask = WeightMask(parameter, row.info.kind, row.info.groups, row.pattern, row.axis)
+    owners = tuple(_owners(model.modules(), parameter))
+    for owner, name in owners:
+        parametrize.register_parametrization(owner, name, mask)
+    return SparseWeight(row.name, owners, mask)
+
+
+def _owners(modules: Iterable[nn.Module], parameter: Tensor) -> list[tuple[nn.Module, str]]:
+    return [
+        (module, name)
+        for module in modules
+        for name, value in module.named_parameters(recurse=False, remove_duplicate=False)
+        if value is parameter
+    ]
+
+
+def refresh_masks(model: nn.Module) -> None:
+    """Recompute every mask in ``model`` from its dense weights: for a copy that was averaged, or given other weights."""
+    for _, module, attribute, mask in masked_weights(model):
+        mask.mask.copy_(mask.mask_of(module.parametrizations[attribute].original))  # type: ignore[index, union-attr]
+
+
+@torch.no_grad()
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict that ``model``, or a copy of it, would have once finalized: plain names, weights exactly N:M.
+
+    Sharded tensors are gathered: every process has to call this, and gets all of them.
+    """
+    prefixes = {f"{path}parametrizations.{attribute}.": f"{path}{attribute}" for path, _, attribute, _ in masked_weights(model)}
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    plain = {}
+    for name, value in state.items():
+        value = dist.whole(value)
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if prefix is None:
+            plain[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        elif name == f"{prefix}original":
+            plain[prefixes[prefix]] = value.masked_fill(~state[f"{prefix}0.mask"], 0.0).contiguous()
+    return plain
+
+
+def masked_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, WeightMask]]:
+    """Every (prefix of its names, module, attribute, mask) in ``model``; a shared mask comes once for each owner."""
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            for attribute, steps in module.parametrizations.items():
+                if isinstance(steps[0], WeightMask):
+                    yield (f"{path}." if path else ""), module, attribute, steps[0]
