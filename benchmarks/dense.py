@@ -32,12 +32,12 @@ WORDS = 6000
 
 def bccd() -> nn.Module:
     """Cells in blood: three classes, up to 48 an image."""
-    return Detector(classes=3, detections=48)
+    return Detector(classes=3, width=32, detections=48)
 
 
 def nuclei() -> nn.Module:
     """Nuclei of cells: one class, up to 100 an image."""
-    return Segmenter(classes=1, detections=100)
+    return Segmenter(classes=1, width=32, detections=100)
 
 
 def multi30k() -> nn.Module:

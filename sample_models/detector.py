@@ -33,7 +33,7 @@ class Detector(nn.Module):
         self.stem = nn.Sequential(block(3, 24), block(24, 32, stride=2), block(32, width, stride=2))
         self.body = nn.Sequential(*(block(width, width, dilation=d) for d in (1, 2, 1, 2)))
         self.head = nn.ModuleDict({name: self.branch(width, size) for name, size in (("logits", classes), ("box", 4))})
-        nn.init.constant_(self.head["logits"][-1].bias, -4.0)  # few points are a digit
+        nn.init.constant_(self.head["logits"].get_parameter("1.bias"), -4.0)  # few points are a digit
 
     @staticmethod
     def branch(width: int, outputs: int) -> nn.Sequential:
