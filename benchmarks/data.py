@@ -1,7 +1,7 @@
 """The real data of the benchmarks, from the folder that NMCONVERT_DATA names, in the formats that nmconvert reads.
 
     python benchmarks/data.py cifar10 OUT.npz
-    python benchmarks/data.py coco128|bccd|nuclei|multi30k|tinystories|tinyshakespeare OUT_FOLDER
+    python benchmarks/data.py coco128|bccd|nuclei|multi30k|tinystories|tinyshakespeare|g2p OUT_FOLDER
 
 Each function below makes one of them, and says where nmconvert's own figures for it come from. Boxes are [x, y, width,
 height] in pixels, masks are uncompressed COCO RLE, both as the COCO format has them.
@@ -125,6 +125,22 @@ def tinyshakespeare(out: Path) -> None:
     _copy(out, (("train.txt", text[:cut]), ("val.txt", text[cut:])))
 
 
+def g2p(out: Path) -> None:
+    """``g2p.pt``, the published weights under the names of `benchmarks.models.g2p`; ``symbols.json`` and ``words.tsv``."""
+    import torch
+
+    out.mkdir(parents=True, exist_ok=True)
+    names = {"fc_w": "fc.weight", "fc_b": "fc.bias"}
+    for short, half in (("enc", "encoder"), ("dec", "decoder")):
+        names[f"{short}_emb"] = f"{half}.embedding.weight"
+        for part, name in (("w", "weight"), ("b", "bias")):
+            names |= {f"{short}_{part}_{side}": f"{half}.gru.{name}_{side}_l0" for side in ("ih", "hh")}
+    with np.load(ROOT / "g2p" / "g2p_en_gru_checkpoint20.npz") as stored:
+        torch.save({name: torch.from_numpy(stored[key]) for key, name in names.items()}, out / "g2p.pt")
+    (out / "symbols.json").write_bytes((ROOT / "g2p" / "symbols.json").read_bytes())
+    _unpack(ROOT / "g2p" / "cmudict_20k.tsv.gz", out / "words.tsv")
+
+
 def rle(mask: np.ndarray) -> dict[str, Any]:
     """COCO's uncompressed run lengths of a mask [H, W]: down the columns, zeros first."""
     flat = np.concatenate([[False], mask.T.ravel().astype(bool)])
@@ -166,7 +182,7 @@ def _unpack(source: Path, target: Path) -> None:
     target.write_bytes(gzip.decompress(source.read_bytes()))
 
 
-SETS = {f.__name__: f for f in (cifar10, coco128, bccd, nuclei, multi30k, tinystories, tinyshakespeare)}
+SETS = {f.__name__: f for f in (cifar10, coco128, bccd, nuclei, multi30k, tinystories, tinyshakespeare, g2p)}
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in SETS:

@@ -44,11 +44,12 @@ def evaluate(
     workers: int = 0,
     limit: int | None = None,
     device: str = "cpu",
+    kernels: bool = False,
 ) -> Evaluation:
     """Measure ``file`` with ``task`` on the test split of ``data`` (see `nmconvert.tasks.base.Split`).
 
     Args:
-        file: an ONNX file, run by stock onnxruntime; or a checkpoint, whose weights go into ``model``.
+        file: an ONNX file, run by onnxruntime; or a checkpoint, whose weights go into ``model``.
         task: of `nmconvert.tasks.build_task`.
         data: a path or ``package.module:callable``; the task's ``dataset`` says which.
         model: as in `nmconvert.model.build`; not needed for ONNX and Hugging Face folders.
@@ -58,6 +59,7 @@ def evaluate(
         workers: processes that read the data, beside this one.
         limit: only the first so many samples.
         device: where a checkpoint's model runs.
+        kernels: run an ONNX file on nmconvert's kernels, not on stock onnxruntime alone.
 
     Raises:
         UsageError: a checkpoint without ``model``.
@@ -66,7 +68,7 @@ def evaluate(
     dataset: Any = task.dataset(data, split="test", augment=False)
     if limit is not None:
         dataset = Subset(dataset, range(min(limit, len(dataset))))
-    predictor = task.predictor(load_model(file, model, model_arguments or {}, trust=trust, device=device))
+    predictor = task.predictor(load_model(file, model, model_arguments or {}, trust=trust, device=device, kernels=kernels))
     loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=task.collate)
     start = time.perf_counter()
     metrics = task.evaluate(predictor, (batch.to(device) for batch in loader))
@@ -87,6 +89,7 @@ def evaluate_again(
     workers: int = 0,
     limit: int | None = None,
     device: str = "cpu",
+    kernels: bool = False,
 ) -> Evaluation:
     """As `evaluate`, where what is not said is taken from the file's manifest: the task, its settings, the data, the model.
 
@@ -114,15 +117,22 @@ def evaluate_again(
         workers=workers,
         limit=limit,
         device=device,
+        kernels=kernels,
     )
 
 
 def load_model(
-    file: Path, model: str | None, arguments: Mapping[str, str], *, trust: bool = False, device: str = "cpu"
+    file: Path,
+    model: str | None,
+    arguments: Mapping[str, str],
+    *,
+    trust: bool = False,
+    device: str = "cpu",
+    kernels: bool = False,
 ) -> OnnxModel | nn.Module:
     """The ONNX file in onnxruntime, or the model with the checkpoint in it, in eval mode: both are called alike."""
     if file.suffix == ".onnx":
-        return OnnxModel(file)
+        return OnnxModel(file, kernels=kernels)
     if model is None and not (file.is_dir() and (file / "config.json").is_file()):
         raise UsageError(f"{file}: a checkpoint holds weights only; say what they belong to with --model module:callable")
     return load(model or str(file), file, arguments, trust=trust).to(device).eval()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nmconvert.errors import CheckpointError, ModelError
+from nmconvert.runtime import session as kernel_session
 
 _DTYPES = {
     "tensor(float)": torch.float32,
@@ -34,19 +35,21 @@ class OnnxModel:
     Args:
         file: the ONNX file.
         threads: of the session; 0 for what onnxruntime takes by default.
+        kernels: run on nmconvert's kernels, and not on what stock onnxruntime makes of the file.
 
     Raises:
         CheckpointError: onnxruntime cannot load it.
     """
 
-    def __init__(self, file: Path, *, threads: int = 0) -> None:
+    def __init__(self, file: Path, *, threads: int = 0, kernels: bool = False) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # its errors are raised as well
         try:
-            self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            opened = kernel_session if kernels else ort.InferenceSession
+            self.session = opened(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's classes share no base but this one
             raise CheckpointError(f"{file}: onnxruntime cannot load it: {error}") from error
         self.file = file

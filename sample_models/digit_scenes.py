@@ -67,7 +67,8 @@ def write(out: Path) -> None:
     for seed, (part, count) in enumerate(PARTS.items()):
         rng = np.random.default_rng(seed)
         chosen = slice(0, cut) if part == "train" else slice(cut, None)
-        images, annotations = [], []
+        images: list[Any] = []
+        annotations: list[Any] = []
         for number in range(count):
             canvas, found = scene(bunch.images[chosen] / 16, bunch.target[chosen], rng)
             name = f"{part}_{number:04d}.png"

@@ -1,6 +1,6 @@
 """A small instance segmenter of digits: the detector, and for each digit a mix of shared prototypes (YOLACT, Bolya 2019).
 
-As `sample_models.detector`, with ``masks`` [16, H, W] of each image: probabilities, zero outside the box.
+As `sample_models.detector`, with ``masks`` [D, H, W] of each image: probabilities, zero outside the box.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ PROTOTYPES = 16
 class Segmenter(Detector):
     """Adds ``mix``, how much of each prototype a point's mask has, and the ``prototypes``, at every second pixel."""
 
-    def __init__(self, classes: int = 10, width: int = 64) -> None:
-        super().__init__(classes, width)
+    def __init__(self, classes: int = 10, width: int = 64, detections: int = 16) -> None:
+        super().__init__(classes, width, detections)
         self.head["mix"] = self.branch(width, PROTOTYPES)
         self.draw = nn.Sequential(block(width + 32, 48), nn.Conv2d(48, PROTOTYPES, 1))
 
@@ -33,20 +33,16 @@ class Segmenter(Detector):
         return found | {"prototypes": self.draw(torch.cat([wide, fine], 1))}
 
     def decode(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The detector's, and ``masks`` [B, 16, H, W]."""
+        """The detector's, and ``masks`` [B, D, H, W]."""
         detections = super().decode(found)
-        heat = found["logits"]
-        area, width = heat.shape[2] * heat.shape[3], heat.shape[3]
-        chance = heat.sigmoid()
-        peaks = chance * (F.max_pool2d(chance, 3, stride=1, padding=1) == chance)
-        points = peaks.flatten(1).topk(detections["scores"].shape[1]).indices % area
+        _, _, points = self.peaks(found["logits"])
         planes = torch.einsum("bdp,bphw->bdhw", at(found["mix"], points), found["prototypes"])
         masks = F.interpolate(planes, scale_factor=2.0, mode="bilinear", align_corners=False).sigmoid()
-        return detections | {"masks": masks * inside(detections["boxes"], masks.shape[2], width * 4)}
+        return detections | {"masks": masks * inside(detections["boxes"], masks.shape[2], masks.shape[3])}
 
     def losses(self, found: dict[str, Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The detector's, and the cross entropy of each mask within its box."""
-        images, points, boxes = centres(targets, found["logits"].shape[3])
+        images, points, boxes = centres(targets, *found["logits"].shape[2:])
         mix = at(found["mix"], points[:, None], images)[:, 0]
         planes = torch.einsum("np,nphw->nhw", mix, found["prototypes"][images])
         goal = torch.cat([t["masks"] for t in targets]).to(planes.dtype)

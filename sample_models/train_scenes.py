@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,8 @@ MODELS = {"detector": ("detection", detector), "segmenter": ("segmentation", seg
 def train(model: nn.Module, task: Task, data: str) -> dict[str, float]:
     """AdamW with a one-cycle learning rate; returns the metrics on the validation images."""
     samples = task.dataset(data, split="train", augment=False)
-    loader = DataLoader([*samples], BATCH, shuffle=True, collate_fn=task.collate)  # type: ignore[arg-type]
+    read: list[Any] = [samples[number] for number in range(len(samples))]  # once, not once an epoch
+    loader: DataLoader[Any] = DataLoader(read, BATCH, shuffle=True, collate_fn=task.collate)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=EPOCHS * len(loader))
     for epoch in range(EPOCHS):

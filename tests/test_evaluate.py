@@ -132,6 +132,18 @@ def test_a_checkpoint_and_its_graph_are_measured_alike(tmp_path, data, checkpoin
     assert module.metrics == pytest.approx(graph.metrics, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:no native kernels")
+def test_the_kernels_are_measured_alike(tmp_path, data, checkpoint):
+    command = ["prune", str(checkpoint), "--nm", "2:4", "--model", f"{tmp_path / 'flat.py'}:flat", "--include", "*", "--quiet"]
+    pruned, graph = tmp_path / "p.pth", tmp_path / "p.onnx"
+    for line in ([*command, "-o", str(pruned)], ["export", str(pruned), "--input", "2,3,2,2", "-o", str(graph), "--quiet"]):
+        done = CliRunner().invoke(group, line)
+        assert done.exit_code == 0, done.output
+    task = build_task("classification")
+    stock, ours = (evaluate(graph, task, data, kernels=kernels).metrics for kernels in (False, True))
+    assert ours == pytest.approx(stock, rel=1e-5)
+
+
 def test_model_arguments_and_misfits_are_said(tmp_path, data, checkpoint):
     with pytest.raises(ModelError, match=r"1\.weight"):
         evaluate(checkpoint, build_task("classification"), data, model=f"{tmp_path / 'flat.py'}:flat",

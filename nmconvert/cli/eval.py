@@ -18,11 +18,12 @@ from nmconvert.cli.common import model_options, newest_result, output_options, s
 @click.option("--workers", default=0, show_default=True, type=click.IntRange(0), help="Processes that read the data.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many samples.")
 @click.option("--device", default="cpu", show_default=True, help="Where a checkpoint's model runs, e.g. cuda:0.")
+@click.option("--kernels", is_flag=True, help="Run an ONNX file on nmconvert's kernels, not on stock onnxruntime alone.")
 @output_options
 def command(
     file: Path, task: str | None, data: str | None, settings: dict[str, str], model: str | None,
     model_arguments: dict[str, str], trust: bool, batch_size: int, workers: int, limit: int | None, device: str,
-    as_json: bool, quiet: bool,
+    kernels: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure FILE, a checkpoint or an ONNX file, with the metric of its task on DATA.
 
@@ -34,6 +35,6 @@ def command(
 
     result = evaluate_again(
         file, task, settings, data, model=model, model_arguments=model_arguments, trust=trust, batch_size=batch_size,
-        workers=workers, limit=limit, device=device,
+        workers=workers, limit=limit, device=device, kernels=kernels,
     )  # fmt: skip
     show(dataclasses.asdict(result), as_json=as_json, quiet=quiet, render=lambda: report.eval_report(result))
