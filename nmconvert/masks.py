@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,20 @@ def ria(weight: Tensor, hessian: Tensor) -> Tensor:
     tiny = torch.finfo(size.dtype).tiny
     share = size / size.sum(0, keepdim=True).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
     return share * hessian.diagonal().clamp_min(0).pow(0.25)
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def as_integers(weight: Tensor) -> Tensor:
+    """The bits of floating ``weight``, sharing its memory; zero is positive zero."""
+    return weight.view(_INTEGERS[weight.dtype.itemsize])
+
+
+def magnitude_order(weight: Tensor) -> Tensor:
+    """Integers in the order of |w|, faster to compare: the bits without the sign. What is not finite comes last."""
+    bits = as_integers(weight.detach())
+    return bits & torch.iinfo(bits.dtype).max
 
 
 CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {"magnitude": magnitude}
@@ -77,10 +92,22 @@ def _group_mask(scores: Tensor, n: int) -> Tensor:
 
 
 def _ranks_below(scores: Tensor, n: int) -> Tensor:
-    s = scores.T.contiguous()  # [m, G]: each comparison runs along G, which vectorises
-    rank = torch.zeros(s.shape, dtype=torch.uint8, device=s.device)
-    for shift in range(1, len(s)):
-        earlier_wins = s[:-shift] >= s[shift:]
+    s = _transposed(scores)  # [m, G]: each comparison runs along G, which vectorises
+    m = len(s)
+    # Every entry starts out beaten by all that follow it, and gets back those that it beats.
+    rank = torch.arange(m - 1, -1, -1, dtype=torch.uint8, device=s.device)[:, None].repeat(1, s.shape[1])
+    for shift in range(1, m):
+        earlier_wins = (s[:-shift] >= s[shift:]).view(torch.uint8)  # a sum of bools would be converted one by one
         rank[shift:] += earlier_wins
-        rank[:-shift] += ~earlier_wins
+        rank[:-shift] -= earlier_wins
     return (rank < n).T
+
+
+def _transposed(scores: Tensor) -> Tensor:
+    """``scores.T.contiguous()``; on a CPU by NumPy, which takes a third to a half of torch's time for a few columns."""
+    if scores.device.type != "cpu":
+        return scores.T.contiguous()
+    numbers = scores.detach()
+    if numbers.dtype == torch.bfloat16:  # which NumPy does not have
+        return _transposed(numbers.view(torch.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(numbers.numpy().T))
