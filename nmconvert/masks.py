@@ -6,11 +6,13 @@ A criterion gives every weight a score; :func:`nm_mask` keeps the ``n`` highest 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nmconvert.matrix import Array
 from nmconvert.pattern import Pattern
 
 _CHUNK = 1 << 19  # entries at a time on a CPU: what one pass reads and writes stays in the L2 cache
@@ -92,22 +94,29 @@ def _group_mask(scores: Tensor, n: int) -> Tensor:
 
 
 def _ranks_below(scores: Tensor, n: int) -> Tensor:
-    s = _transposed(scores)  # [m, G]: each comparison runs along G, which vectorises
-    m = len(s)
-    # Every entry starts out beaten by all that follow it, and gets back those that it beats.
-    rank = torch.arange(m - 1, -1, -1, dtype=torch.uint8, device=s.device)[:, None].repeat(1, s.shape[1])
-    for shift in range(1, m):
-        earlier_wins = (s[:-shift] >= s[shift:]).view(torch.uint8)  # a sum of bools would be converted one by one
+    groups, m = scores.shape
+    # Transposed, so that each comparison runs along the groups, which vectorises. Every entry starts out beaten by all that
+    # follow it, and gets back those that it beats.
+    if scores.device.type != "cpu":
+        rank = torch.arange(m - 1, -1, -1, dtype=torch.uint8, device=scores.device)[:, None].repeat(1, groups)
+        return (_ranks(scores.T.contiguous(), rank, torch.uint8) < n).T
+    # NumPy takes half of torch's time for these comparisons, if they are of integers, and for transposing a few columns.
+    numbers = _ordered_integers(scores.detach()) if scores.is_floating_point() else scores
+    starts = np.repeat(np.arange(m - 1, -1, -1, dtype=np.uint8)[:, None], groups, axis=1)
+    ranks = _ranks(np.ascontiguousarray(numbers.numpy().T), starts, np.uint8)
+    return torch.from_numpy(np.ascontiguousarray((ranks < n).T))
+
+
+def _ordered_integers(scores: Tensor) -> Tensor:
+    """Integers in the order of floating ``scores``, equal where they are equal (−0 and 0 too)."""
+    bits = as_integers(scores + 0.0)
+    return bits ^ ((bits >> (8 * scores.dtype.itemsize - 1)) & torch.iinfo(bits.dtype).max)
+
+
+def _ranks(scores: Array, rank: Array, byte: Any) -> Array:
+    """How many entries of its group beat each: ``scores`` and ``rank`` [m, G], torch's or NumPy's."""
+    for shift in range(1, len(scores)):
+        earlier_wins = (scores[:-shift] >= scores[shift:]).view(byte)  # a sum of bools would be converted one by one
         rank[shift:] += earlier_wins
         rank[:-shift] -= earlier_wins
-    return (rank < n).T
-
-
-def _transposed(scores: Tensor) -> Tensor:
-    """``scores.T.contiguous()``; on a CPU by NumPy, which takes a third to a half of torch's time for a few columns."""
-    if scores.device.type != "cpu":
-        return scores.T.contiguous()
-    numbers = scores.detach()
-    if numbers.dtype == torch.bfloat16:  # which NumPy does not have
-        return _transposed(numbers.view(torch.int16)).view(torch.bfloat16)
-    return torch.from_numpy(np.ascontiguousarray(numbers.numpy().T))
+    return rank

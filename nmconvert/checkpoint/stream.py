@@ -16,7 +16,7 @@ from torch import Tensor
 from nmconvert.checkpoint.base import Edit, Edits, Slot
 from nmconvert.errors import CheckpointError
 
-BLOCK = 4 << 20  # bytes at a time: large enough for the disk, small enough to stay in the cache from stage to stage
+BLOCK = 1 << 20  # bytes at a time: large enough for the disk, small enough to stay in the cache from stage to stage
 _WAITING = 4  # blocks that were read or edited ahead
 _MAX_WORKERS = 8
 
