@@ -16,7 +16,7 @@ from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.detect import as_array, canonical_bytes
 from nmconvert.errors import ModelError, UsageError, WeightError
 from nmconvert.manifest import Layer, Manifest
-from nmconvert.masks import CRITERIA, nm_mask
+from nmconvert.masks import CRITERIA, as_integers, magnitude, magnitude_order, nm_mask
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.plan import Plan, Row, make_plan
@@ -126,27 +126,31 @@ class Magnitude:
         by_rows = row.info.kind in ("conv", "linear") and row.info.transposed is None
         self.block_rows = 1 if by_rows else 0
         self._hash = hashlib.sha256()
-        self._kept = 0.0
-        self._total = 0.0
+        self._kept: list[float] = []  # of each block, in any order
+        self._total: list[float] = []
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """Prune a tensor, or one block of its rows."""
+        """Prune a tensor, or one block of its rows; in place where it can, and in several threads at once."""
         view = self._view(weight)
-        matrix = view.to_matrix(weight)
-        scores = self.criterion(matrix)
-        largest = scores.max()
-        if not torch.isfinite(largest):
+        matrix = view.to_matrix(weight).contiguous()
+        order = magnitude_order(matrix)
+        if order.max() >= as_integers(torch.tensor(math.inf, dtype=weight.dtype)):
             raise WeightError(f"{self.row.name}: holds NaN or infinite weights; repair the checkpoint or --exclude the tensor")
-        self._total += _energy(matrix)
-        pruned = view.from_matrix(matrix.masked_fill(~nm_mask(scores, self.pattern), 0))
-        self._kept += _energy(pruned)
+        self._total.append(_energy(matrix))
+        scores = order if self.criterion is magnitude else self.criterion(matrix)
+        as_integers(matrix).mul_(nm_mask(scores, self.pattern))
+        self._kept.append(_energy(matrix))
+        return view.from_matrix(matrix)
+
+    def seal(self, pruned: Tensor) -> None:
+        """Add what was made of a block to the hash; the blocks come in order."""
         self._hash.update(canonical_bytes(as_array(pruned)).data)
-        return pruned
 
     def layer(self) -> Layer:
         """The manifest's entry, once the whole tensor has gone through."""
         assert self.row.axis is not None
-        energy = None if math.isinf(self._total) else self._kept / self._total if self._total > 0 else 1.0
+        total, kept = math.fsum(self._total), math.fsum(self._kept)
+        energy = None if math.isinf(total) else kept / total if total > 0 else 1.0
         return Layer(self.row.info, self.pattern, self.row.axis, self._hash.hexdigest(), self.row.assumed, energy)
 
     def _view(self, weight: Tensor) -> MatrixView:
@@ -158,12 +162,11 @@ class Magnitude:
 
 def _energy(weight: Tensor) -> float:
     """The sum of squares; in double precision, which takes twice as long, only where single is not enough."""
-    flat = weight.reshape(-1)
-    flat = flat if flat.dtype == torch.float64 else flat.float()
-    energy = float(torch.dot(flat, flat))
-    if 1e-30 < energy < math.inf:
-        return energy
-    return float(torch.dot(flat.double(), flat.double()))
+    if weight.dtype != torch.float64:
+        norm = float(torch.linalg.vector_norm(weight, dtype=torch.float32))
+        if 1e-15 < norm < math.inf:
+            return norm**2
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
 
 
 def _with_kinds(checkpoint: Checkpoint, tensors: Sequence[TensorInfo], model: torch.nn.Module) -> list[TensorInfo]:

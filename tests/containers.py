@@ -73,15 +73,23 @@ def halve_largest(tensor: Tensor) -> Tensor:
 
 
 class InBlocks:
-    """The same edit, made in place, on blocks of rows; counts its calls and the rows that it saw."""
+    """The same edit, made in place, on blocks of rows; keeps what is sealed, in the order in which it comes."""
 
     def __init__(self, block_rows: int) -> None:
         self.block_rows = block_rows
-        self.rows: list[int] = []
+        self.sealed: list[Tensor] = []
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        self.rows.append(len(tensor))
         return tensor.masked_fill_(tensor > 0, 0)
+
+    def seal(self, tensor: Tensor) -> None:
+        """Once for each block, in order."""
+        self.sealed.append(tensor.clone())
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows of each block."""
+        return [len(tensor) for tensor in self.sealed]
 
 
 def weights(checkpoint: Checkpoint) -> list[str]:

@@ -201,6 +201,7 @@ def test_large_tensors_are_edited_in_blocks_of_rows(tmp_path: Path, new: bool, m
     edit = InBlocks(3)
     open_checkpoint(source).write_copy(tmp_path / "b.pt", {"w": edit}, lambda: MANIFEST)
     assert edit.rows == [6] * 8 + [2]
+    assert torch.equal(torch.cat(edit.sealed), load_all(tmp_path / "b.pt")["/w"])
     check_copy(source, tmp_path / "b.pt", {"/w"})
 
 

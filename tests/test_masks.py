@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import DTYPES, naive_mask, patterns, random_weight
 
-from nmconvert.masks import magnitude, nm_mask
+from nmconvert.masks import as_integers, magnitude, magnitude_order, nm_mask
 from nmconvert.pattern import Pattern
 
 
@@ -62,3 +62,20 @@ def test_large_matrices_are_done_in_chunks_with_the_same_result(monkeypatch: pyt
     whole = nm_mask(scores, Pattern(3, 8))
     monkeypatch.setattr("nmconvert.masks._CHUNK", 100)
     assert torch.equal(nm_mask(scores, Pattern(3, 8)), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_negative_scores_and_both_zeros(dtype: torch.dtype) -> None:
+    scores = torch.tensor([[-1.0, -0.0, 0.0, -2.0], [-3.0, -1.0, 2.0, -0.0], [0.0, -0.0, 0.0, -0.0]], dtype=dtype)
+    assert nm_mask(scores, Pattern(2, 4)).int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1], [1, 1, 0, 0]]
+
+
+@given(st.integers(0, 2**32), st.sampled_from(DTYPES))
+def test_the_order_of_magnitudes_as_integers(seed: int, dtype: torch.dtype) -> None:
+    weight = random_weight((8, 32), seed, dtype, ties=True)
+    order = magnitude_order(weight)
+    assert torch.equal(nm_mask(order, Pattern(2, 4)), nm_mask(magnitude(weight), Pattern(2, 4)))
+    assert torch.equal(order.flatten().argsort(stable=True), weight.abs().double().flatten().argsort(stable=True))
+    limit = as_integers(torch.tensor(torch.inf, dtype=dtype))
+    assert (order < limit).all()
+    assert (magnitude_order(torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)) >= limit).all()

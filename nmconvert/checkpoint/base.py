@@ -20,13 +20,23 @@ from nmconvert.errors import CheckpointError
 from nmconvert.tensor import TensorInfo
 
 Edit = Callable[[Tensor], Tensor]
-"""Gets a tensor, returns one of the same shape and dtype; it may work in place, for the tensor is its own.
+"""Gets a tensor, returns one of the same shape and dtype; it may work in place. The tensor lasts as long as the call.
 
-An edit with an attribute ``block_rows = b > 0`` is called on consecutive blocks of rows of a large tensor, each a
-multiple of ``b`` along the first dimension (but for the last), so that the tensor is never in memory as a whole.
+An edit with an attribute ``block_rows = b > 0`` is called on blocks of rows of a large tensor, each a multiple of ``b``
+along the first dimension (but for the last), so that the tensor is never in memory as a whole; several blocks at once,
+from several threads, in any order. If it has a method ``seal``, that gets what was made of each block (or of the whole
+tensor), in order, before it is written.
 """
 
 Edits = Mapping[str, Edit]
+
+
+def apply_whole(edit: Edit, tensor: Tensor) -> Tensor:
+    """``tensor``, all of it in memory, passed through ``edit``, and sealed."""
+    edited = edit(tensor)
+    if hasattr(edit, "seal"):
+        edit.seal(edited)
+    return edited
 
 
 class Checkpoint(Protocol):

@@ -20,7 +20,7 @@ from onnx.external_data_helper import load_external_data_for_tensor, uses_extern
 from torch import Tensor
 
 from nmconvert.checkpoint.atomic import atomic_file
-from nmconvert.checkpoint.base import Edits
+from nmconvert.checkpoint.base import Edits, apply_whole
 from nmconvert.errors import CheckpointError, UsageError
 from nmconvert.manifest import METADATA_KEY
 from nmconvert.onnx_graph import graphs, named_tensors, tensor_infos
@@ -112,7 +112,7 @@ class OnnxCheckpoint:
         model.CopyFrom(self.model)
         for name, tensor in named_tensors(model):
             if name in edit and not uses_external_data(tensor):
-                edited = edit[name](_to_torch(tensor, self.path))
+                edited = apply_whole(edit[name], _to_torch(tensor, self.path))
                 tensor.CopyFrom(_from_torch(edited, tensor.name))
         save_model(model, target, source=self.path, edit=edit, manifest=manifest)
 
@@ -190,7 +190,7 @@ def _move_out(name: str, tensor: TensorProto, file: BinaryIO, location: str, sou
         assert source is not None
         _load_external(tensor, source)
         if name in edit:
-            tensor.CopyFrom(_from_torch(edit[name](_to_torch(tensor, source)), tensor.name))
+            tensor.CopyFrom(_from_torch(apply_whole(edit[name], _to_torch(tensor, source)), tensor.name))
     if len(tensor.raw_data) < 1024:
         return
     file.seek(-file.tell() % _ALIGNMENT, 1)

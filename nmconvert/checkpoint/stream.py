@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO
 
 import torch
@@ -13,8 +16,9 @@ from torch import Tensor
 from nmconvert.checkpoint.base import Edit, Edits, Slot
 from nmconvert.errors import CheckpointError
 
-BLOCK = 16 << 20  # bytes at a time: large enough for the disk, small enough to be still in cache when it is written
-_BUFFERS = 4
+BLOCK = 1 << 20  # bytes at a time: large enough for the disk, small enough to stay in the cache from stage to stage
+_WAITING = 4  # blocks that were read or edited ahead
+_MAX_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,14 @@ class Piece:
     region: int
     begin: int
     end: int
-    edits: tuple[tuple[Slot, Edit, tuple[int, int] | None], ...] = ()  # rows of the slot, None: all of it
+    edits: tuple[tuple[Slot, Edit], ...] = ()
+    rows: int | None = None  # so many rows of the edited slot, None: all of it
+
+    def tensor(self, slot: Slot, data: memoryview) -> Tensor:
+        """The part of ``slot`` that lies in ``data``, the bytes of this piece."""
+        if self.rows is None:
+            return slot.view(data, self.begin)
+        return torch.frombuffer(data, dtype=slot.info.dtype).view(self.rows, *slot.info.shape[1:])
 
 
 def edited_slots(slots: Mapping[str, Slot], edits: Edits) -> list[list[tuple[Slot, Edit]]]:
@@ -65,14 +76,14 @@ def _edited(region: int, begin: int, end: int, group: list[tuple[Slot, Edit]]) -
     slot, edit = group[0]
     block_rows: int = getattr(edit, "block_rows", 0)
     if len(group) > 1 or block_rows <= 0 or end - begin <= BLOCK or not slot.is_contiguous:
-        yield Piece(region, begin, end, tuple((slot, edit, None) for slot, edit in group))
+        yield Piece(region, begin, end, tuple(group))
         return
     rows = slot.info.shape[0]
     row_bytes = (end - begin) // rows
     step = max(1, BLOCK // row_bytes // block_rows) * block_rows
     for row in range(0, rows, step):
         stop = min(row + step, rows)
-        yield Piece(region, begin + row * row_bytes, begin + stop * row_bytes, ((slot, edit, (row, stop)),))
+        yield Piece(region, begin + row * row_bytes, begin + stop * row_bytes, ((slot, edit),), stop - row)
 
 
 def pump(
@@ -82,53 +93,77 @@ def pump(
     write: Callable[[Piece, memoryview], None],
     check: Callable[[Piece, memoryview], None] = lambda piece, data: None,
 ) -> None:
-    """Read each piece, ``check`` it as it was, edit it, ``write`` it; three stages that overlap, each in file order.
+    """Read each piece, ``check`` it as it was, edit it, ``write`` it; the stages overlap.
+
+    Reading and writing go through the file in order, each in a thread of its own. Blocks of rows are edited by as many
+    threads as there are cores, one core each; whole tensors one after the other, with all cores.
 
     Raises:
         CheckpointError: the file ends too early, or an edit returned a tensor of another shape or dtype.
     """
-    buffers = [bytearray() for _ in range(_BUFFERS)]
-    written: list[Future[None] | None] = [None] * _BUFFERS
-
-    def read(index: int, piece: Piece) -> memoryview:
-        size = piece.end - piece.begin
-        if len(buffers[index]) < size:
-            buffers[index] = bytearray(size)
-        data = memoryview(buffers[index])[:size]
-        source.seek(piece.begin)
-        if source.readinto(data) != size:  # type: ignore[attr-defined]
-            raise CheckpointError(f"{source.name}: ends too early, {piece.end:,} bytes expected; copy the file anew")
-        check(piece, data)
-        return data
-
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        try:
-            upcoming: Future[memoryview] | None = None
-            previous: Piece | None = None
-            for count, piece in enumerate(pieces):
-                index = count % _BUFFERS
-                if (busy := written[index]) is not None:
-                    busy.result()
-                following = reader.submit(read, index, piece)
-                if upcoming is not None and previous is not None:
-                    written[(count - 1) % _BUFFERS] = writer.submit(write, previous, _apply(previous, upcoming.result()))
-                upcoming, previous = following, piece
-            if upcoming is not None and previous is not None:
-                writer.submit(write, previous, _apply(previous, upcoming.result())).result()
-            for future in written:
-                if future is not None:
-                    future.result()
-        finally:
-            writer.shutdown(cancel_futures=True)
+    workers = min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
+    budget, in_flight = (workers + _WAITING) * BLOCK, 0
+    threads = torch.get_num_threads()
+    reader, editor, writer = (ThreadPoolExecutor(1) for _ in range(3))
+    blocks = ThreadPoolExecutor(workers, initializer=_use_one_core)
+    writes: deque[tuple[Future[None], int]] = deque()
+    free: deque[bytearray] = deque()
+    try:
+        for piece in pieces:
+            size = max(piece.end - piece.begin, BLOCK)
+            while writes and (in_flight + size > budget or writes[0][0].done()):
+                future, written = writes.popleft()
+                future.result()
+                in_flight -= written
+            buffer = free.pop() if free and size == BLOCK else bytearray(size)
+            edited = reader.submit(_read, source, piece, buffer, check)
+            if piece.edits:
+                edited = (editor if piece.rows is None else blocks).submit(_apply, piece, edited)
+            writes.append((writer.submit(_write, piece, edited, write), size))
+            if size == BLOCK:
+                writes[-1][0].add_done_callback(partial(_give_back, free, buffer))
+            in_flight += size
+        for future, _ in writes:
+            future.result()
+    finally:
+        for executor in (reader, editor, blocks, writer):
+            executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
-def _apply(piece: Piece, data: memoryview) -> memoryview:
-    for slot, edit, rows in piece.edits:
-        if rows is None:
-            tensor = slot.view(data, piece.begin)
-        else:
-            tensor = torch.frombuffer(data, dtype=slot.info.dtype).view(rows[1] - rows[0], *slot.info.shape[1:])
-        changed = edit(tensor)
+def _give_back(free: deque[bytearray], buffer: bytearray, written: Future[None]) -> None:
+    free.append(buffer)
+
+
+def _use_one_core() -> None:
+    # Of these threads each has a core: the threads that torch adds within an operator would only wait for each other.
+    torch.set_num_threads(1)
+
+
+def _read(source: BinaryIO, piece: Piece, buffer: bytearray, check: Callable[[Piece, memoryview], None]) -> memoryview:
+    size = piece.end - piece.begin
+    data = memoryview(buffer)[:size]
+    source.seek(piece.begin)
+    if source.readinto(data) != size:  # type: ignore[attr-defined]
+        raise CheckpointError(f"{source.name}: ends too early, {piece.end:,} bytes expected; copy the file anew")
+    check(piece, data)
+    return data
+
+
+def _write(piece: Piece, edited: Future[memoryview], write: Callable[[Piece, memoryview], None]) -> None:
+    data = edited.result()
+    for slot, edit in piece.edits:
+        if hasattr(edit, "seal"):
+            edit.seal(piece.tensor(slot, data))
+    write(piece, data)
+
+
+def _apply(piece: Piece, read: Future[memoryview]) -> memoryview:
+    data = read.result()
+    for slot, edit in piece.edits:
+        tensor = piece.tensor(slot, data)
+        with torch.no_grad():
+            changed = edit(tensor)
         _same_kind(slot, tensor, changed)
         if changed is not tensor:
             tensor.copy_(changed)
