@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 
 import click
 
+from nmconvert.cli.calibration import METHODS, calibration_batches, calibration_options
 from nmconvert.cli.common import layer_patterns, model_options, output_options, show
+from nmconvert.errors import UsageError
 from nmconvert.pattern import AXES, Axis, Pattern
 
 
@@ -28,17 +32,25 @@ from nmconvert.pattern import AXES, Axis, Pattern
     help="Prune only what this runtime can speed up.",
 )  # fmt: skip
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Where to write; default: CHECKPOINT with .nmN-M.")
+@calibration_options
+@click.option(
+    "--criterion", type=click.Choice(METHODS),
+    help="How weights are chosen; all but magnitude need --calib.  [default: auto with --calib, else magnitude]",
+)  # fmt: skip
 @model_options
 @output_options
 def command(
     checkpoint: Path, nm: str, axis: Axis, layers: list[tuple[str, Pattern | None]], include: tuple[str, ...],
     exclude: tuple[str, ...], target: str, output: Path | None, model: str | None, model_arguments: dict[str, str],
-    trust: bool, as_json: bool, quiet: bool,
+    calib: str | None, task: str, settings: dict[str, str], samples: int, batch_size: int, seed: int,
+    criterion: str | None, trust: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Keep N of every M weights of CHECKPOINT's convolutions and linear layers, those of largest magnitude.
+    """Keep N of every M weights of CHECKPOINT's convolutions and linear layers.
 
     CHECKPOINT is a PyTorch file, a safetensors file, a Hugging Face folder or an ONNX model; the copy is of the same kind.
-    Without --model, what a tensor is follows from its name and shape.
+    Without --model, what a tensor is follows from its name and shape. Without --calib, the weights of largest magnitude are
+    kept; with it, layer after layer is solved against the outputs of the dense model, and the kept weights change, too.
+    An ONNX model needs no --model for that.
     """
     pattern = Pattern.parse(nm)
     from nmconvert import report
@@ -49,8 +61,20 @@ def command(
         from nmconvert.model import build
 
         built = build(model, model_arguments, trust=trust)
+    solver = None
+    if calib is not None:
+        from nmconvert.calibrate import Recipe
+        from nmconvert.calibrated import module_solver, onnx_solver
+
+        batches = calibration_batches(calib, task, settings, samples, batch_size, seed)
+        recipe = Recipe(criterion=criterion or "auto", seed=seed)
+        told = partial(click.echo, err=True) if sys.stderr.isatty() and not quiet else lambda line: None
+        solver = module_solver(built, batches, recipe, told) if built is not None else onnx_solver(batches, recipe, told)
+    elif criterion not in (None, "magnitude"):
+        raise UsageError(f"--criterion {criterion} looks at the inputs of the layers: give --calib DATA")
+    said = {"model": model, "model_arguments": model_arguments or None, "calib": calib}
     result = prune(
         checkpoint, pattern, axis, output=output, layers=layers, include=include, exclude=exclude, target=target,
-        model=built, settings={"model": model, "model_arguments": model_arguments or None}, trust=trust,
+        criterion=criterion or ("auto" if calib else "magnitude"), model=built, solver=solver, settings=said, trust=trust,
     )  # fmt: skip
     show(report.prune_json(result), as_json=as_json, quiet=quiet, render=lambda: report.prune_report(result))
