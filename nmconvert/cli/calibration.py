@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -51,3 +53,8 @@ def calibration_batches(
         inputs = reader.collate([dataset[i] for i in order[low : low + batch_size]]).inputs
         batches.append((inputs,) if isinstance(inputs, list) else inputs)  # a list of images is one argument
     return batches
+
+
+def teller(quiet: bool) -> Callable[[str], None]:
+    """Where the line of progress of each layer goes: to a terminal's stderr, or nowhere."""
+    return partial(click.echo, err=True) if sys.stderr.isatty() and not quiet else lambda line: None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from functools import partial
 from pathlib import Path
+from statistics import mode as commonest
 
 import click
 
-from nmconvert.cli.calibration import METHODS, calibration_batches, calibration_options
+from nmconvert.cli.calibration import METHODS, calibration_batches, calibration_options, teller
 from nmconvert.cli.common import layer_patterns, model_options, output_options, show
 from nmconvert.errors import UsageError
 from nmconvert.pattern import AXES, Axis, Pattern
@@ -16,7 +15,12 @@ from nmconvert.pattern import AXES, Axis, Pattern
 
 @click.command("prune")
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
-@click.option("--nm", required=True, metavar="N:M", help="Keep N of every M weights, for example 2:4. M is at most 32.")
+@click.option("--nm", metavar="N:M", help="Keep N of every M weights, for example 2:4. M is at most 32.")
+@click.option(
+    "--budget", metavar="BUDGET",
+    help="Instead of --nm, a pattern for each layer: 'size<=0.35', 'speedup>=1.5' (both of the pruned layers), or "
+    "'top1-drop<=0.5' (points of agreement with the dense model). Needs --model and --calib.",
+)  # fmt: skip
 @click.option(
     "--axis", type=click.Choice(AXES), default="channel", show_default=True,
     help="Groups along the input channels at one kernel position, or along each filter's flattened I·kh·kw.",
@@ -40,10 +44,10 @@ from nmconvert.pattern import AXES, Axis, Pattern
 @model_options
 @output_options
 def command(
-    checkpoint: Path, nm: str, axis: Axis, layers: list[tuple[str, Pattern | None]], include: tuple[str, ...],
-    exclude: tuple[str, ...], target: str, output: Path | None, model: str | None, model_arguments: dict[str, str],
-    calib: str | None, task: str, settings: dict[str, str], samples: int, batch_size: int, seed: int,
-    criterion: str | None, trust: bool, as_json: bool, quiet: bool,
+    checkpoint: Path, nm: str | None, budget: str | None, axis: Axis, layers: list[tuple[str, Pattern | None]],
+    include: tuple[str, ...], exclude: tuple[str, ...], target: str, output: Path | None, model: str | None,
+    model_arguments: dict[str, str], calib: str | None, task: str, settings: dict[str, str], samples: int,
+    batch_size: int, seed: int, criterion: str | None, trust: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Keep N of every M weights of CHECKPOINT's convolutions and linear layers.
 
@@ -52,7 +56,11 @@ def command(
     kept; with it, layer after layer is solved against the outputs of the dense model, and the kept weights change, too.
     An ONNX model needs no --model for that.
     """
-    pattern = Pattern.parse(nm)
+    if (nm is None) == (budget is None):
+        raise UsageError("say how much is kept: --nm N:M for all layers, or --budget to choose for each")
+    if budget is not None and (model is None or calib is None):
+        raise UsageError("--budget measures what each layer bears: give --model and --calib")
+    pattern = Pattern.parse(nm or "2:4")
     from nmconvert import report
     from nmconvert.prune import prune
 
@@ -68,11 +76,21 @@ def command(
 
         batches = calibration_batches(calib, task, settings, samples, batch_size, seed)
         recipe = Recipe(criterion=criterion or "auto", seed=seed)
-        told = partial(click.echo, err=True) if sys.stderr.isatty() and not quiet else lambda line: None
+        told = teller(quiet)
+        if budget is not None and built is not None:
+            from nmconvert.budget import Budget
+            from nmconvert.calibrated import layers_under
+            from nmconvert.checkpoint import open_checkpoint
+            from nmconvert.prune import plan_for
+
+            opened = open_checkpoint(checkpoint, trust=trust)
+            plan = plan_for(opened, pattern, axis, built, layers=layers, include=include, exclude=exclude, target=target)
+            layers = [*layers, *layers_under(Budget.parse(budget), built, opened, plan, batches, told)]
+            pattern = commonest([kept for _, kept in layers if kept is not None] or [pattern])
         solver = module_solver(built, batches, recipe, told) if built is not None else onnx_solver(batches, recipe, told)
     elif criterion not in (None, "magnitude"):
         raise UsageError(f"--criterion {criterion} looks at the inputs of the layers: give --calib DATA")
-    said = {"model": model, "model_arguments": model_arguments or None, "calib": calib}
+    said = {"model": model, "model_arguments": model_arguments or None, "calib": calib, "budget": budget}
     result = prune(
         checkpoint, pattern, axis, output=output, layers=layers, include=include, exclude=exclude, target=target,
         criterion=criterion or ("auto" if calib else "magnitude"), model=built, solver=solver, settings=said, trust=trust,
