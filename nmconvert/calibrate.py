@@ -67,21 +67,24 @@ class Recipe:
     against_dense: bool = True  # targets are the dense model's outputs, not the layer's own on pruned inputs
     correct_means: bool = True  # what pruning does to a layer's mean output goes into its bias or norm, in closed form
     reestimate: bool = True
-    block_steps: int = 200
+    block_steps: int = 60
     block_rate: float = 1e-3
-    model_steps: int = 300
+    model_steps: int = 100
     model_rate: float = 1e-3
     tokens: int = 1 << 17  # positions taken of each layer's inputs, of all batches together
-    copies: int = 4  # of image batches, flipped and shifted (the first as it is)
+    copies: int = 2  # of image batches, flipped and shifted (the first as it is)
     held_out: float = 0.125
     seed: int = 0
+
+
+DEFAULT = Recipe()
 
 
 def prune_model(
     model: nn.Module,
     batches: Iterable[Batch],
     plan: Mapping[str, tuple[Pattern, Axis]],
-    recipe: Recipe = Recipe(),
+    recipe: Recipe = DEFAULT,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Pruned:
     """Prune the parameters of ``plan`` in place of ``model``, with unlabelled ``batches``.
@@ -215,9 +218,7 @@ class _Run:
         view = MatrixView.of(site.kind, parameter.shape, site.axis, site.groups)
         matrix = view.to_matrix(parameter.detach())
         mean = self._mean(site) if self.recipe.correct_means else None
-        solved = solve_rows(
-            matrix, moments, site.pattern, self.recipe.criterion, self.recipe.damping, centred=mean is not None
-        )
+        solved = solve_rows(matrix, moments, site.pattern, self.recipe.criterion, self.recipe.damping, centred=mean is not None)
         with torch.no_grad():
             parameter.copy_(view.from_matrix(solved.weight).to(parameter.dtype))
             if mean is not None:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,16 @@ def prune(
     target: str = "generic",
     criterion: str = "magnitude",
     model: torch.nn.Module | None = None,
+    solver: Callable[[Checkpoint, Plan], Mapping[str, Tensor]] | None = None,
     settings: Settings | None = None,
     trust: bool = False,
 ) -> PruneResult:
     """Write a copy of ``source`` whose convolutions and linear layers keep n of every m weights.
 
     Layers are chosen by :func:`nmconvert.plan.make_plan`. ``model`` tells what each tensor is; without it names and shapes do.
-    ``settings`` are kept in the manifest. The copy is written as a stream: memory is bounded by the largest tensor.
+    ``solver`` gives every tensor that is to change, by name (:mod:`nmconvert.calibrated`); what the plan prunes and it leaves
+    out is pruned by ``criterion``. ``settings`` are kept in the manifest. The copy is written as a stream: without a solver,
+    memory is bounded by the largest tensor.
 
     Raises:
         UsageError: nothing would be pruned, or ``output`` is the input.
@@ -75,7 +79,12 @@ def prune(
     plan = plan_for(checkpoint, pattern, axis, model, layers=layers, include=include, exclude=exclude, target=target)
     if not plan.pruned:
         raise UsageError(f"{source}: nothing to prune among its {len(plan.rows)} tensors; {_commonest_reason(plan)}")
-    edits = {row.name: Magnitude(row, CRITERIA[criterion]) for row in plan.pruned}
+    solved = solver(checkpoint, plan) if solver else {}
+    edits: dict[str, Magnitude | Solved] = {
+        row.name: Solved(row, solved[row.name]) if row.name in solved else Magnitude(row, CRITERIA.get(criterion, magnitude))
+        for row in plan.pruned
+    }
+    others = {name: partial(_replace, tensor) for name, tensor in solved.items() if name not in edits}
     base = _previous_manifest(checkpoint).with_settings(source=str(source.resolve()), **(settings or {}))
     base = base.after("prune", pattern=str(pattern), axis=axis, criterion=criterion)
     dense = {row.name: row.reason or "" for row in plan.rows if row.pattern is None and len(row.info.shape) > 1}
@@ -83,7 +92,7 @@ def prune(
     def manifest() -> Manifest:
         return replace(base, layers=tuple(edit.layer() for edit in edits.values()), dense=dense)
 
-    checkpoint.write_copy(output, edits, lambda: manifest().to_json())
+    checkpoint.write_copy(output, {**edits, **others}, lambda: manifest().to_json())
     return PruneResult(source, output, checkpoint.format, plan, manifest())
 
 
@@ -158,6 +167,34 @@ class Magnitude:
             return self.row.view
         assert self.row.axis is not None
         return replace(self.row.info, shape=tuple(weight.shape)).view(self.row.axis)
+
+
+class Solved:
+    """The edit of one tensor whose pruned values are known."""
+
+    def __init__(self, row: Row, tensor: Tensor) -> None:
+        self.row = row
+        self.tensor = tensor
+        self._digest = ""
+        self._energy = 1.0
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The new values, in the old one's dtype."""
+        new = _replace(self.tensor, weight)
+        total = _energy(weight)
+        self._energy = _energy(weight.masked_fill(new == 0, 0)) / total if total > 0 else 1.0
+        self._digest = hashlib.sha256(canonical_bytes(as_array(new)).data).hexdigest()
+        return new
+
+    def layer(self) -> Layer:
+        """The manifest's entry, once the tensor has been written."""
+        assert self.row.pattern is not None
+        assert self.row.axis is not None
+        return Layer(self.row.info, self.row.pattern, self.row.axis, self._digest, self.row.assumed, self._energy)
+
+
+def _replace(new: Tensor, old: Tensor) -> Tensor:
+    return new.to(old.dtype).reshape(old.shape)
 
 
 def _energy(weight: Tensor) -> float:

@@ -46,10 +46,7 @@ def columns(
         return conv_columns(padded, module.kernel_size, module.stride, module.dilation, module.groups, axis, limit)
     if isinstance(module, _TRANSPOSED):
         x = x.unsqueeze(0) if x.dim() == len(module.kernel_size) + 1 else x
-        crops: Any = [(p, p - extra) for p, extra in zip(module.padding, module.output_padding, strict=True)]
-        return transposed_columns(
-            x, module.kernel_size, module.stride, crops, module.dilation, module.groups, axis, limit
-        )
+        return _transposed(module, x, axis, limit)
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":  # Hugging Face's Conv1D is x @ [I, O]
         flat = x.reshape(-1, x.shape[-1])
         return [flat if limit is None or len(flat) <= limit else flat[_choice(len(flat), limit)]]
@@ -97,6 +94,11 @@ def _padding(module: Any) -> tuple[list[int], str]:
         pairs = [(p, p) for p in module.padding]
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return [p for pair in reversed(pairs) for p in pair], mode
+
+
+def _transposed(module: Any, x: Tensor, axis: Axis, limit: int | None) -> list[Tensor]:
+    crops = [(p, p - extra) for p, extra in zip(module.padding, module.output_padding, strict=True)]
+    return transposed_columns(x, module.kernel_size, module.stride, crops, module.dilation, module.groups, axis, limit)
 
 
 def transposed_columns(

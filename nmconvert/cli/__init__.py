@@ -15,6 +15,7 @@ from nmconvert.errors import NmconvertError
 
 COMMANDS = {
     "prune": "keep n of every m weights of a trained checkpoint",
+    "sensitivity": "what each pattern costs in each layer, by calibration data",
     "finetune": "bring back accuracy by some epochs of SR-STE",
     "inspect": "what pattern each tensor of any checkpoint or ONNX file satisfies",
     "export": "write an ONNX file with compressed weights",

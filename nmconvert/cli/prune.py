@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mode as commonest
 
 import click
 
+from nmconvert.cli.calibration import METHODS, calibration_batches, calibration_options, teller
 from nmconvert.cli.common import layer_patterns, model_options, output_options, show
+from nmconvert.errors import UsageError
 from nmconvert.pattern import AXES, Axis, Pattern
 
 
 @click.command("prune")
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
-@click.option("--nm", required=True, metavar="N:M", help="Keep N of every M weights, for example 2:4. M is at most 32.")
+@click.option("--nm", metavar="N:M", help="Keep N of every M weights, for example 2:4. M is at most 32.")
+@click.option(
+    "--budget", metavar="BUDGET",
+    help="Instead of --nm, a pattern for each layer: 'size<=0.35', 'speedup>=1.5' (both of the pruned layers), or "
+    "'top1-drop<=0.5' (points of agreement with the dense model). Needs --model and --calib.",
+)  # fmt: skip
 @click.option(
     "--axis", type=click.Choice(AXES), default="channel", show_default=True,
     help="Groups along the input channels at one kernel position, or along each filter's flattened I·kh·kw.",
@@ -28,19 +36,31 @@ from nmconvert.pattern import AXES, Axis, Pattern
     help="Prune only what this runtime can speed up.",
 )  # fmt: skip
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Where to write; default: CHECKPOINT with .nmN-M.")
+@calibration_options
+@click.option(
+    "--criterion", type=click.Choice(METHODS),
+    help="How weights are chosen; all but magnitude need --calib.  [default: auto with --calib, else magnitude]",
+)  # fmt: skip
 @model_options
 @output_options
 def command(
-    checkpoint: Path, nm: str, axis: Axis, layers: list[tuple[str, Pattern | None]], include: tuple[str, ...],
-    exclude: tuple[str, ...], target: str, output: Path | None, model: str | None, model_arguments: dict[str, str],
-    trust: bool, as_json: bool, quiet: bool,
+    checkpoint: Path, nm: str | None, budget: str | None, axis: Axis, layers: list[tuple[str, Pattern | None]],
+    include: tuple[str, ...], exclude: tuple[str, ...], target: str, output: Path | None, model: str | None,
+    model_arguments: dict[str, str], calib: str | None, task: str, settings: dict[str, str], samples: int,
+    batch_size: int, seed: int, criterion: str | None, trust: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Keep N of every M weights of CHECKPOINT's convolutions and linear layers, those of largest magnitude.
+    """Keep N of every M weights of CHECKPOINT's convolutions and linear layers.
 
     CHECKPOINT is a PyTorch file, a safetensors file, a Hugging Face folder or an ONNX model; the copy is of the same kind.
-    Without --model, what a tensor is follows from its name and shape.
+    Without --model, what a tensor is follows from its name and shape. Without --calib, the weights of largest magnitude are
+    kept; with it, layer after layer is solved against the outputs of the dense model, and the kept weights change, too.
+    An ONNX model needs no --model for that.
     """
-    pattern = Pattern.parse(nm)
+    if (nm is None) == (budget is None):
+        raise UsageError("say how much is kept: --nm N:M for all layers, or --budget to choose for each")
+    if budget is not None and (model is None or calib is None):
+        raise UsageError("--budget measures what each layer bears: give --model and --calib")
+    pattern = Pattern.parse(nm or "2:4")
     from nmconvert import report
     from nmconvert.prune import prune
 
@@ -49,8 +69,30 @@ def command(
         from nmconvert.model import build
 
         built = build(model, model_arguments, trust=trust)
+    solver = None
+    if calib is not None:
+        from nmconvert.calibrate import Recipe
+        from nmconvert.calibrated import module_solver, onnx_solver
+
+        batches = calibration_batches(calib, task, settings, samples, batch_size, seed)
+        recipe = Recipe(criterion=criterion or "auto", seed=seed)
+        told = teller(quiet)
+        if budget is not None and built is not None:
+            from nmconvert.budget import Budget
+            from nmconvert.calibrated import layers_under
+            from nmconvert.checkpoint import open_checkpoint
+            from nmconvert.prune import plan_for
+
+            opened = open_checkpoint(checkpoint, trust=trust)
+            plan = plan_for(opened, pattern, axis, built, layers=layers, include=include, exclude=exclude, target=target)
+            layers = [*layers, *layers_under(Budget.parse(budget), built, opened, plan, batches, told)]
+            pattern = commonest([kept for _, kept in layers if kept is not None] or [pattern])
+        solver = module_solver(built, batches, recipe, told) if built is not None else onnx_solver(batches, recipe, told)
+    elif criterion not in (None, "magnitude"):
+        raise UsageError(f"--criterion {criterion} looks at the inputs of the layers: give --calib DATA")
+    said = {"model": model, "model_arguments": model_arguments or None, "calib": calib, "budget": budget}
     result = prune(
         checkpoint, pattern, axis, output=output, layers=layers, include=include, exclude=exclude, target=target,
-        model=built, settings={"model": model, "model_arguments": model_arguments or None}, trust=trust,
+        criterion=criterion or ("auto" if calib else "magnitude"), model=built, solver=solver, settings=said, trust=trust,
     )  # fmt: skip
     show(report.prune_json(result), as_json=as_json, quiet=quiet, render=lambda: report.prune_report(result))

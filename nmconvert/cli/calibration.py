@@ -1,0 +1,60 @@
+"""Options for calibration data, shared by the commands that take it, and the batches that they name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from nmconvert.cli.common import TASKS, key_values
+
+if TYPE_CHECKING:
+    from nmconvert.replay import Batch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "exact", "admm", "auto")
+"""`nmconvert.sparsegpt.METHODS`, without the import of torch that it costs."""
+
+
+def calibration_options(function: F) -> F:
+    """``--calib`` and how it is read: ``--task``, ``--task-arg``, ``--samples``, ``--batch-size`` and ``--seed``."""
+    for option in (
+        click.option("--seed", default=0, show_default=True, help="Decides which samples are taken, and their order."),
+        click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Samples at once."),
+        click.option("--samples", default=512, show_default=True, type=click.IntRange(2), help="How many of DATA."),
+        click.option("--task-arg", "settings", multiple=True, callback=key_values, metavar="NAME=VALUE",
+                     help="A setting of the task, such as size=224; may be repeated."),
+        click.option("--task", type=click.Choice(TASKS), default="classification", show_default=True,
+                     help="Whose formats DATA is read in."),
+        click.option("--calib", metavar="DATA", help="Calibrate on these samples (labels are not looked at)."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def calibration_batches(
+    calib: str, task: str, settings: dict[str, str], samples: int, batch_size: int, seed: int
+) -> list[Batch]:
+    """The inputs of ``samples`` random training samples of ``calib``, in batches."""
+    import torch
+
+    from nmconvert.tasks import build_task
+
+    reader = build_task(task, settings)
+    dataset = reader.dataset(calib, split="train", augment=False)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(dataset), generator=generator)[:samples].tolist()
+    batches = []
+    for low in range(0, len(order), batch_size):
+        inputs = reader.collate([dataset[i] for i in order[low : low + batch_size]]).inputs
+        batches.append((inputs,) if isinstance(inputs, list) else inputs)  # a list of images is one argument
+    return batches
+
+
+def teller(quiet: bool) -> Callable[[str], None]:
+    """Where the line of progress of each layer goes: to a terminal's stderr, or nowhere."""
+    return partial(click.echo, err=True) if sys.stderr.isatty() and not quiet else lambda line: None

@@ -1,0 +1,72 @@
+"""``nmconvert sensitivity``: what each pattern costs in each layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nmconvert.cli.calibration import calibration_batches, calibration_options, teller
+from nmconvert.cli.common import model_options, output_options, show
+from nmconvert.errors import UsageError
+from nmconvert.pattern import AXES, Axis, Pattern
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from nmconvert.budget import Sensitivity
+
+_BAR = 24  # characters
+
+
+@click.command("sensitivity")
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--nm", "patterns", default="2:4,1:4,4:8,2:8,1:8,1:16", show_default=True, metavar="N:M,…", help="Patterns to try."
+)
+@click.option("--axis", type=click.Choice(AXES), default="channel", show_default=True, help="As in prune.")
+@calibration_options
+@model_options
+@output_options
+def command(
+    checkpoint: Path, patterns: str, axis: Axis, calib: str | None, task: str, settings: dict[str, str], samples: int,
+    batch_size: int, seed: int, model: str | None, model_arguments: dict[str, str], trust: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Prune each layer of CHECKPOINT alone, to each pattern, and show what that does to the model's outputs.
+
+    The loss is the squared error of the outputs relative to their energy, on calibration data; the bar shows the first
+    pattern's. `nmconvert prune --budget` chooses patterns by these numbers.
+    """
+    chosen = [Pattern.parse(text) for text in patterns.split(",")]
+    if model is None or calib is None:
+        raise UsageError("sensitivities are measured on a model and its inputs: give --model and --calib")
+    from nmconvert.calibrated import sensitivities
+    from nmconvert.checkpoint import open_checkpoint
+    from nmconvert.model import build
+    from nmconvert.prune import plan_for
+
+    built, opened = build(model, model_arguments, trust=trust), open_checkpoint(checkpoint, trust=trust)
+    plan = plan_for(opened, chosen[0], axis, built)
+    batches = calibration_batches(calib, task, settings, samples, batch_size, seed)
+    found = sensitivities(built, opened, plan, batches, chosen, teller(quiet))
+    show({"layers": [as_dict(s) for s in found]}, as_json=as_json, quiet=quiet, render=lambda: table(found))
+
+
+def as_dict(found: Sensitivity) -> dict[str, Any]:
+    """One layer for machines."""
+    losses = {str(o.pattern): {"loss": o.loss, "size": o.size, "work": o.work} for o in found.options[1:]}
+    return {"name": found.name, "axis": found.axis, "patterns": losses}
+
+
+def table(found: list[Sensitivity]) -> RenderableType:
+    """One row a layer, one column a pattern, and a bar of the first pattern's loss."""
+    from nmconvert.report import new_table
+
+    patterns = [str(option.pattern) for option in found[0].options[1:]]
+    shown = new_table("Loss of each layer pruned alone", "tensor", "share", *patterns, patterns[0], right=("share", *patterns))
+    largest = max(max(s.options[1].loss for s in found), 1e-12)
+    for s in found:
+        bar = "█" * round(_BAR * s.options[1].loss / largest)
+        shown.add_row(s.name, f"{s.options[0].size:.1%}", *(f"{o.loss:.4f}" for o in s.options[1:]), bar)
+    return shown
