@@ -5,7 +5,8 @@
 Builds a ResNet-50-shaped network (weights drawn at random: neither speed nor size looks at them), prunes it, exports it
 dense and compressed, and runs the two files in turns. Prints one line of JSON:
 
-``speed``    dense time / compressed time for one image, the median over rounds (1 is equal, more is faster), and its quartiles
+``speed``    dense time / compressed time for one image, the median over rounds (1 is equal, more is faster), and its quartiles;
+             with one thread that thread's own time, which a busy machine disturbs less
 ``weights``  packed bytes of the sparse weights / their dense bytes
 ``overhead`` what the compressed file holds besides packed weights, dense weights and biases / the file
 ``load``     seconds to open each file
@@ -84,15 +85,16 @@ def open_session(path: Path, threads: int) -> tuple[onnxruntime.InferenceSession
 
 def interleaved(sessions: list[onnxruntime.InferenceSession], x: np.ndarray, rounds: int) -> list[list[float]]:
     """Seconds of each session in each round; whatever else the machine does hits all alike."""
+    clock = time.thread_time if sessions[0].get_session_options().intra_op_num_threads == 1 else time.perf_counter
     feeds = [{session.get_inputs()[0].name: x} for session in sessions]
     seconds: list[list[float]] = [[] for _ in sessions]
     for number in range(rounds + 2):
         order = range(len(sessions)) if number % 2 else reversed(range(len(sessions)))
         for which in order:
-            start = time.perf_counter()
+            start = clock()
             sessions[which].run(None, feeds[which])
             if number >= 2:  # the first two warm up
-                seconds[which].append(time.perf_counter() - start)
+                seconds[which].append(clock() - start)
     return seconds
 
 
