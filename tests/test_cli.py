@@ -121,6 +121,7 @@ def test_tables_say_what_happened(nm: Any, folder: Path) -> None:
 # Arguments, exit status, and what the one line says; {…} stands for files of the folder.
 ERRORS: list[tuple[str, int, str]] = [
     ("prune net.pt --nm 5:4", 2, "pattern 5:4 is out of range: N:M keeps N of every M weights, with 1 <= N <= M <= 32"),
+    ("prune net.pt", 2, "say how much is kept: --nm N:M for all layers, or --budget to choose for each"),
     ("prune net.pt --nm half", 2, "'half' is not an N:M pattern: write how many are kept of how many, for example 2:4"),
     (
         "prune net.pt --nm 2:4 --include x*",
@@ -176,7 +177,6 @@ def test_errors(nm: Any, folder: Path, arguments: str, status: int, text: str) -
     ("arguments", "text"),
     [
         ("prune", "Missing argument 'CHECKPOINT'"),
-        ("prune net.pt", "Missing option '--nm'"),
         ("prune missing.pt --nm 2:4", "'missing.pt' does not exist"),
         ("prune net.pt --nm 2:4 --axis depth", "'depth' is not one of 'channel', 'kernel'"),
         ("prune net.pt --nm 2:4 --layer body", "is not of the form GLOB=N:M"),
