@@ -38,6 +38,7 @@ def first_sentence(path: Path) -> str:
 def reference() -> str:
     """Markdown: the help of ``nmconvert``, then of each command in the order of its list."""
     root = _context(group, "nmconvert")
+    root.help_option_names = group.context_settings["help_option_names"]  # the commands inherit it
     parts = [_block(group.get_help(root))]
     for name in COMMANDS:
         command = group.get_command(root, name)
