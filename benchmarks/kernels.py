@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnx import TensorProto, helper
+from onnx import helper
 
 from nmconvert import runtime
-from tests.runtime_models import initializers, layer, random_weight, tensor
+from tests.runtime_models import layer, random_weight, tensor
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,26 @@ def _linear(tokens: int) -> list[Shape]:
 
 
 def _conv(kernel: int, batch: int) -> list[Shape]:
-    sides = {3: [(64, 64, 56), (128, 128, 28), (256, 256, 14), (512, 512, 7)],
-             1: [(256, 64, 56), (128, 512, 28), (1024, 256, 14), (512, 2048, 7)]}[kernel]
+    sides = {
+        3: [(64, 64, 56), (128, 128, 28), (256, 256, 14), (512, 512, 7)],
+        1: [(256, 64, 56), (128, 512, 28), (1024, 256, 14), (512, 2048, 7)],
+    }[kernel]
     return [
         Shape(f"conv {kernel}×{kernel}, batch {batch}", (o, i, kernel, kernel), (batch, i, side, side)) for o, i, side in sides
     ]
 
 
 SHAPES = [
-    *_linear(1), *_linear(8), *_linear(64), *_linear(128), *_linear(256),
+    *_linear(1),
+    *_linear(8),
+    *_linear(64),
+    *_linear(128),
+    *_linear(256),
     Shape("linear 4096×4096, 1 token", (4096, 4096), (1, 4096)),
-    *_conv(3, 1), *_conv(1, 1), *_conv(3, 8), *_conv(1, 8),
+    *_conv(3, 1),
+    *_conv(1, 1),
+    *_conv(3, 8),
+    *_conv(1, 8),
 ]
 
 
@@ -133,13 +142,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
             best = min(dense) / min(sparse)
             families.setdefault(shape.family, []).append((ratio, best))
             gflops = shape.flops / min(dense) / 1e9
-            rows.append({**asdict(shape), "pattern": pattern, "threads": chosen.threads, "dense_ms": min(dense) * 1e3,
-                         "sparse_ms": min(sparse) * 1e3, "median": ratio, "best": best})
-            print(f"{shape.family:28} {shape.weight!s:20} {pattern:5} dense {min(dense) * 1e3:8.3f} ms ({gflops:6.1f} GF/s)  "
-                  f"sparse {min(sparse) * 1e3:8.3f} ms  med {ratio:5.2f} best {best:5.2f}", flush=True)
+            rows.append(
+                {
+                    **asdict(shape),
+                    "pattern": pattern,
+                    "threads": chosen.threads,
+                    "dense_ms": min(dense) * 1e3,
+                    "sparse_ms": min(sparse) * 1e3,
+                    "median": ratio,
+                    "best": best,
+                }
+            )
+            print(
+                f"{shape.family:28} {shape.weight!s:20} {pattern:5} dense {min(dense) * 1e3:8.3f} ms ({gflops:6.1f} GF/s)  "
+                f"sparse {min(sparse) * 1e3:8.3f} ms  med {ratio:5.2f} best {best:5.2f}",
+                flush=True,
+            )
         for family, found in families.items():
-            summary.append({"family": family, "pattern": pattern, "threads": chosen.threads,
-                            "median": geometric_mean(m for m, _ in found), "best": geometric_mean(b for _, b in found)})
+            summary.append(
+                {
+                    "family": family,
+                    "pattern": pattern,
+                    "threads": chosen.threads,
+                    "median": geometric_mean(m for m, _ in found),
+                    "best": geometric_mean(b for _, b in found),
+                }
+            )
     for row in summary:
         print(f"{row['family']:28} {row['pattern']:5} med {row['median']:5.2f} best {row['best']:5.2f}")
     if chosen.json:

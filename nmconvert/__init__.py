@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Pattern": "nmconvert.pattern",
     "NmconvertError": "nmconvert.errors",
+    "session": "nmconvert.runtime",
     "sparsify": "nmconvert.srste",
 }
 __all__ = [*_PUBLIC, "__version__"]

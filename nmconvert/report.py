@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -14,12 +15,15 @@ from nmconvert.pattern import AXES
 from nmconvert.targets import usable_by
 
 if TYPE_CHECKING:
+    from nmconvert.bench import BenchResult
     from nmconvert.evaluate import Evaluation
     from nmconvert.export import ExportResult
     from nmconvert.inspect import Inspection
     from nmconvert.pattern import Pattern
     from nmconvert.plan import Plan, Row
     from nmconvert.prune import PruneResult
+    from nmconvert.runtime.choice import Times
+    from nmconvert.runtime.doctor import Fact
     from nmconvert.verify import Verification
 
 
@@ -256,3 +260,65 @@ def eval_report(result: Evaluation) -> RenderableType:
         style = "bold" if name == result.metric else ""
         table.add_row(name.replace("_", " "), f"{result.metrics[name]:.{digits}f}", style=style)
     return Group(title, table, Text(f"{result.samples} samples of {result.data} in {result.seconds:.1f} s"))
+
+
+def bench_report(result: BenchResult) -> RenderableType:
+    """Whole model and layers, with a warning where the machine was too noisy."""
+    right = ("threads", "batch", "dense ms", "sparse ms", "ratio", "spread")
+    whole = new_table(
+        f"{result.model.name}: dense ÷ sparse ({result.isa}, onnxruntime {result.onnxruntime})", *right, right=right
+    )
+    for row in result.models:
+        whole.add_row(str(row.threads), str(row.batch), *_times(row.times), f"{row.times.spread:.0%}")
+    numbers = ("calls", "dense ms", "sparse ms", "ratio", "of m/n")
+    layers = new_table("Distinct layers, alone", "function", "weight", "input", "pattern", *numbers, right=numbers)
+    for layer in result.layers:
+        names = (layer.function, shape(layer.weight), shape(layer.shape), str(layer.pattern), str(layer.count))
+        layers.add_row(*names, *_times(layer.times), f"{layer.share:.0%}")
+    parts: list[RenderableType] = [whole]
+    if result.layers:
+        parts += [Text(), layers]
+    if result.noisy:
+        parts.append(Text("The rounds differ too much to say: other programs are using this machine.", style="yellow"))
+    return Group(*parts)
+
+
+def _times(times: Times) -> tuple[str, str, str]:
+    return f"{median(times.dense) * 1e3:.3f}", f"{median(times.sparse) * 1e3:.3f}", f"{times.ratio:.2f}"
+
+
+def bench_json(result: BenchResult) -> Mapping[str, Any]:
+    """The same, with every round in seconds."""
+    return {
+        "model": str(result.model),
+        "against": str(result.against),
+        "isa": result.isa,
+        "onnxruntime": result.onnxruntime,
+        "noisy": result.noisy,
+        "models": [{"threads": row.threads, "batch": row.batch, **_times_json(row.times)} for row in result.models],
+        "layers": [
+            {
+                "function": layer.function,
+                "weight": layer.weight,
+                "input": layer.shape,
+                "pattern": str(layer.pattern),
+                "calls": layer.count,
+                "share": layer.share,
+                **_times_json(layer.times),
+            }
+            for layer in result.layers
+        ],
+    }
+
+
+def _times_json(times: Times) -> Mapping[str, Any]:
+    rounds = {"dense": times.dense, "sparse": times.sparse}
+    return {"ratio": times.ratio, "best": times.best, "spread": times.spread, **rounds}
+
+
+def doctor_report(facts: Sequence[Fact]) -> RenderableType:
+    """One line a fact, and the remedies."""
+    table = new_table("This installation", "", "found", "what to do")
+    for fact in facts:
+        table.add_row(fact.name, Text(fact.found, style="" if fact.fine else "yellow"), fact.remedy)
+    return table

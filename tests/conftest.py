@@ -28,6 +28,12 @@ def data_dir() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Speeds that tests measure stay out of the user's cache."""
+    os.environ["NMCONVERT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def sample_models() -> Path:
     """The folder ``sample_models`` of the repository."""

@@ -44,7 +44,9 @@ def tensor(name: str, array: np.ndarray) -> TensorProto:
     return helper.make_tensor(name, kind, array.shape, array.tobytes(), raw=True)
 
 
-def call(function: str, weight: Weight, inputs: list[str], output: str, prefix: str = "", compute: int = 0, **attributes: Any) -> onnx.NodeProto:
+def call(
+    function: str, weight: Weight, inputs: list[str], output: str, prefix: str = "", compute: int = 0, **attributes: Any
+) -> onnx.NodeProto:
     """The call of ``function`` with ``inputs`` (X, then what follows the table)."""
     stored = helper.np_dtype_to_tensor_dtype(weight.dense.dtype)
     return helper.make_node(
@@ -72,7 +74,11 @@ def initializers(weight: Weight, prefix: str = "") -> list[TensorProto]:
 
 
 def model(
-    nodes: list[onnx.NodeProto], constants: list[TensorProto], x_shape: list[Any], kind: int = TensorProto.FLOAT, y_rank: int | None = None,
+    nodes: list[onnx.NodeProto],
+    constants: list[TensorProto],
+    x_shape: list[Any],
+    kind: int = TensorProto.FLOAT,
+    y_rank: int | None = None,
     more_inputs: dict[str, list[Any]] | None = None,
 ) -> onnx.ModelProto:
     """A model from ``x`` (and ``more_inputs``) to ``y``."""
@@ -86,16 +92,27 @@ def model(
     )
     names = sorted({node.op_type for node in nodes if node.domain == DOMAIN})
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
-    return helper.make_model(graph, opset_imports=opsets, functions=[function_proto(name) for name in names], ir_version=IR_VERSION)
+    return helper.make_model(
+        graph, opset_imports=opsets, functions=[function_proto(name) for name in names], ir_version=IR_VERSION
+    )
 
 
 def layer(
-    function: str, weight: Weight, x_shape: list[Any], extra: dict[str, np.ndarray] | None = None, kind: int = TensorProto.FLOAT,
-    y_rank: int | None = None, **attributes: Any,
+    function: str,
+    weight: Weight,
+    x_shape: list[Any],
+    extra: dict[str, np.ndarray] | None = None,
+    kind: int = TensorProto.FLOAT,
+    y_rank: int | None = None,
+    **attributes: Any,
 ) -> onnx.ModelProto:
     """One call of ``function`` on ``x``; ``extra`` holds its other inputs (B, Z), which are constants."""
     extra = extra or {}
-    names = ["x", *(["B" if "B" in extra else ""] if FUNCTIONS[function].takes_bias else []), *(name for name in extra if name != "B")]
+    names = [
+        "x",
+        *(["B" if "B" in extra else ""] if FUNCTIONS[function].takes_bias else []),
+        *(name for name in extra if name != "B"),
+    ]
     node = call(function, weight, names, "y", compute=kind, **attributes)
     constants = [*initializers(weight), *(tensor(name, array) for name, array in extra.items())]
     return model([node], constants, x_shape, kind, y_rank)

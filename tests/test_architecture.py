@@ -111,7 +111,7 @@ def test_help_waits_for_no_heavy_import(arguments: list[str]) -> None:
 
 
 def test_public_names() -> None:
-    assert set(nmconvert.__all__) == {"NmconvertError", "Pattern", "__version__", "sparsify"}
+    assert set(nmconvert.__all__) == {"NmconvertError", "Pattern", "__version__", "session", "sparsify"}
     for name in nmconvert.__all__:
         assert getattr(nmconvert, name) is not None
     assert dir(nmconvert) == sorted(nmconvert.__all__)

@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from runtime_models import Weight, call, initializers, layer, model, random_weight, tensor
 
 from nmconvert import runtime
 from nmconvert.errors import KernelsUnavailableError
-from runtime_models import Weight, call, initializers, layer, model, random_weight, tensor
 
 needs_kernels = pytest.mark.skipif(not runtime.kernels().usable, reason=f"no native kernels: {runtime.kernels().reason}")
 PATTERNS = ("2:4", "1:4", "4:8", "1:8", "1:16", "3:5", "2:32", "4:4")
@@ -183,7 +183,9 @@ def test_batched_weights_broadcast_as_in_numpy(isa: str, shape: Any, x_shape: An
 
 
 @pytest.mark.parametrize("stored", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize(("compute", "tolerance"), [(TensorProto.FLOAT16, 2e-3), (TensorProto.FLOAT, 1e-5), (TensorProto.DOUBLE, 1e-12)])
+@pytest.mark.parametrize(
+    ("compute", "tolerance"), [(TensorProto.FLOAT16, 2e-3), (TensorProto.FLOAT, 1e-5), (TensorProto.DOUBLE, 1e-12)]
+)
 def test_types_of_storage_and_computation(isa: str, stored: Any, compute: int, tolerance: float) -> None:
     rng = np.random.default_rng(3)
     dtype = helper.tensor_dtype_to_np_dtype(compute)
@@ -361,5 +363,7 @@ def mutated(proto: onnx.ModelProto, rng: np.random.Generator) -> onnx.ModelProto
 def conv_model(x_shape: list[Any] | None = None) -> onnx.ModelProto:
     rng = np.random.default_rng(9)
     weight = random_weight(rng, "conv", (16, 32, 3, 3), "2:4")
-    node = call("Conv", weight, ["x", ""], "y", pads=[0] * 4, strides=[1, 1], dilations=[1, 1], group=1, compute=TensorProto.FLOAT)
+    node = call(
+        "Conv", weight, ["x", ""], "y", pads=[0] * 4, strides=[1, 1], dilations=[1, 1], group=1, compute=TensorProto.FLOAT
+    )
     return model([node], initializers(weight), x_shape or [1, 32, 9, 9])

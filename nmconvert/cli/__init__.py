@@ -20,6 +20,8 @@ COMMANDS = {
     "inspect": "what pattern each tensor of any checkpoint or ONNX file satisfies",
     "export": "write an ONNX file with compressed weights",
     "verify": "prove that a file is what it says",
+    "bench": "measure it on the native kernels against dense onnxruntime",
+    "doctor": "what works in this installation, and what to do about the rest",
     "eval": "measure a checkpoint or an ONNX file with the metric of its task",
 }
 

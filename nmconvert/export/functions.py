@@ -158,7 +158,9 @@ def _activation(name: str, x: str, opset: int) -> list[NodeProto]:
     if name == "Relu":
         return [_node("Relu", [x], "activated")]
     if name == "Clip":
-        low, high = (_referring(helper.make_node("Constant", [], [key]), "value_float", key, kind) for key, kind in _CLIP.items())
+        low, high = (
+            _referring(helper.make_node("Constant", [], [key]), "value_float", key, kind) for key, kind in _CLIP.items()
+        )
         return [low, high, _node("Clip", [x, "low", "high"], "activated")]
     if name == "Silu":
         return [_node("Sigmoid", [x], "gate"), _node("Mul", [x, "gate"], "activated")]

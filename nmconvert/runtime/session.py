@@ -1,36 +1,123 @@
-"""An onnxruntime session in which the calls of our functions run on the native kernels."""
+"""An onnxruntime session in which the calls of our functions run on the native kernels, where that is faster."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
+from onnx import ModelProto
 
-from nmconvert.runtime.locate import kernels
+from nmconvert import __version__
+from nmconvert.inputs import InputSpec, example_feed
+from nmconvert.runtime import choice
+from nmconvert.runtime.cache import Cache
+from nmconvert.runtime.locate import Kernels, kernels
 
 CPU = "CPUExecutionProvider"
+MEASURE_VARIABLE = "NMCONVERT_MEASURE"  # "off": no measurement, all layers on the kernels
+_LARGEST = 3 << 29  # bytes: a larger model is not read into memory to be measured, all of it runs on the kernels
+_AUTOMATIC, _ALL = "auto", "all"
+
+Providers = Sequence[str | tuple[str, Mapping[str, Any]]]
 
 
 def session(
     model: str | os.PathLike[str] | bytes,
     sess_options: onnxruntime.SessionOptions | None = None,
-    providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None = None,
+    providers: Providers | None = None,
     provider_options: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    layers: str = _AUTOMATIC,
+    inputs: Sequence[InputSpec] = (),
 ) -> onnxruntime.InferenceSession:
     """``onnxruntime.InferenceSession`` of ``model`` (a path, or the file's bytes) with the kernels registered.
+
+    With ``layers="auto"`` each distinct layer is timed once, sparse against dense, at the shapes that ``inputs`` lead to (by
+    default the model's own, with a batch of 1 and 16 for other open dimensions), and so is the whole; the winners are kept in
+    the user's cache, and the next session of the model is made at once. ``"sparse"`` measures nothing and runs every layer on
+    the kernels, as registering the library alone does; so does the environment variable NMCONVERT_MEASURE=off.
 
     Where the kernels cannot be used a warning says why, and the session runs on the functions that the file carries:
     the same outputs, at dense speed. ``sess_options`` are changed: the library is registered with them.
     """
     options = sess_options or onnxruntime.SessionOptions()
+    source = model if isinstance(model, bytes) else os.fspath(model)
+    providers = providers or [CPU]
     found = kernels()
-    if found.usable:
-        options.register_custom_ops_library(str(found.path))
-    else:
+    if not found.usable or found.path is None:
         warnings.warn(f"no native kernels, dense speed: {found.reason}; {found.remedy}", RuntimeWarning, stacklevel=2)
-    return onnxruntime.InferenceSession(
-        model if isinstance(model, bytes) else os.fspath(model), options, providers or [CPU], provider_options
-    )
+        return onnxruntime.InferenceSession(source, options, providers, provider_options)
+    if layers == _AUTOMATIC and os.environ.get(MEASURE_VARIABLE) != "off":
+        source, sparse = _chosen(source, options, found, inputs)
+        if not sparse:
+            return onnxruntime.InferenceSession(source, options, providers, provider_options)
+    options.register_custom_ops_library(str(found.path))
+    return onnxruntime.InferenceSession(source, options, providers, provider_options)
+
+
+def _chosen(
+    source: str | bytes, options: onnxruntime.SessionOptions, found: Kernels, inputs: Sequence[InputSpec]
+) -> tuple[str | bytes, bool]:
+    """The model to load, and whether the kernels are to be registered for it."""
+    threads = options.intra_op_num_threads
+    situation = {"isa": found.isa, "kernels": __version__, "onnxruntime": onnxruntime.__version__, "threads": threads}
+    cache = Cache(situation | {"cores": os.cpu_count()})
+    fingerprint = _fingerprint(source, inputs)
+    dense = cache.get(fingerprint)  # the outputs of the calls that are left dense, or "all"
+    if dense is None and _size(source) > _LARGEST:
+        return source, True
+    if dense == _ALL or dense == []:
+        return source, dense == []
+    model = onnx.load_model_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+    if dense is None:
+        dense = _measure(source, model, found, cache, threads, inputs)
+        cache.put(fingerprint, dense)
+        cache.save()
+        if dense == _ALL or dense == []:
+            return source, dense == []
+    choice.leave_dense(model, [node for node, _ in choice.calls(model) if node.output[0] in dense])
+    return model.SerializeToString(), True
+
+
+def _size(source: str | bytes) -> int:
+    """Bytes of a model and its external data."""
+    if isinstance(source, bytes):
+        return len(source)
+    path = Path(source)
+    return sum(file.stat().st_size for file in [path, *path.parent.glob(f"{path.name}*.data")])
+
+
+def _fingerprint(source: str | bytes, inputs: Sequence[InputSpec]) -> str:
+    """What tells one model from another without reading it: the place, size and time of a file, a digest of bytes."""
+    shapes = " ".join(map(str, inputs))
+    if isinstance(source, bytes):
+        return f"model {hashlib.sha256(source).hexdigest()} {shapes}"
+    path = Path(source).resolve()
+    stat = path.stat()
+    return f"model {path} {stat.st_size} {stat.st_mtime_ns} {shapes}"
+
+
+def _measure(
+    source: str | bytes, model: ModelProto, found: Kernels, cache: Cache, threads: int, inputs: Sequence[InputSpec]
+) -> list[str] | str:
+    """The outputs of the calls that are better left dense, or "all"."""
+    assert found.path is not None
+    timed = choice.time_layers(model, found.path, cache, threads, inputs)
+    slow = [layer.node for layer, ratio in timed if ratio < choice.MARGIN]
+    if len(slow) == len(choice.calls(model)):
+        return _ALL if slow else []
+    outputs = [node.output[0] for node in slow]
+    choice.leave_dense(model, slow)
+    chosen = choice.open_session(model.SerializeToString(), threads, found.path)
+    stock = choice.open_session(source, threads)
+    whole = choice.race(stock, chosen, example_feed(model, inputs), seconds=0.3)
+    for node in slow:
+        node.op_type = node.op_type.removesuffix(choice.DENSE)
+    # Single layers do not show what dense gains from its own layouts and fusions.
+    return outputs if whole.best >= 1 else _ALL

@@ -1,0 +1,65 @@
+"""``nmconvert bench``: dense against sparse, measured here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nmconvert.cli.common import output_options, show
+from nmconvert.errors import UsageError
+
+
+def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in value.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UsageError(f"--{parameter.name} '{value}' is not a list of positive numbers, for example 1,2")
+    return numbers
+
+
+@click.command("bench")
+@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--against",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The dense ONNX file to compare with.  [default: MODEL itself, whose functions stock onnxruntime folds]",
+)
+@click.option("--threads", default="1", show_default=True, callback=_numbers, metavar="N,…", help="Threads, one run each.")
+@click.option("--batch", default="1", show_default=True, callback=_numbers, metavar="N,…", help="Batch sizes, one run each.")
+@click.option("--input", "inputs", multiple=True, metavar="[NAME=]SHAPE[:DTYPE]", help="Shape of an input; may be repeated.")
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(3), help="Interleaved rounds.")
+@click.option("--seconds", default=2.0, show_default=True, type=click.FloatRange(0.01), help="Time for each side of a run.")
+@click.option("--layers/--no-layers", default=True, help="Time each distinct layer as well.  [default: layers]")
+@output_options
+def command(
+    model: Path,
+    against: Path | None,
+    threads: list[int],
+    batch: list[int],
+    inputs: tuple[str, ...],
+    rounds: int,
+    seconds: float,
+    layers: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure MODEL on the native kernels against dense onnxruntime: whole model and each layer, in interleaved rounds."""
+    from nmconvert import report
+    from nmconvert.bench import bench
+    from nmconvert.inputs import InputSpec
+
+    specs = [InputSpec.parse(text) for text in inputs]
+    result = bench(
+        model,
+        against=against,
+        threads=threads,
+        batches=batch,
+        inputs=specs,
+        rounds=rounds,
+        seconds=seconds,
+        per_layer=layers,
+    )
+    show(report.bench_json(result), as_json=as_json, quiet=quiet, render=lambda: report.bench_report(result))

@@ -1,0 +1,229 @@
+"""Which layers of a model run on the kernels, and which are left to the dense bodies of their functions.
+
+Dense is faster for some shapes (small layers, few pixels, mild patterns on CPUs with wide vectors). Each distinct layer, at the
+shape that it meets in a run, is timed both ways in interleaved rounds, and the sparse kernel is taken where it is at least
+``MARGIN`` times faster. A layer is left dense by giving its call another name, one that has no kernel: its function is then
+inlined and folded. Results are kept for each CPU model (:mod:`nmconvert.runtime.cache`).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from nmconvert.inputs import InputSpec, example_array, example_feed
+from nmconvert.onnx_graph import Constants, graphs, opset
+from nmconvert.runtime.cache import Cache
+
+Feed = Mapping[str, npt.NDArray[Any]]
+
+DOMAIN = "nmconvert"
+DENSE = "Dense"  # what is appended to the name of a call that is left to its body
+MARGIN = 1.05
+_SECONDS = 0.03  # for each way of running a layer
+_LEFT_ALONE = ("ConvTranspose", "MatMulLeft", "GemmLeft")  # functions that have no kernel
+
+
+@dataclass(frozen=True)
+class Met:
+    """A call, and the shapes of its inputs in a run."""
+
+    node: NodeProto
+    scope: Constants
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def key(self) -> str:
+        """What its speed depends on, as text."""
+        skipped = ("permuted", "perm", "code_shape")  # how it is stored
+        attributes = {a.name: _readable(helper.get_attribute_value(a)) for a in self.node.attribute if a.name not in skipped}
+        shapes = [list(shape) for shape in (self.shapes[0], *self.shapes[4:])]
+        return json.dumps([self.node.op_type, shapes, attributes], sort_keys=True)
+
+
+def _readable(value: Any) -> Any:
+    """An attribute's value as JSON has it."""
+    if isinstance(value, bytes):
+        return value.decode()
+    return value if isinstance(value, (int, float)) else list(value)
+
+
+def calls(model: ModelProto) -> list[tuple[NodeProto, Constants]]:
+    """The calls of ``model`` that have kernels."""
+    return [
+        (node, scope)
+        for graph, scope in graphs(model)
+        for node in graph.node
+        if node.domain == DOMAIN and node.op_type not in _LEFT_ALONE and not node.op_type.endswith(DENSE)
+    ]
+
+
+def met_shapes(session: onnxruntime.InferenceSession, feed: Feed) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Name of a node → shapes of its inputs, from the profile of one run of ``session``, which was made with profiling on."""
+    session.run(None, dict(feed))
+    path = Path(session.end_profiling())
+    events = json.loads(path.read_text("utf-8"))
+    path.unlink()
+    return {
+        event["name"].removesuffix("_kernel_time"): tuple(
+            tuple(next(iter(described.values()))) for described in event["args"].get("input_type_shape", [])
+        )
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    }
+
+
+def open_session(
+    model: str | bytes, threads: int, library: Path | None = None, *, profile: bool = False
+) -> onnxruntime.InferenceSession:
+    """A session on the CPU, with the kernels of ``library``."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # threads of one would spin through the other's turn
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(tempfile.gettempdir()) / "nmconvert-profile")
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def single(model: ModelProto, met: Met) -> ModelProto:
+    """A model of nothing but the call: X (and Z) are inputs, all else constant."""
+    node, scope = met.node, met.scope
+    constants = [scope.tensors[name] for name in dict.fromkeys(node.input) if name in scope.tensors]
+    held = {tensor.name for tensor in constants}
+    kind = next(a.i for a in node.attribute if a.name == "compute")
+    inputs = {
+        name: helper.make_tensor_value_info(name, kind, shape)
+        for name, shape in zip(node.input, met.shapes, strict=False)
+        if name and name not in held
+    }
+    rank = len(met.shapes[0])
+    output = helper.make_tensor_value_info(node.output[0], kind, [f"d{d}" for d in range(rank)])
+    graph = helper.make_graph([node], "layer", list(inputs.values()), [output], constants)
+    return helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", opset(model)), helper.make_opsetid(DOMAIN, 1)],
+        functions=[function for function in model.functions if function.name == node.op_type],
+        ir_version=model.ir_version,
+    )
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of every round, dense and sparse."""
+
+    dense: tuple[float, ...]
+    sparse: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """The median of the rounds' ratios, dense ÷ sparse."""
+        return median(d / s for d, s in zip(self.dense, self.sparse, strict=True))
+
+    @property
+    def best(self) -> float:
+        """Shortest against shortest: what neighbours on the machine disturb least."""
+        return min(self.dense) / min(self.sparse)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range of the ratios over their median."""
+        low, middle, high = np.percentile([d / s for d, s in zip(self.dense, self.sparse, strict=True)], [25, 50, 75])
+        return float((high - low) / middle)
+
+
+def race(
+    dense: onnxruntime.InferenceSession,
+    sparse: onnxruntime.InferenceSession,
+    feed: Feed,
+    seconds: float = _SECONDS,
+    rounds: int = 7,
+) -> Times:
+    """Run both in turn, ``rounds`` times and for about ``seconds`` each, after two runs to warm up."""
+    inputs = dict(feed)
+    for session in (dense, sparse):
+        session.run(None, inputs)
+    start = time.perf_counter()
+    for session in (dense, sparse):
+        session.run(None, inputs)
+    once = max((time.perf_counter() - start) / 2, 1e-7)
+    repeats = max(1, int(seconds / rounds / once))
+    total: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for session, record in zip((dense, sparse), total, strict=True):
+            start = time.perf_counter()
+            for _ in range(repeats):
+                session.run(None, inputs)
+            record.append((time.perf_counter() - start) / repeats)
+    return Times(tuple(total[0]), tuple(total[1]))
+
+
+def time_layer(model: ModelProto, met: Met, library: Path, threads: int) -> Times:
+    """Time one layer both ways, on random inputs of the shapes that it met."""
+    proto = single(model, met).SerializeToString()
+    rng = np.random.default_rng(0)
+    dense, sparse = open_session(proto, threads), open_session(proto, threads, library)
+    shapes = dict(zip(met.node.input, met.shapes, strict=False))
+    float32 = np.dtype(np.float32)
+    feed = {value.name: example_array(shapes[value.name], float32, rng) for value in dense.get_inputs()}
+    return race(dense, sparse, feed)
+
+
+def met_layers(model: ModelProto, library: Path, threads: int, inputs: Iterable[InputSpec] = ()) -> list[Met]:
+    """The calls of ``model`` that can be timed, with the shapes that one run on example inputs shows.
+
+    A call in a branch that is not taken meets nothing, and is left out. Calls without a name are given one.
+    """
+    found = [(node, scope) for node, scope in calls(model) if is_timed(node)]
+    if not found:
+        return []
+    for position, (node, _) in enumerate(found):
+        node.name = node.name or f"nmconvert_{position}"
+    session = open_session(model.SerializeToString(), threads, library, profile=True)
+    shapes = met_shapes(session, example_feed(model, inputs))
+    return [Met(node, scope, shapes[node.name]) for node, scope in found if node.name in shapes]
+
+
+def time_layers(
+    model: ModelProto, library: Path, cache: Cache, threads: int, inputs: Iterable[InputSpec] = ()
+) -> list[tuple[Met, float]]:
+    """Dense time ÷ sparse time of every layer that can be timed, measured where ``cache`` does not know it."""
+    timed = []
+    for met in met_layers(model, library, threads, inputs):
+        ratio = cache.get(met.key)
+        if ratio is None:
+            ratio = time_layer(model, met, library, threads).best
+            cache.put(met.key, ratio)
+        timed.append((met, float(ratio)))
+    return timed
+
+
+def is_timed(node: NodeProto) -> bool:
+    """Whether a call computes in float32; the other types run on the kernels unmeasured."""
+    return any(a.name == "compute" and a.i == TensorProto.FLOAT for a in node.attribute)
+
+
+def leave_dense(model: ModelProto, nodes: Sequence[NodeProto]) -> None:
+    """Rename the calls ``nodes``, in place, and give the model their functions under the new names."""
+    there = {function.name for function in model.functions}
+    names = {node.op_type for node in nodes if node.op_type + DENSE not in there}
+    for node in nodes:
+        node.op_type += DENSE
+    for function in [function for function in model.functions if function.name in names]:
+        copy = model.functions.add()
+        copy.CopyFrom(function)
+        copy.name += DENSE

@@ -1,0 +1,180 @@
+"""The choice between sparse and dense, its cache, ``nmconvert bench`` and ``nmconvert doctor``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper
+from runtime_models import call, initializers, layer, model, random_weight, tensor
+
+from nmconvert import runtime
+from nmconvert.cli.bench import command as bench_command
+from nmconvert.cli.doctor import command as doctor_command
+from nmconvert.inputs import InputSpec
+from nmconvert.runtime import choice
+from nmconvert.runtime.cache import Cache
+
+pytestmark = pytest.mark.skipif(not runtime.kernels().usable, reason=f"no native kernels: {runtime.kernels().reason}")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NMCONVERT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "speed.json"
+
+
+def two_layers() -> onnx.ModelProto:
+    """x [b, 64] → MatMul → MatMul, two shapes."""
+    rng = np.random.default_rng(0)
+    first, second = random_weight(rng, "matmul", (64, 32), "1:4"), random_weight(rng, "matmul", (32, 16), "2:4")
+    nodes = [call("MatMul", first, ["x"], "h", "first."), call("MatMul", second, ["h"], "y", "second.")]
+    return model(nodes, [*initializers(first, "first."), *initializers(second, "second.")], ["b", 64])
+
+
+def file(proto: onnx.ModelProto, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    onnx.save(proto, path)
+    return path
+
+
+def runs_native(session: onnxruntime.InferenceSession, feed: dict[str, Any]) -> list[str]:
+    """The operators of our domain's names that ran: stock onnxruntime runs MatMul as MatMul or Gemm on a folded weight."""
+    session.run(None, feed)
+    events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
+    inputs = [e["args"] for e in events if e["name"].endswith("_kernel_time")]
+    return [i["op_name"] for i in inputs if len(i["input_type_shape"]) >= 4 and "uint8" in i["input_type_shape"][2]]
+
+
+def profiling(folder: Path) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(folder / "profile")
+    return options
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, ratios: dict[str, float], whole: float) -> list[str]:
+    """Measurements that come out as wished: by the layer's dense shape, and for the whole."""
+    measured = []
+
+    def time_layer(proto: onnx.ModelProto, met: choice.Met, *_: Any) -> choice.Times:
+        shape = next(list(a.ints) for a in met.node.attribute if a.name == "shape")
+        measured.append(str(shape))
+        return choice.Times((ratios[str(shape)],), (1.0,))
+
+    monkeypatch.setattr(choice, "time_layer", time_layer)
+    monkeypatch.setattr(choice, "race", lambda *_, **__: choice.Times((whole,), (1.0,)))
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("ratios", "whole", "native"),
+    [
+        ({"[64, 32]": 2.0, "[32, 16]": 3.0}, 1.5, 2),
+        ({"[64, 32]": 2.0, "[32, 16]": 0.9}, 1.5, 1),
+        ({"[64, 32]": 0.5, "[32, 16]": 0.9}, 1.5, 0),
+        ({"[64, 32]": 2.0, "[32, 16]": 0.9}, 0.8, 0),  # layers win, the whole loses
+    ],
+)
+def test_the_faster_way_is_taken_and_remembered(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratios: dict[str, float], whole: float, native: int
+) -> None:
+    path = file(two_layers(), tmp_path)
+    measured = pretend(monkeypatch, ratios, whole)
+    x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
+    expected = onnxruntime.InferenceSession(path).run(None, {"x": x})[0]
+    for _ in range(2):
+        session = runtime.session(path, profiling(tmp_path))
+        np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=1e-5)
+        assert len(runs_native(session, {"x": x})) == 2 * native
+    assert sorted(measured) == sorted(ratios)  # once, though there were two sessions
+
+
+def test_nothing_is_measured_when_told_so(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = pretend(monkeypatch, {}, 0.0)
+    path = file(two_layers(), tmp_path)
+    feed = {"x": np.ones((1, 64), np.float32)}
+    assert len(runs_native(runtime.session(path, profiling(tmp_path), layers="sparse"), feed)) == 2
+    monkeypatch.setenv("NMCONVERT_MEASURE", "off")
+    assert len(runs_native(runtime.session(path, profiling(tmp_path)), feed)) == 2
+    assert not measured
+    assert not cache.exists()
+
+
+def test_real_measurements_are_kept_by_shape(cache: Path, tmp_path: Path) -> None:
+    path = file(two_layers(), tmp_path)
+    runtime.session(path, inputs=[InputSpec("x", (5, 64))])
+    ((_, known),) = json.loads(cache.read_text("utf-8")).items()
+    assert sum(key.startswith('["MatMul", [[5, ') for key in known) == 2
+    assert all(value > 0 for key, value in known.items() if key.startswith("["))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}'])
+def test_a_damaged_cache_is_an_empty_one(cache: Path, content: str) -> None:
+    cache.parent.mkdir()
+    cache.write_text(content)
+    kept = Cache({"a": 1})
+    assert kept.get("key") is None
+    kept.put("key", 2.0)
+    kept.save()
+    assert Cache({"a": 1}).get("key") == 2.0
+    assert Cache({"a": 2}).get("key") is None
+
+
+def test_a_call_in_a_branch_is_left_as_it_is(cache: Path, tmp_path: Path) -> None:
+    """A branch that is not taken meets no shapes; its calls run on the kernels all the same."""
+    rng = np.random.default_rng(0)
+    weight = random_weight(rng, "matmul", (32, 32), "2:4")
+    value = helper.make_tensor_value_info("r", TensorProto.FLOAT, ["t", 32])
+    then = helper.make_graph([call("MatMul", weight, ["x"], "r")], "then", [], [value])
+    other = helper.make_graph([helper.make_node("Identity", ["x"], ["r"])], "else", [], [value])
+    node = helper.make_node("If", ["flag"], ["y"], then_branch=then, else_branch=other)
+    proto = model([node], [*initializers(weight), tensor("flag", np.array(False))], ["t", 32])
+    reference = layer("MatMul", weight, ["t", 32])
+    proto.functions.extend(reference.functions)
+    session = runtime.session(file(proto, tmp_path))
+    x = np.ones((2, 32), np.float32)
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], x)
+
+
+def test_bench_measures_models_and_layers(cache: Path, tmp_path: Path) -> None:
+    path = file(two_layers(), tmp_path)
+    arguments = [str(path), "--threads", "1,2", "--batch", "1,3", "--seconds", "0.02", "--rounds", "3", "--json"]
+    run = CliRunner().invoke(bench_command, arguments, catch_exceptions=False)
+    assert run.exit_code == 0, run.output
+    result = json.loads(run.output)
+    assert [(row["threads"], row["batch"]) for row in result["models"]] == [(1, 1), (2, 1), (1, 3), (2, 3)]
+    assert all(len(row["dense"]) == len(row["sparse"]) == 3 and row["ratio"] > 0 for row in result["models"])
+    assert [(row["weight"], row["input"], row["pattern"]) for row in result["layers"]] == [
+        ([64, 32], [1, 64], "1:4"),
+        ([32, 16], [1, 32], "2:4"),
+    ]
+    plain = CliRunner().invoke(bench_command, [str(path), "--seconds", "0.02", "--rounds", "3", "--no-layers"])
+    assert "dense ÷ sparse" in plain.output
+    assert "Distinct" not in plain.output
+
+
+def test_bench_of_a_dense_model_says_what_to_do(tmp_path: Path) -> None:
+    graph = two_layers().graph
+    graph.ClearField("node")
+    graph.node.append(helper.make_node("Identity", ["x"], ["y"]))
+    path = file(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), tmp_path)
+    run = CliRunner().invoke(bench_command, [str(path)])
+    assert "no compressed layer" in str(run.exception)
+
+
+def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    fine = json.loads(CliRunner().invoke(doctor_command, ["--json"]).output)
+    facts = {fact["name"]: fact for fact in fine["facts"]}
+    assert facts["native kernels"]["fine"]
+    assert facts["torch"]["found"].startswith("2.")
+    monkeypatch.setenv("NMCONVERT_KERNELS", "/nowhere.so")
+    amiss = json.loads(CliRunner().invoke(doctor_command, ["--json"]).output)
+    assert not amiss["fine"]
+    assert "reinstall" in next(fact for fact in amiss["facts"] if fact["name"] == "native kernels")["remedy"]
