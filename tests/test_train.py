@@ -24,6 +24,7 @@ from nmconvert.tasks.images import shifted
 from nmconvert.train import Settings, train
 from nmconvert.train.batches import Batches
 from nmconvert.train.curves import curves_svg
+from nmconvert.train.log import Log, Row
 
 CLASSES = 4
 TASK = Classification(mean=(0.5,), std=(0.25,), flip=False)
@@ -299,6 +300,17 @@ def test_log_and_curves(tmp_path):
     svg = (tmp_path / "log.svg").read_text()
     assert svg.count("<polyline") == 4
     assert ">dense<" in svg
+
+
+def test_metrics_that_are_infinite_are_null_in_the_log(tmp_path):
+    log = Log(tmp_path / "log.jsonl", "perplexity", 10, None)
+    log.row(0, Row("dense", {"perplexity": 3.0}))
+    log.row(0, Row("start", {"perplexity": math.inf}))
+    log.row(10, Row("1", {"perplexity": 4.0}, loss=1.0, flip_rate=0.01))
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["metrics"]["perplexity"] for line in lines] == [3.0, None, 4.0]
+    assert "Infinity" not in "".join(lines)
+    assert (tmp_path / "log.svg").read_text().count("<polyline") == 2
 
 
 def test_curves_leave_out_what_is_not_finite_and_escape_names():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +84,8 @@ def command(
 
 
 def _json(result: FinetuneResult) -> dict[str, Any]:
+    from nmconvert.train.log import row_json
+
     return {
         "source": str(result.source),
         "output": str(result.output),
@@ -93,7 +94,7 @@ def _json(result: FinetuneResult) -> dict[str, Any]:
         "metric": result.metric,
         "steps": result.training.steps,
         "stopped_early": result.training.stopped_early,
-        "rows": [asdict(row) for row in result.training.rows],
+        "rows": [row_json(row) for row in result.training.rows],
     }
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite, nan
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -33,6 +34,11 @@ class Row:
     sad: int | None = None
     pruned_energy: float | None = None
     seconds: float | None = None
+
+
+def row_json(row: Row) -> dict[str, Any]:
+    """A row for JSON, which has no infinity and no NaN: they become None."""
+    return {**asdict(row), "metrics": {name: value if isfinite(value) else None for name, value in row.metrics.items()}}
 
 
 class Reporter:
@@ -82,7 +88,7 @@ class Log:
 
     def row(self, step: int, row: Row) -> None:
         """A validated model; the curves are drawn anew."""
-        self._add({"kind": "row", "step": step, **asdict(row)})
+        self._add({"kind": "row", "step": step, **row_json(row)})
         if self.path is not None:
             self._draw(self.path.with_suffix(".svg"))
 
@@ -96,11 +102,16 @@ class Log:
         steps = [line for line in self.lines if line["kind"] == "step"]
         steps = steps[:: max(1, len(steps) // 500)]
         rows = [line for line in self.lines if line["kind"] == "row" and line["label"] != "dense"]
-        dense = {line["label"]: line["metrics"][self.metric] for line in self.lines if line.get("label") == "dense"}
         per = self.steps_per_epoch
+
+        def metric(line: dict[str, Any]) -> float:
+            value = line["metrics"][self.metric]
+            return nan if value is None else float(value)
+
+        dense = {line["label"]: metric(line) for line in self.lines if line.get("label") == "dense"}
         panels = {
             "training loss": [(line["step"] / per, line["loss"]) for line in steps],
-            self.metric: [(line["step"] / per, line["metrics"][self.metric]) for line in rows],
+            self.metric: [(line["step"] / per, metric(line)) for line in rows],
             "learning rate": [(line["step"] / per, line["lr"]) for line in steps],
             "mask flips per step, %": [(r["step"] / per, 100 * r["flip_rate"]) for r in rows if r["flip_rate"] is not None],
         }

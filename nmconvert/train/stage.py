@@ -20,6 +20,7 @@ from nmconvert.manifest import Manifest
 from nmconvert.model import load, matched_names
 from nmconvert.plan import Plan
 from nmconvert.tasks import build_task
+from nmconvert.train.log import row_json
 from nmconvert.train.loop import Training, train
 from nmconvert.train.settings import Settings
 
@@ -147,7 +148,7 @@ def _write(checkpoint: Checkpoint, output: Path, training: Training, manifest: M
 
     changed = [info for info in checkpoint.tensors() if info.name in names and names[info.name] in training.weights]
     edits = {info.name: replacement(info.name) for info in changed if info.shared_with is None}
-    rows = [{"label": row.label, **row.metrics} for row in training.rows]
+    rows = [{"label": row.label, **row_json(row)["metrics"]} for row in training.rows]
 
     def text() -> str:
         layers = tuple(replace(layer, digest=digests.get(layer.name, layer.digest)) for layer in manifest.layers)
