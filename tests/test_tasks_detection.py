@@ -170,6 +170,9 @@ def test_map_distance_is_nothing_between_equals():
     other = {name: value + 1 for name, value in maps.items()}
     assert map_distance(maps, maps).abs() < 1e-5
     assert map_distance(other, maps) > 0.1
+    fine = {"prototypes": torch.randn(2, 5, 8, 8)}
+    assert map_distance(maps | fine, maps | fine).abs() < 1e-5
+    assert map_distance(maps | {"prototypes": fine["prototypes"] + 1}, maps | fine) > 0.5
     with pytest.raises(DataError, match="same architecture"):
         map_distance({"logits": maps["logits"]}, maps)
 

@@ -154,8 +154,9 @@ class Detection:
 def map_distance(ours: dict[str, Tensor], goal: dict[str, Tensor]) -> Tensor:
     """Binary cross entropy of the probabilities, and the L1 distance of all other maps weighted by the teacher's.
 
-    ``logits`` are [B, classes, h, w], other maps [B, ?, h, w]. The cross entropy has that of the teacher with itself taken
-    off, so that the distance between equals is zero; both parts are means per object that the teacher sees.
+    ``logits`` are [B, classes, h, w], other maps [B, ?, h, w]; maps of another size are compared everywhere. The cross
+    entropy has that of the teacher with itself taken off, so that the distance between equals is zero. All is a mean per
+    object that the teacher sees.
     """
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in goal.items()}:
         raise DataError("teacher and model disagree on their raw maps: is the teacher the same architecture?")
@@ -165,7 +166,11 @@ def map_distance(ours: dict[str, Tensor], goal: dict[str, Tensor]) -> Tensor:
     weight = theirs.amax(1, keepdim=True)
     total = excess.sum()
     for name in ours.keys() - {"logits"}:
-        total = total + (weight * (ours[name].float() - goal[name].float()).abs()).sum() / ours[name].shape[1]
+        distance = (ours[name].float() - goal[name].float()).abs()
+        if distance.shape[2:] == weight.shape[2:]:
+            total = total + (weight * distance).sum() / distance.shape[1]
+        else:
+            total = total + weight.sum() * distance.mean()
     return total / weight.sum().clamp(min=1)
 
 
