@@ -26,5 +26,8 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("tensor", "packing", "detect"),
     ("matrix",),
     ("pattern", "inputs", "dist", "extras"),
-    ("errors",),
+    (
+        "signature",
+        "errors",
+    ),
 )

@@ -17,11 +17,13 @@ from nmconvert.errors import CheckpointError, NmconvertError
 from nmconvert.matrix import KINDS, MatrixView
 from nmconvert.pattern import AXES, Axis, Pattern
 from nmconvert.plan import Row
+from nmconvert.signature import is_ours, sign
 from nmconvert.tensor import PRUNABLE_DTYPES, TensorInfo
 
 FORMAT = 1
 RECORD = "nmconvert.json"  # the record of a .pt zip
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PRUNABLE_DTYPES}
+HARMLESS = ("input", "source")  # settings that name shapes and files, nothing that is run
 METADATA_KEY = "nmconvert"  # the key in safetensors and ONNX metadata
 
 
@@ -56,6 +58,9 @@ class Layer:
 class Manifest:
     """``layers`` are the sparse tensors, ``dense`` the reasons of those that could have been; ``settings`` what was said once
     (model, input, data, …), ``history`` one entry a stage.
+
+    A setting can name a callable, which is then run. Settings that were not said by this user on this machine are therefore
+    dropped when a manifest is read, but for those that cannot (:data:`HARMLESS`); the file works as if they were never said.
     """
 
     layers: tuple[Layer, ...] = ()
@@ -83,6 +88,7 @@ class Manifest:
             "layers": [_layer_to_json(layer) for layer in self.layers],
             "dense": dict(self.dense),
             "settings": dict(self.settings),
+            "signature": sign(_canonical(self.settings)),
             "history": [dict(stage) for stage in self.history],
         }
         return json.dumps(content, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
@@ -103,7 +109,7 @@ class Manifest:
             return cls(
                 layers=tuple(_layer_from_json(layer) for layer in content["layers"]),
                 dense={str(name): str(reason) for name, reason in content["dense"].items()},
-                settings=dict(content["settings"]),
+                settings=_trusted(dict(content["settings"]), content.get("signature")),
                 history=tuple(dict(stage) for stage in content["history"]),
             )
         except CheckpointError:
@@ -112,6 +118,16 @@ class Manifest:
             raise CheckpointError(
                 f"{source}: its nmconvert manifest is damaged ({error!r}): prune or export it again"
             ) from error
+
+
+def _canonical(settings: Mapping[str, Any]) -> str:
+    return json.dumps(dict(settings), sort_keys=True, allow_nan=False)
+
+
+def _trusted(settings: dict[str, Any], signature: object) -> dict[str, Any]:
+    if is_ours(_canonical(settings), signature):
+        return settings
+    return {key: value for key, value in settings.items() if key in HARMLESS}
 
 
 def _layer_to_json(layer: Layer) -> dict[str, Any]:

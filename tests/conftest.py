@@ -19,6 +19,12 @@ settings.register_profile("ci", parent=settings.get_profile("nmconvert"), derand
 settings.load_profile("ci" if os.environ.get("CI") else "nmconvert")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_key(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The key that signs manifests is made for the tests; the user's own is left alone."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real checkpoints and data: ``NMCONVERT_DATA``, or ``shared/data`` beside the repository."""

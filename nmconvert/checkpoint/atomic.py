@@ -44,9 +44,9 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
             raise CheckpointError(f"{target}: is a folder; give the name of a file with --output")
         _remove_leftovers(target)
         partial = _partial_name(target)
-        # 0o666 less the umask, as any program would create it (tempfile makes private files).
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
+            # 0o666 less the umask, as any program would create it (tempfile makes private files).
+            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             with open(partial, "w+b", opener=lambda *_: descriptor) as file:
                 yield file
@@ -57,7 +57,7 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(FileNotFoundError):
                 partial.unlink()
             raise
-        _sync_folder(target.parent)
+        _sync(target.parent)
 
 
 @contextmanager
@@ -75,21 +75,18 @@ def atomic_folder(target: Path, *, replaceable: Callable[[Path], bool]) -> Itera
             raise CheckpointError(f"{target}: exists and was not written by nmconvert; give another name with --output")
         _remove_leftovers(target)
         partial = _partial_name(target)
-        partial.mkdir()
-        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield partial
-            for file in partial.rglob("*"):
-                _sync_folder(file)
-            _sync_folder(partial)
-            _swap_in(partial, target)
+            partial.mkdir()
+            with _opened(partial) as descriptor:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                yield partial
+                for file in [*partial.rglob("*"), partial]:
+                    _sync(file)
+                _swap_in(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        finally:
-            os.close(descriptor)
-        _sync_folder(target.parent)
+        _sync(target.parent)
 
 
 def _partial_name(target: Path) -> Path:
@@ -104,15 +101,10 @@ def _remove_leftovers(target: Path) -> None:
     for entry in target.parent.iterdir():
         if not (entry.name.startswith(prefix) and len(entry.name) == len(prefix) + 8 + len(_SUFFIX) and is_partial(entry)):
             continue
-        descriptor = os.open(entry, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        # What is not locked has no writer any more.
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), _opened(entry) as descriptor:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue  # another process is writing it
-        else:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        finally:
-            os.close(descriptor)
 
 
 def _swap_in(partial: Path, target: Path) -> None:
@@ -128,12 +120,18 @@ def _swap_in(partial: Path, target: Path) -> None:
     shutil.rmtree(partial)
 
 
-def _sync_folder(path: Path) -> None:
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    with _opened(path) as descriptor:
+        os.fsync(descriptor)
 
 
 @contextmanager
