@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from glob import escape
 
+import torch
 from torch import Tensor, nn
 
 from nmconvert.budget import PATTERNS, Budget, Sensitivity, measure, meet, top1_drop
@@ -18,6 +19,7 @@ from nmconvert.checkpoint.onnx_file import read_whole_model
 from nmconvert.errors import UsageError
 from nmconvert.model import fill, matched_names
 from nmconvert.pattern import Pattern
+from nmconvert.permute import permute_model
 from nmconvert.plan import Plan
 from nmconvert.replay import Batch
 
@@ -25,18 +27,32 @@ Solver = Callable[[Checkpoint, Plan], dict[str, Tensor]]
 
 
 def module_solver(
-    model: nn.Module, batches: Sequence[Batch], recipe: Recipe, progress: Callable[[str], None] = lambda line: None
+    model: nn.Module,
+    batches: Sequence[Batch],
+    recipe: Recipe,
+    progress: Callable[[str], None] = lambda line: None,
+    *,
+    permute: bool = False,
 ) -> Solver:
-    """Fill ``model`` from the checkpoint and prune it with :func:`nmconvert.calibrate.prune_model`; in float32."""
+    """Fill ``model`` from the checkpoint and prune it with :func:`nmconvert.calibrate.prune_model`; in float32.
+
+    With ``permute``, channels are put into a better order first (:mod:`nmconvert.permute`).
+    """
 
     def solve(checkpoint: Checkpoint, plan: Plan) -> dict[str, Tensor]:
         names = _filled(model, checkpoint, plan)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         sites = {}
         for row in plan.pruned:
             if row.pattern and row.axis and row.name in names:
                 sites[names[row.name]] = (row.pattern, row.axis)
-        pruned = prune_model(model, batches, sites, recipe, progress)
-        return {name: pruned.state[own] for name, own in names.items() if own in pruned.state}
+        if permute:
+            for done in permute_model(model, batches[0], sites, seed=recipe.seed):
+                gain = f"keeps {done.before:.2%}, then {done.after:.2%}"
+                progress(f"{', '.join(done.names)}: {gain if done.reason is None else f'not permuted: {done.reason}'}")
+        prune_model(model, batches, sites, recipe, progress)
+        after = model.state_dict()
+        return {name: after[own] for name, own in names.items() if own in after and not torch.equal(before[own], after[own])}
 
     return solve
 

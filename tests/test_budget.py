@@ -168,6 +168,14 @@ def test_prune_with_calibration_writes_a_sparse_file_with_other_weights(project)
     assert not torch.equal(solved["4.bias"], dense["4.bias"])
 
 
+def test_permuted_channels_are_written_with_all_that_reads_them(project):
+    invoke("prune", "net.pt", "--nm", "2:4", "--permute", *project, "-o", "permuted.pt")
+    dense, permuted = torch.load("net.pt"), torch.load("permuted.pt")
+    assert not torch.equal(permuted["0.weight"], dense["0.weight"])  # left dense, but its channels moved
+    rows = {tuple(row.tolist()) for row in permuted["0.weight"].reshape(8, -1)}
+    assert rows == {tuple(row.tolist()) for row in dense["0.weight"].reshape(8, -1)}
+
+
 def test_prune_under_a_budget_mixes_patterns_within_it(project):
     invoke("prune", "net.pt", "--budget", "size<=0.4", *project, "-o", "mixed.pt")
     dense, mixed = torch.load("net.pt"), torch.load("mixed.pt")

@@ -41,13 +41,14 @@ from nmconvert.pattern import AXES, Axis, Pattern
     "--criterion", type=click.Choice(METHODS),
     help="How weights are chosen; all but magnitude need --calib.  [default: auto with --calib, else magnitude]",
 )  # fmt: skip
+@click.option("--permute", is_flag=True, help="Put channels into an order that keeps more, where that is proved safe.")
 @model_options
 @output_options
 def command(
     checkpoint: Path, nm: str | None, budget: str | None, axis: Axis, layers: list[tuple[str, Pattern | None]],
     include: tuple[str, ...], exclude: tuple[str, ...], target: str, output: Path | None, model: str | None,
     model_arguments: dict[str, str], calib: str | None, task: str, settings: dict[str, str], samples: int,
-    batch_size: int, seed: int, criterion: str | None, trust: bool, as_json: bool, quiet: bool,
+    batch_size: int, seed: int, criterion: str | None, permute: bool, trust: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Keep N of every M weights of CHECKPOINT's convolutions and linear layers.
 
@@ -58,8 +59,8 @@ def command(
     """
     if (nm is None) == (budget is None):
         raise UsageError("say how much is kept: --nm N:M for all layers, or --budget to choose for each")
-    if budget is not None and (model is None or calib is None):
-        raise UsageError("--budget measures what each layer bears: give --model and --calib")
+    if (budget is not None or permute) and (model is None or calib is None):
+        raise UsageError("--budget and --permute run the model on its inputs: give --model and --calib")
     pattern = Pattern.parse(nm or "2:4")
     from nmconvert import report
     from nmconvert.prune import prune
@@ -87,7 +88,9 @@ def command(
             plan = plan_for(opened, pattern, axis, built, layers=layers, include=include, exclude=exclude, target=target)
             layers = [*layers, *layers_under(Budget.parse(budget), built, opened, plan, batches, told)]
             pattern = commonest([kept for _, kept in layers if kept is not None] or [pattern])
-        solver = module_solver(built, batches, recipe, told) if built is not None else onnx_solver(batches, recipe, told)
+        solver = onnx_solver(batches, recipe, told)
+        if built is not None:
+            solver = module_solver(built, batches, recipe, told, permute=permute)
     elif criterion not in (None, "magnitude"):
         raise UsageError(f"--criterion {criterion} looks at the inputs of the layers: give --calib DATA")
     said = {"model": model, "model_arguments": model_arguments or None, "calib": calib, "budget": budget}
