@@ -16,7 +16,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("srste",),
     ("calibrated",),
     ("budget", "calibrate", "calibrate_onnx", "correct", "moments", "replay"),
-    ("permute", "sparsegpt", "alps", "quadratic", "unfold", "masks"),
+    ("axes", "permute", "sparsegpt", "alps", "quadratic", "unfold", "masks"),
     ("runtime", "onnx_model"),
     ("model",),
     ("checkpoint",),
