@@ -88,6 +88,7 @@ def _cifar10_test(data_dir: Path, out: Path) -> None:
     np.savez(out, val_images=images, val_labels=np.load(data_dir / "cifar10" / "labels_test.npy"))
 
 
+@pytest.mark.timeout(900)  # a minute on an idle core, and five nets on 10,000 images on a busy one
 def test_resnet20_top1_of_the_checkpoint_the_pruned_one_and_the_onnx_file(data_dir: Path, tmp_path: Path) -> None:
     """The dense net as published (91.73); 2:4 without fine-tuning as plain code gave it; the ONNX file like its checkpoint."""
     source = data_dir / "checkpoints" / "resnet20-12fca82f.th"
