@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
+from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
@@ -171,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in summary:
         print(f"{row['family']:28} {row['pattern']:5} med {row['median']:5.2f} best {row['best']:5.2f}")
     if chosen.json:
-        with open(chosen.json, "w") as file:
+        with Path(chosen.json).open("w") as file:
             json.dump({"isa": runtime.kernels().isa, "layers": rows, "summary": summary}, file, indent=1)
 
 

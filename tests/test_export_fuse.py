@@ -132,3 +132,18 @@ def test_silu_of_torch_is_found() -> None:
     x = torch.from_numpy(run(proto, feed))
     assert fuse(proto) == 2
     assert torch.allclose(torch.from_numpy(run(proto, feed)), x, atol=1e-6)
+
+
+def test_a_sum_of_two_layers_is_fused_into_one_of_them() -> None:
+    proto, feed = unfused("ConvAddRelu")
+    other = onnx.NodeProto()
+    other.CopyFrom(proto.graph.node[0])
+    other.output[0] = "z"
+    proto.graph.node.insert(1, other)
+    z = proto.graph.input.pop()
+    proto.graph.value_info.append(z)
+    del feed["z"]
+    expected = run(proto, feed)
+    fuse(proto)
+    assert sorted(node.op_type for node in proto.graph.node) == ["Conv", "ConvAddRelu"]
+    np.testing.assert_allclose(run(proto, feed), expected, atol=2e-6)

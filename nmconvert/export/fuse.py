@@ -60,7 +60,9 @@ class _Fuser:
 
     def _only_reader(self, name: str) -> NodeProto | None:
         found = self.readers.get(name, [])
-        return found[0] if len(found) == 1 and self.reads.get(name) == 1 and found[0].domain == "" else None
+        if len(found) != 1 or self.reads.get(name) != 1 or id(found[0]) in self.gone:  # gone: into the other operand's call
+            return None
+        return found[0] if found[0].domain == "" else None
 
     def _fuse_residual(self, call: NodeProto, place: dict[int, int]) -> None:
         add = self._only_reader(call.output[0])

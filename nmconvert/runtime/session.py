@@ -7,17 +7,18 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx
 import onnxruntime
-from onnx import ModelProto
 
 from nmconvert import __version__
-from nmconvert.inputs import InputSpec, example_feed
-from nmconvert.runtime import choice
 from nmconvert.runtime.cache import Cache
 from nmconvert.runtime.locate import Kernels, kernels
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from nmconvert.inputs import InputSpec
 
 CPU = "CPUExecutionProvider"
 MEASURE_VARIABLE = "NMCONVERT_MEASURE"  # "off": no measurement, all layers on the kernels
@@ -64,7 +65,10 @@ def session(
 def _chosen(
     source: str | bytes, options: onnxruntime.SessionOptions, found: Kernels, inputs: Sequence[InputSpec]
 ) -> tuple[str | bytes, bool]:
-    """The model to load, and whether the kernels are to be registered for it."""
+    """The model to load, and whether the kernels are to be registered for it.
+
+    What reads the graph is imported only where there is something to measure or to change: it brings torch along.
+    """
     threads = options.intra_op_num_threads
     situation = {"isa": found.isa, "kernels": __version__, "onnxruntime": onnxruntime.__version__, "threads": threads}
     cache = Cache(situation | {"cores": os.cpu_count()})
@@ -74,6 +78,10 @@ def _chosen(
         return source, True
     if dense == _ALL or dense == []:
         return source, dense == []
+    import onnx
+
+    from nmconvert.runtime import choice
+
     model = onnx.load_model_from_string(source) if isinstance(source, bytes) else onnx.load(source)
     if dense is None:
         dense = _measure(source, model, found, cache, threads, inputs)
@@ -107,6 +115,9 @@ def _measure(
     source: str | bytes, model: ModelProto, found: Kernels, cache: Cache, threads: int, inputs: Sequence[InputSpec]
 ) -> list[str] | str:
     """The outputs of the calls that are better left dense, or "all"."""
+    from nmconvert.inputs import example_feed
+    from nmconvert.runtime import choice
+
     assert found.path is not None
     timed = choice.time_layers(model, found.path, cache, threads, inputs)
     slow = [layer.node for layer, ratio in timed if ratio < choice.MARGIN]
