@@ -165,7 +165,7 @@ def _apply(piece: Piece, read: Future[memoryview]) -> memoryview:
         with torch.no_grad():
             changed = edit(tensor)
         _same_kind(slot, tensor, changed)
-        if changed is not tensor:
+        if changed.data_ptr() != tensor.data_ptr():  # a view of a 1×1 filter, changed in place, is there already
             tensor.copy_(changed)
     return data
 
