@@ -482,6 +482,8 @@ def test_misuse_is_named():
     optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(UsageError, match="need steps"):
         sparse.attach(optimizer, freeze_masks=0.3)
+    with pytest.raises(UsageError, match="'up' is none of"):
+        sparse.attach(optimizer, steps=3, anneal="up")
     with pytest.raises(UsageError, match="a share"):
         sparse.attach(optimizer, steps=3, freeze_masks=30)
     sparse.attach(optimizer)

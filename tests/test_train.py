@@ -357,7 +357,15 @@ def test_bad_settings_and_data_are_named():
         run(Settings(batch=128))
     with pytest.raises(UsageError, match="multiple of 3"):
         run(Settings(batch=32, accumulate=3))
-    for wrong in ({"epochs": 0}, {"lr": -1.0}, {"freeze_masks": 1.5}, {"ema": 1.0}, {"patience": 0}):
+    for wrong in (
+        {"epochs": 0},
+        {"lr": -1.0},
+        {"freeze_masks": 1.5},
+        {"ema": 1.0},
+        {"patience": 0},
+        {"optimizer": "lion"},
+        {"precision": "int8"},
+    ):
         with pytest.raises(UsageError, match=next(iter(wrong)).replace("_", "-")):
             Settings(**wrong)
     with pytest.raises(DataError, match="label 3 is out of range: the model has 2 classes"):

@@ -19,7 +19,7 @@ from nmconvert.plan import Row
 
 
 class _StraightThrough(torch.autograd.Function):
-    """mask ⊙ w forward, the identity backward (the paper, equation 5)."""
+    """mask ⊙ w forward, the identity backward."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:

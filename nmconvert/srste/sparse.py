@@ -29,7 +29,7 @@ Anneal = Literal["constant", "rise", "fall"]
 """λ over the steps: as given, from 0 up to it, or from it down to 0, along half a cosine."""
 ANNEALS: tuple[Anneal, ...] = get_args(Anneal)
 
-DECAY = 2e-4  # λ of the paper, section 4.1
+DECAY = 2e-4  # λ of the paper
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Statistics:
     """How the masks moved since they were last asked for.
 
     ``flip_rate``: share of mask entries changed per step, on average. ``sad``: entries that differ between the first and the
-    last mask (sparse architecture divergence, the paper, section 3.3). ``pruned_energy``: Σ((1-mask)·w²) / Σw² now.
+    last mask (sparse architecture divergence, of the paper). ``pruned_energy``: Σ((1-mask)·w²) / Σw² now.
     """
 
     steps: int
@@ -97,15 +97,7 @@ class Sparse:
         Raises:
             UsageError: the optimiser holds none of the sparse weights; ``steps`` is missing; ``freeze_masks`` is no share.
         """
-        if not 0 <= freeze_masks <= 1:
-            raise UsageError(f"freeze_masks {freeze_masks} must be a share of the training, 0 to 1")
-        if steps is None and (anneal != "constant" or freeze_masks):
-            raise UsageError("anneal and freeze_masks need steps: how many optimiser steps there will be")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if self.weights and not any(id(w.dense) in held for w in self.weights):
-            raise UsageError(
-                "the optimizer holds none of the sparse weights: was it made for another model, or before fully_shard?"
-            )
+        self._check(optimizer, steps, anneal, freeze_masks)
         if steps is not None:
             self._total_steps, self._anneal = steps, anneal
             if self.method != "fixed-mask":
@@ -128,6 +120,19 @@ class Sparse:
         self._hooks += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
         self._follow_steps()
         return self
+
+    def _check(self, optimizer: Optimizer, steps: int | None, anneal: Anneal, freeze_masks: float) -> None:
+        if anneal not in ANNEALS:
+            raise UsageError(f"anneal '{anneal}' is none of {', '.join(ANNEALS)}")
+        if not 0 <= freeze_masks <= 1:
+            raise UsageError(f"freeze_masks {freeze_masks} must be a share of the training, 0 to 1")
+        if steps is None and (anneal != "constant" or freeze_masks):
+            raise UsageError("anneal and freeze_masks need steps: how many optimiser steps there will be")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if self.weights and not any(id(w.dense) in held for w in self.weights):
+            raise UsageError(
+                "the optimizer holds none of the sparse weights: was it made for another model, or before fully_shard?"
+            )
 
     @property
     def frozen(self) -> bool:

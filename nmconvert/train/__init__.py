@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nmconvert.train.loop import Training, train
-from nmconvert.train.settings import OPTIMIZERS, PRECISIONS, Settings
+from nmconvert.train.settings import Settings
 from nmconvert.train.stage import FinetuneResult, finetune
 
-__all__ = ["OPTIMIZERS", "PRECISIONS", "FinetuneResult", "Settings", "Training", "finetune", "train"]
+__all__ = ["FinetuneResult", "Settings", "Training", "finetune", "train"]

@@ -78,6 +78,8 @@ class Settings:
             "epochs": self.epochs >= 1,
             "batch": self.batch >= 1,
             "accumulate": self.accumulate >= 1,
+            "optimizer": self.optimizer in OPTIMIZERS,
+            "precision": self.precision in PRECISIONS,
             "lr": self.lr is None or self.lr > 0,
             "warmup": 0 <= self.warmup <= 1,
             "clip": self.clip is None or self.clip > 0,
@@ -89,7 +91,7 @@ class Settings:
         }
         for name, holds in checks.items():
             if not holds:
-                raise UsageError(f"{name.replace('_', '-')} {getattr(self, name)} is out of range; see --help")
+                raise UsageError(f"{name.replace('_', '-')} cannot be {getattr(self, name)}; see --help")
         if self.ema is not None and self.shard:
             raise UsageError("averaged weights (--ema) cannot be sharded: leave out --ema or --shard")
 
