@@ -149,6 +149,8 @@ class Magnitude:
         scores = order if self.criterion is magnitude else self.criterion(matrix)
         as_integers(matrix).mul_(nm_mask(scores, self.pattern))
         self._kept.append(_energy(matrix))
+        if matrix.data_ptr() == weight.data_ptr():  # no data had to move: done in place
+            return weight
         return view.from_matrix(matrix)
 
     def seal(self, pruned: Tensor) -> None:

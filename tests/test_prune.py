@@ -80,6 +80,16 @@ def test_a_state_dict_equals_the_naive_reference(
         assert layer.energy == pytest.approx(float(kept / total) if total else 1.0, rel=1e-5)
 
 
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("shape", [(24, 24, 1, 1), (24, 24, 1), (1, 24, 1, 1), (24, 24, 3, 1)])
+def test_kernels_of_one_position(tmp_path: Path, shape: tuple[int, ...], axis: Axis) -> None:
+    """Their matrix is the weight itself, seen with other strides."""
+    weight = random_weight(shape, 0)
+    torch.save({"a.weight": weight}, tmp_path / "a.pt")
+    after = torch.load(prune(tmp_path / "a.pt", Pattern(2, 4), axis).output, weights_only=True)
+    assert torch.equal(after["a.weight"], naive_prune(weight, "conv", Pattern(2, 4), axis))
+
+
 def test_in_blocks_of_rows_the_result_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = {"conv.weight": random_weight((64, 9, 3, 3), 0), "a.weight": random_weight((70, 33), 1)}
     safetensors.torch.save_file(state, tmp_path / "a.safetensors")
