@@ -1,6 +1,6 @@
 """``make demo``: prune, fine-tune, export and verify a small trained model, and measure it at each step.
 
-``make demo TASK=detection`` (or translation) does it for another task. All files land in ``demo/``.
+``make demo TASK=detection`` (or segmentation, translation) does it for another task. All files land in ``demo/``.
 """
 
 from __future__ import annotations
@@ -49,6 +49,15 @@ DEMOS = {
         inputs="--input 1,3,64,64",
         maker="sample_models.digit_scenes",
         task=" --task detection",
+    ),
+    "segmentation": Demo(
+        name="segmenter",
+        model="sample_models.segmenter:segmenter",
+        files=("segmenter.pt",),
+        data="scenes",
+        inputs="--input 1,3,64,64",
+        maker="sample_models.digit_scenes",
+        task=" --task segmentation",
     ),
     "translation": Demo(
         name="translator",
