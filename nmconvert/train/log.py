@@ -131,7 +131,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 def table(rows: Sequence[Row], metric: str) -> Table:
     """Dense, start and every epoch so far."""
     names = [metric, *(name for name in rows[0].metrics if name != metric)] if rows else [metric]
-    result = Table()
+    result = Table(box=None, pad_edge=False, header_style="bold")
     result.add_column("")
     for name in [*names, "train loss", "flips/step", "SAD", "pruned energy", "time"]:
         result.add_column(name, justify="right")
@@ -171,6 +171,7 @@ class Display:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.live is not None:
+            self.live.transient = kind is None  # a run that ends well is shown by its result
             self.live.stop()
 
     def start(self, what: str, total: int, done: int = 0) -> None:
