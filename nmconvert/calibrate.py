@@ -22,6 +22,8 @@ from nmconvert.moments import Moments, Site, find_followers, find_sites, inputs_
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.replay import Batch, Call, Replay, as_call, call_model, find_units, outputs_of, trace
 
+_LARGE = 0.08  # relative error of the outputs at which the model is fitted at the full rate
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -284,8 +286,11 @@ class _Run:
             with torch.no_grad():
                 return as_call(batch), call_model(self.dense, batch)
 
+        error = held_out_error(self.model, held, targets)
+        rate = self.recipe.model_rate * min(1.0, (error / _LARGE) ** 0.5)  # a good model is spoilt by large steps
+
         def change() -> None:
-            reconstruct(self.model, pair, self.masks, steps=self.recipe.model_steps, rate=self.recipe.model_rate)
+            reconstruct(self.model, pair, self.masks, steps=self.recipe.model_steps, rate=rate)
 
         self._correct("", "reconstruction", change, held, targets)
 
