@@ -208,8 +208,8 @@ def _spearman(model: nn.Module, tokens: Callable[[list[str]], dict[str, Tensor]]
 def run_stories() -> None:
     """2:4 of the attention and feed-forward layers; calibrated on the even stories, measured on the odd ones."""
     with np.load(ROOT / "text" / "tinystories_sample_tok512.npz") as stored:
-        ids, lengths = torch.from_numpy(stored["ids"].astype(np.int64)), stored["lengths"]
-    texts = [row[:length][None] for row, length in zip(ids, lengths, strict=True)]
+        ids, lengths = torch.from_numpy(stored["ids"].astype(np.int64)), stored["lengths"].tolist()
+    texts = [text[None] for text in ids.split(lengths)]
     dense = None
     for name, recipe in (("dense", None), ("sparsegpt", PLAIN), ("auto", replace(DEFAULT, model_steps=300))):
         model = stories260k()

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 from PIL import Image
@@ -41,11 +42,11 @@ def samples() -> list[Sample]:
     """The 128 images, BGR in 0..1, resized as they are."""
     found = []
     for file in sorted((ROOT / "coco128" / "images" / "val2017").glob("*.jpg")):
-        image = Image.open(file).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.asarray(image)[:, :, ::-1].copy()).permute(2, 0, 1).float() / 255
+        image = torch.from_numpy(np.asarray(Image.open(file).convert("RGB"))[:, :, ::-1].copy())
+        pixels = F.interpolate(image.permute(2, 0, 1)[None].float() / 255, (SIDE, SIDE), mode="bilinear")
         labels = ROOT / "coco128" / "labels_detection" / "val2017" / f"{file.stem}.txt"
         lines = labels.read_text().splitlines() if labels.exists() else []
-        found.append(Sample(pixels[None], np.array([line.split() for line in lines], dtype=float).reshape(-1, 5)))
+        found.append(Sample(pixels, np.array([line.split() for line in lines], dtype=float).reshape(-1, 5)))
     return found
 
 
