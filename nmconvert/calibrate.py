@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from nmconvert.matrix import MatrixView
 from nmconvert.moments import Moments, Site, find_followers, find_sites, inputs_seen, solve_rows
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.replay import Batch, Call, Replay, as_call, call_model, find_units, outputs_of, trace
+from nmconvert.resume import Done, fingerprint, read, write
+
+_LARGE = 0.08  # relative error of the outputs at which the model is fitted at the full rate
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def prune_model(
     plan: Mapping[str, tuple[Pattern, Axis]],
     recipe: Recipe = DEFAULT,
     progress: Callable[[str], None] = lambda line: None,
+    resume: Path | None = None,
 ) -> Pruned:
     """Prune the parameters of ``plan`` in place of ``model``, with unlabelled ``batches``.
 
@@ -95,6 +100,8 @@ def prune_model(
         plan: parameter name → pattern and axis.
         recipe: criterion and corrections.
         progress: called with one line for each layer.
+        resume: a file that keeps what is done after each unit; a run that finds its own goes on there, and ends with the
+            same bytes. Removed at the end.
 
     Raises:
         DataError: fewer than two batches.
@@ -106,7 +113,7 @@ def prune_model(
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it computes whole transformer layers past their modules
     try:
-        return _Run(model.eval(), batches, plan, recipe, progress).run()
+        return _Run(model.eval(), batches, plan, recipe, progress).run(resume)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -136,7 +143,7 @@ class _Run:
         self.masks: dict[str, Tensor] = {}
         self.result = Pruned({})
 
-    def run(self) -> Pruned:
+    def run(self, resume: Path | None) -> Pruned:
         before = {name: t.clone() for name, t in self.model.state_dict().items()}
         modules = list(dict.fromkeys(site.module for site in self.sites))
         units = find_units(self.model, modules)
@@ -144,17 +151,52 @@ class _Run:
         counts = {unit: sum(name == unit for name, _ in calls) for unit in units}
         if unused := [unit for unit, count in counts.items() if not count]:
             raise ModelError(f"'{unused[0]}' was not used by the first batch: exclude its weights")
+        key = fingerprint(before, self.batches, self.sites, self.recipe) if resume else ""
+        done = self._restore(read(resume, key)) if resume else []
         pruned, dense = Replay(self.model, self.batches, counts), Replay(self.dense, self.batches, counts)
         for unit in dict.fromkeys(name for name, _ in calls):
             inputs, inputs_dense = pruned.calls(unit), dense.calls(unit)
             targets = outputs_of(self.dense.get_submodule(unit), inputs_dense)
-            self._unit(unit, inputs, inputs_dense, targets)
+            if unit not in done:
+                self._unit(unit, inputs, inputs_dense, targets)
+                done.append(unit)
+                if resume:
+                    write(resume, key, self._done(done))
             dense.answer(unit, targets)
             pruned.answer(unit, outputs_of(self.model.get_submodule(unit), inputs))
         self._whole()
         after = self.model.state_dict()
         self.result.state = {n: after[n] for n, old in before.items() if not torch.equal(old, after[n])}
+        if resume:
+            resume.unlink(missing_ok=True)
         return self.result
+
+    def _done(self, units: list[str]) -> Done:
+        return {
+            "units": units,
+            "state": dict(self.model.state_dict()),
+            "masks": self.masks,
+            "generator": self.generator.get_state(),
+            "layers": [layer.error for layer in self.result.layers],
+            "names": [layer.name for layer in self.result.layers],
+            "corrections": [(c.unit, c.what, c.before, c.after) for c in self.result.corrections],
+        }
+
+    def _restore(self, stored: Done) -> list[str]:
+        """Go to where a run was interrupted; the units that it had done."""
+        if not stored:
+            return []
+        self.model.load_state_dict(stored["state"])
+        self.generator.set_state(stored["generator"])
+        self.masks = stored["masks"]
+        sites = {site.name: site for site in self.sites}
+        owners = {name: unit for unit in stored["units"] for name in sites if name == unit or name.startswith(f"{unit}.")}
+        for name, error in zip(stored["names"], stored["layers"], strict=True):
+            site = sites[name]
+            self.result.layers.append(LayerReport(name, site.pattern, site.axis, owners.get(name, ""), error))
+        self.result.corrections = [Correction(*fields) for fields in stored["corrections"]]
+        units: list[str] = stored["units"]
+        return units
 
     # ------------------------------------------------------------------------------------------------- one unit
 
@@ -284,8 +326,11 @@ class _Run:
             with torch.no_grad():
                 return as_call(batch), call_model(self.dense, batch)
 
+        error = held_out_error(self.model, held, targets)
+        rate = self.recipe.model_rate * min(1.0, (error / _LARGE) ** 0.5)  # a good model is spoilt by large steps
+
         def change() -> None:
-            reconstruct(self.model, pair, self.masks, steps=self.recipe.model_steps, rate=self.recipe.model_rate)
+            reconstruct(self.model, pair, self.masks, steps=self.recipe.model_steps, rate=rate)
 
         self._correct("", "reconstruction", change, held, targets)
 

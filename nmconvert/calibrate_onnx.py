@@ -8,7 +8,7 @@ layer needs is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,17 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 from torch import Tensor
 
 from nmconvert.calibrate import DEFAULT, Recipe
+from nmconvert.correct import held_out_error, keep_if_better, output_error, reconstruct
 from nmconvert.errors import DataError, ModelError
 from nmconvert.moments import Moments, solve_rows
 from nmconvert.onnx_graph import Constants, WeightUse, attribute, weight_uses
+from nmconvert.onnx_module import OnnxModule, key
 from nmconvert.plan import Row
-from nmconvert.replay import Batch, as_call
+from nmconvert.replay import Batch, Call, as_call
 from nmconvert.unfold import conv_columns, transposed_columns
+
+_AGREES = 1e-6  # relative squared error between torch and onnxruntime
+_PASSES = 10  # over the data, for graphs whose batch is one sample
 
 Known = dict[str, list[NDArray[Any]]]
 """Values of the graph by name, one array a batch."""
@@ -40,14 +45,18 @@ def prune_onnx(
 ) -> dict[str, Tensor]:
     """Prune the tensors of ``rows`` in ``model`` (which is left as it is): every initialiser that changes, by name.
 
-    Of the recipe, what needs gradients is left out. Biases take up the means.
+    Biases take up the means. At the end the graph is fitted as a whole to what its last weighted layers computed before, where
+    :class:`nmconvert.onnx_module.OnnxModule` knows its operators and agrees with onnxruntime, and where the held-out batches
+    say that it helps.
 
     Raises:
         DataError: no batches, or they do not fit the graph's inputs.
         ModelError: a row's weight is in a nested graph, or is used in a way that cannot be calibrated.
     """
     feeds = _feeds(model.graph, list(batches))
-    walk = _Walk(model, feeds, recipe)
+    count = len(next(iter(feeds.values())))
+    held = min(count - 1, max(1, round(count * recipe.held_out)))
+    walk = _Walk(model, {name: arrays[: count - held] for name, arrays in feeds.items()}, recipe)
     todo = {row.name: row for row in rows}
     for use in walk.uses:
         row = todo.pop(use.source.name, None)
@@ -56,7 +65,67 @@ def prune_onnx(
             progress(f"{row.name}  {row.pattern} {row.axis}  error {error:.4f}")
     if todo:
         raise ModelError(f"'{next(iter(todo))}' is not used in the main graph and cannot be calibrated: exclude it")
+    if recipe.model_steps:
+        progress(_fit(walk, feeds, held, {row.name: row for row in rows}))
     return walk.changed
+
+
+def _fit(walk: _Walk, feeds: Known, held: int, rows: Mapping[str, Row]) -> str:
+    """Fit all floating constants of the pruned graph, the masks fixed; what came of it, for people."""
+    heads = _heads(walk)
+    count = len(next(iter(feeds.values())))
+    inputs = [{name: torch.from_numpy(arrays[n]) for name, arrays in feeds.items()} for n in range(count)]
+    dense = _Side(walk.scope.tensors, dict(feeds))
+    for head in heads:
+        walk.compute(dense, head)
+    targets = [[torch.from_numpy(dense.known[head][n]) for head in heads] for n in range(count)]
+    try:
+        module = OnnxModule(walk.model, heads)
+        with torch.no_grad():
+            apart = float(output_error(module(**inputs[0]), targets[0]))
+    except (NotImplementedError, KeyError, RuntimeError) as error:
+        return f"not fitted as a whole: {error}"
+    if apart > _AGREES:
+        return f"not fitted as a whole: torch and onnxruntime differ by {apart:.1e}"
+    with torch.no_grad():
+        for name, tensor in walk.changed.items():
+            module.weights[key(name)].copy_(tensor)
+    masks = {f"weights.{key(name)}": walk.changed[name] != 0 for name in rows if name in walk.changed}
+    calls, recipe = [Call((), x) for x in inputs], walk.recipe
+    generator = torch.Generator().manual_seed(recipe.seed)
+    steps = max(recipe.model_steps, _PASSES * (count - held))
+    order = [n for _ in range(-(-steps // (count - held))) for n in torch.randperm(count - held, generator=generator).tolist()]
+
+    def change() -> None:
+        reconstruct(module, lambda step: (calls[order[step]], targets[order[step]]), masks, steps=steps, rate=recipe.model_rate)
+
+    split = count - held
+    before, after = keep_if_better(
+        module, change, lambda: held_out_error(module, [[c] for c in calls[split:]], [[t] for t in targets[split:]])
+    )
+    if after < before:
+        for name in walk.scope.tensors:
+            if key(name) in module.weights and not torch.equal(module.weights[key(name)], walk.tensor(name)):
+                walk.changed[name] = module.weights[key(name)].detach().clone()
+    return f"the whole graph: reconstruction  {before:.4f} -> {after:.4f}"
+
+
+def _heads(walk: _Walk) -> list[str]:
+    """The outputs of the weighted nodes that no other weighted node comes after; those of the graph where there is none."""
+    by_output = {use.node.output[0] for use in walk.uses}
+    seen: set[str] = set()
+    heads, pending = [], [value.name for value in walk.model.graph.output]
+    while pending:
+        name = pending.pop()
+        node = walk.scope.producers.get(name)
+        if name in seen or node is None:
+            continue
+        seen.add(name)
+        if name in by_output:
+            heads.append(name)
+        else:
+            pending.extend(node.input)
+    return sorted(heads) or [value.name for value in walk.model.graph.output]
 
 
 def _feeds(graph: GraphProto, batches: list[Batch]) -> Known:
@@ -104,10 +173,10 @@ class _Walk:
         assert row.pattern is not None
         source = use.node.input[1 - use.position] if use.kind in ("linear", "matmul") else use.node.input[0]
         for side in (self.dense, self.pruned):
-            self._compute(side, source)
+            self.compute(side, source)
         bias = self._bias(use.node)
         solved = solve_rows(
-            row.view.to_matrix(self._tensor(row.name)),
+            row.view.to_matrix(self.tensor(row.name)),
             self._moments(use, row, source),
             row.pattern,
             self.recipe.criterion,
@@ -116,9 +185,9 @@ class _Walk:
         )
         self._change(row.name, row.view.from_matrix(solved.weight))
         if bias is not None:
-            self._change(bias, self._tensor(bias) - solved.shift)
+            self._change(bias, self.tensor(bias) - solved.shift)
         for side in (self.dense, self.pruned):
-            self._compute(side, use.node.output[0])
+            self.compute(side, use.node.output[0])
             self._forget(side)
         return solved.error
 
@@ -145,19 +214,20 @@ class _Walk:
         scaled = node.op_type == "Gemm" and (attribute(node, "beta", 1.0) != 1.0 or attribute(node, "alpha", 1.0) != 1.0)
         return name if tensor is not None and len(tensor.dims) == 1 and alone and not scaled else None
 
-    def _tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
+        """The dense constant ``name``."""
         tensor = self.scope.tensors[name]
         if tensor.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE):
             raise ModelError(f"'{name}' is of a type that cannot be calibrated in onnxruntime: use a float32 export")
         return torch.from_numpy(numpy_helper.to_array(tensor).copy())
 
     def _change(self, name: str, tensor: Tensor) -> None:
-        self.changed[name] = tensor.to(self._tensor(name).dtype).contiguous()
+        self.changed[name] = tensor.to(self.tensor(name).dtype).contiguous()
         self.pruned.constants[name] = numpy_helper.from_array(self.changed[name].numpy(), name)
 
     # -------------------------------------------------------------------------------------- parts of the graph
 
-    def _compute(self, side: _Side, name: str) -> None:
+    def compute(self, side: _Side, name: str) -> None:
         """Make ``name`` known on ``side``."""
         if name in side.known:
             return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from glob import escape
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,11 @@ def module_solver(
     progress: Callable[[str], None] = lambda line: None,
     *,
     permute: bool = False,
+    resume: Path | None = None,
 ) -> Solver:
     """Fill ``model`` from the checkpoint and prune it with :func:`nmconvert.calibrate.prune_model`; in float32.
 
-    With ``permute``, channels are put into a better order first (:mod:`nmconvert.permute`).
+    With ``permute``, channels are put into a better order first (:mod:`nmconvert.permute`); ``resume`` is as there.
     """
 
     def solve(checkpoint: Checkpoint, plan: Plan) -> dict[str, Tensor]:
@@ -50,7 +52,7 @@ def module_solver(
             for done in permute_model(model, batches[0], sites, seed=recipe.seed):
                 gain = f"keeps {done.before:.2%}, then {done.after:.2%}"
                 progress(f"{', '.join(done.names)}: {gain if done.reason is None else f'not permuted: {done.reason}'}")
-        prune_model(model, batches, sites, recipe, progress)
+        prune_model(model, batches, sites, recipe, progress, resume)
         after = model.state_dict()
         return {name: after[own] for name, own in names.items() if own in after and not torch.equal(before[own], after[own])}
 

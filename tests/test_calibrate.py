@@ -16,6 +16,7 @@ from nmconvert.matrix import MatrixView
 from nmconvert.moments import Moments, find_followers, find_sites, inputs_seen
 from nmconvert.pattern import Pattern
 from nmconvert.replay import Call, Replay, as_call, find_units, outputs_of, trace
+from nmconvert.resume import fingerprint, read, write
 from nmconvert.unfold import columns
 
 NM = Pattern(2, 4)
@@ -266,6 +267,43 @@ def test_the_same_seed_gives_the_same_bytes():
         prune_model(model, images(), plan_for(model), Recipe(block_steps=3, model_steps=3, copies=2, seed=5))
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
+    recipe = Recipe(block_steps=4, model_steps=3, copies=2)
+    straight, batches = small_net(), images()
+    expected = prune_model(straight, batches, plan_for(straight), recipe)
+    file, lines = tmp_path / "out.calibration", []
+
+    def interrupt(line):
+        lines.append(line)
+        if "body.1.conv1" in line:
+            raise KeyboardInterrupt
+
+    model = small_net()
+    with pytest.raises(KeyboardInterrupt):
+        prune_model(model, batches, plan_for(model), recipe, interrupt, file)
+    model, told = small_net(), []
+    result = prune_model(model, batches, plan_for(model), recipe, told.append, file)
+    assert not any("body.0.conv" in line for line in told)
+    assert not file.exists()
+    assert result.layers == expected.layers
+    assert result.corrections == expected.corrections
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in straight.state_dict().items())
+
+
+def test_what_another_run_left_is_not_taken(tmp_path):
+    file, batches = tmp_path / "out.calibration", images()
+    file.write_bytes(b"damaged")
+    model = small_net()
+    first = prune_model(model, batches, plan_for(model), Recipe(block_steps=0, model_steps=0), resume=file)
+    key = fingerprint(model.state_dict(), batches, 1)
+    write(file, key, {"units": ["body.0"]})
+    assert read(file, key)["units"] == ["body.0"]
+    assert read(file, fingerprint(model.state_dict(), batches[1:], 1)) == {}
+    model = small_net()
+    again = prune_model(model, batches, plan_for(model), Recipe(block_steps=0, model_steps=0), resume=file)
+    assert again.layers == first.layers
 
 
 class Encoder(nn.Module):

@@ -97,11 +97,11 @@ class Same(torch.nn.Module):
 @pytest.mark.parametrize("axis", ["channel", "kernel"])
 def test_a_graph_is_pruned_as_the_module_that_it_came_from(axis):
     model, batches = residual_net(), images()
-    found = prune_onnx(model, batches, rows_of(model, ["w1", "w2", "w3", "w4"], axis), RECIPE)
+    held = torch.zeros(1, 3, 9, 9)  # the last batch is held out
+    found = prune_onnx(model, [*batches, held], rows_of(model, ["w1", "w2", "w3", "w4"], axis), RECIPE)
     weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     module = Same(weights).eval()
     names = {"c1.weight": "w1", "c2.weight": "w2", "l3.weight": "w3", "l4.weight": "w4"}
-    held = torch.zeros(1, 3, 9, 9)  # the module's last batch is held out
     prune_model(module, [*batches, held], dict.fromkeys(names, (NM, axis)), RECIPE)
     assert set(found) == {"w1", "b1", "w2", "b2", "w3", "b3", "w4", "b4"}
     for name, own in names.items():
@@ -115,10 +115,35 @@ def test_the_solved_graph_is_closer_to_the_dense_one_than_magnitude_is():
     rows = rows_of(model, ["w1", "w2", "w3", "w4"])
     target = run(model, images(6)[5])
     errors = []
-    for recipe in (Recipe(criterion="magnitude", correct_means=False), RECIPE):
+    for recipe in (Recipe(criterion="magnitude", correct_means=False, model_steps=0), RECIPE):
         output = run(changed(model, prune_onnx(model, batches, rows, recipe)), images(6)[5])
         errors.append(float((output - target).square().mean()))
     assert errors[1] < 0.3 * errors[0]
+
+
+def test_the_whole_graph_is_fitted_where_torch_computes_it_too():
+    model, batches, told = residual_net(), images(24), []
+    names = ["w1", "w2", "w3", "w4"]
+    rows = rows_of(model, names)
+    plain = prune_onnx(model, batches, rows, RECIPE)
+    fitted = prune_onnx(model, batches, rows, Recipe(model_steps=150), told.append)
+    assert "reconstruction" in told[-1]
+    target = run(model, images(25)[24])
+    errors = [float((run(changed(model, t), images(25)[24]) - target).square().mean()) for t in (plain, fitted)]
+    assert errors[1] < 0.9 * errors[0]
+    for row in rows:
+        assert ((row.view.to_matrix(fitted[row.name]).reshape(-1, 4) != 0).sum(1) <= 2).all()
+
+
+def test_a_graph_that_torch_does_not_know_is_pruned_without():
+    node = helper.make_node
+    model = graph_of([node("Conv", ["x", "w"], ["a"]), node("Softsign", ["a"], ["b"]), node("Conv", ["b", "v"], ["y"])],
+                     {"w": (8, 4, 1), "v": (8, 8, 1)})  # fmt: skip
+    told: list[str] = []
+    batches = [torch.randn(4, 4, 9) for _ in range(3)]
+    found = prune_onnx(model, batches, rows_of(model, ["v"]), progress=told.append)
+    assert set(found) == {"v"}
+    assert told[-1] == "not fitted as a whole: no gradients through Softsign"
 
 
 def test_transposed_convolutions_and_weights_on_the_left():
@@ -131,12 +156,12 @@ def test_transposed_convolutions_and_weights_on_the_left():
     model = graph_of(nodes, {"w": (8, 3, 3, 3), "left": (5, 6)})
     model.graph.initializer.append(numpy_helper.from_array(np.array([0, 6, -1], dtype=np.int64), "shape"))
     batches = [torch.randn(4, 8, 5, 5, generator=torch.Generator().manual_seed(s)) for s in range(4)]
-    found = prune_onnx(model, batches, rows_of(model, ["w", "left"]), Recipe(damping=1e-6))
+    found = prune_onnx(model, batches, rows_of(model, ["w", "left"]), Recipe(damping=1e-6, model_steps=0))
     for row in rows_of(model, ["w", "left"]):
         matrix = row.view.to_matrix(found[row.name])
         assert (matrix != 0).sum(1).max() <= NM.kept(matrix.shape[1])
     everything_kept = make_plan(tensor_infos(model), Pattern(4, 4), include=["w", "left"]).pruned
-    same = prune_onnx(model, batches, everything_kept, Recipe(damping=1e-9))
+    same = prune_onnx(model, batches, everything_kept, Recipe(damping=1e-9, model_steps=0))
     weights = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
     for name, tensor in same.items():  # nothing pruned: the dense weight is the optimum, whatever the inputs
         torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4)

@@ -90,7 +90,7 @@ def command(
             pattern = commonest([kept for _, kept in layers if kept is not None] or [pattern])
         solver = onnx_solver(batches, recipe, told)
         if built is not None:
-            solver = module_solver(built, batches, recipe, told, permute=permute)
+            solver = module_solver(built, batches, recipe, told, permute=permute, resume=kept_beside(checkpoint, output))
     elif criterion not in (None, "magnitude"):
         raise UsageError(f"--criterion {criterion} looks at the inputs of the layers: give --calib DATA")
     said = {"model": model, "model_arguments": model_arguments or None, "calib": calib, "budget": budget}
@@ -99,3 +99,9 @@ def command(
         criterion=criterion or ("auto" if calib else "magnitude"), model=built, solver=solver, settings=said, trust=trust,
     )  # fmt: skip
     show(report.prune_json(result), as_json=as_json, quiet=quiet, render=lambda: report.prune_report(result))
+
+
+def kept_beside(checkpoint: Path, output: Path | None) -> Path:
+    """The file that an interrupted calibration leaves beside its result, for the same command to go on from."""
+    result = output or checkpoint
+    return result.with_name(f"{result.name}.calibration")

