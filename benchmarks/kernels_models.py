@@ -1,6 +1,6 @@
 """Whole models: the sparse file on the kernels ÷ the dense file in stock onnxruntime with all its optimisations.
 
-    python -m benchmarks.kernels_models [--models resnet50,bert] [--patterns 2:4,1:4] [--threads 1,2] [--batch 1] [--json out.json]
+    python -m benchmarks.kernels_models --models resnet50,bert --patterns 2:4,1:4 --threads 1,2 --batch 1 --json out.json
 
 The models have random weights in the shapes of the real ones: speed does not depend on their values. All convolutions but the
 first and all linear layers of a model are pruned by magnitude, the embeddings are not. Both files come from the same traced
@@ -147,7 +147,9 @@ def write(name: str, pattern: Pattern, batch: int, folder: Path) -> tuple[Path, 
     return dense, sparse
 
 
-def race(dense: Any, sparse: Any, feed: dict[str, Any], *, threads: int, rounds: int, seconds: float) -> tuple[float, float, float, float]:
+def race(
+    dense: Any, sparse: Any, feed: dict[str, Any], *, threads: int, rounds: int, seconds: float
+) -> tuple[float, float, float, float]:
     """Dense ms, sparse ms (both the shortest round), median and spread (interquartile) of the ratios."""
     clock = time.thread_time if threads == 1 else time.perf_counter
     times: tuple[list[float], list[float]] = ([], [])
@@ -200,14 +202,28 @@ def measure(name: str, pattern: str, batch: int, threads: Sequence[int], *, laye
             dense = onnxruntime.InferenceSession(dense_file, options[0], providers=["CPUExecutionProvider"])
             sparse = runtime.session(sparse_file, options[1], layers=layers)
             d, s, ratio, spread = race(dense, sparse, feed, threads=count, rounds=rounds, seconds=4.0)
-            row = {"model": name, "pattern": pattern, "batch": batch, "threads": count, "dense_ms": d, "sparse_ms": s,
-                   "median": ratio, "best": d / s, "spread": spread, "dense_load_s": costs["dense"][0],
-                   "sparse_load_s": costs["sparse"][0], "dense_load_mb": costs["dense"][1], "sparse_load_mb": costs["sparse"][1],
-                   "dense_file_mb": dense_file.stat().st_size / 1e6, "sparse_file_mb": sparse_file.stat().st_size / 1e6}  # fmt: skip
+            row = {
+                "model": name,
+                "pattern": pattern,
+                "batch": batch,
+                "threads": count,
+                "dense_ms": d,
+                "sparse_ms": s,
+                "median": ratio,
+                "best": d / s,
+                "spread": spread,
+                "dense_load_s": costs["dense"][0],
+                "sparse_load_s": costs["sparse"][0],
+                "dense_load_mb": costs["dense"][1],
+                "sparse_load_mb": costs["sparse"][1],
+                "dense_file_mb": dense_file.stat().st_size / 1e6,
+                "sparse_file_mb": sparse_file.stat().st_size / 1e6,
+            }
             rows.append(row)
-            print(f"{name:10} {pattern:5} batch {batch} threads {count}  dense {d:8.2f} ms  sparse {s:8.2f} ms  "
-                  f"med {ratio:5.2f} ±{spread:4.0%} best {d / s:5.2f}   load {costs['dense'][0]:.2f} → {costs['sparse'][0]:.2f} s, "
-                  f"{costs['dense'][1]:.0f} → {costs['sparse'][1]:.0f} MB", flush=True)  # fmt: skip
+            speed = f"dense {d:8.2f} ms  sparse {s:8.2f} ms  med {ratio:5.2f} ±{spread:4.0%} best {d / s:5.2f}"
+            load = f"load {row['dense_load_s']:.2f} → {row['sparse_load_s']:.2f} s, "
+            load += f"{row['dense_load_mb']:.0f} → {row['sparse_load_mb']:.0f} MB"
+            print(f"{name:10} {pattern:5} batch {batch} threads {count}  {speed}   {load}", flush=True)
     return rows
 
 

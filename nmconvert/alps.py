@@ -59,9 +59,7 @@ def swap(problem: Problem, pattern: Pattern, start: Solution, rounds: int = 20) 
         return start
     step = max(1, _MAX_ENTRIES // (columns * pattern.kept(columns)))
     parts = [_swap_rows(_rows(problem, low, step), pattern, start, low, rounds) for low in range(0, rows, step)]
-    weight, mask, error = (
-        torch.cat(tensors) for tensors in zip(*((p.weight, p.mask, p.error) for p in parts), strict=True)
-    )
+    weight, mask, error = (torch.cat(tensors) for tensors in zip(*((p.weight, p.mask, p.error) for p in parts), strict=True))
     return Solution(weight, mask, error, start.signal)
 
 

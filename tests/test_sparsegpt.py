@@ -1,6 +1,6 @@
 """The solvers against brute force and against plain reference code, in float64."""
 
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 import pytest
 import torch
@@ -141,7 +141,7 @@ def test_each_step_beyond_sparsegpt_lowers_the_error_of_every_row(pattern):
     split = admm(problem, pattern, solved)
     swapped = swap(problem, pattern, split)
     errors = [s.error for s in (walked, solved, split, swapped)]
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in pairwise(errors):
         assert (after <= before * (1 + 1e-9)).all()
     assert errors[2].sum() < 0.95 * errors[1].sum()
     plain = solve(weight, gram(x), pattern, method="sparsegpt").error.sum()
