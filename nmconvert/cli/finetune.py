@@ -100,8 +100,9 @@ def _json(result: FinetuneResult) -> dict[str, Any]:
 
 def _report(result: FinetuneResult) -> RenderableType:
     from rich.console import Group
+    from rich.text import Text
 
     from nmconvert.train.log import table
 
-    taught = f"taught by {result.teacher}" if result.teacher else "without a teacher"
-    return Group(table(result.training.rows, result.metric), f"Wrote {result.output}, {taught}; curves beside it.")
+    taught = f"taught by {result.teacher.name}" if result.teacher else "without a teacher"
+    return Group(table(result.training.rows, result.metric), Text(f"Wrote {result.output}, {taught}; curves beside it."))
