@@ -193,7 +193,7 @@ def test_what_is_wrong_is_named(folder):
         finetune_it(folder, "--model-arg", "width=12")
     with pytest.raises(DataError, match="no such"):
         invoke("finetune", folder / "net.nm1-4.pt", "--data", folder / "nothing", *TASK)
-    with pytest.raises(UsageError, match="lr -1"):
+    with pytest.raises(UsageError, match="lr cannot be -1"):
         finetune_it(folder, "--lr", -1)
     (folder / "broken.pt").write_bytes(b"PK\x03\x04 broken")
     with pytest.raises(CheckpointError, match=r"broken\.pt"):

@@ -28,7 +28,7 @@ SETTINGS: tuple[Callable[[F], F], ...] = (
     click.option("--ema", type=float, help="Keep averaged weights, with this decay per step."),
     click.option("--distill", type=float, help="Share of the teacher in the loss; 1 needs no labels.  [default: 1]"),
     click.option("--method", type=click.Choice(["sr-ste", "ste", "fixed-mask"]), help="[default: sr-ste]"),
-    click.option("--decay", type=float, help="λ of SR-STE.  [default: 2e-4]"),
+    click.option("--decay", type=float, help="λ of SR-STE.  [default: 0.1]"),
     click.option("--anneal", type=click.Choice(["constant", "rise", "fall"]), help="λ over the steps.  [default: constant]"),
     click.option("--freeze-masks", type=float, help="Share of the steps, at the end, with fixed masks.  [default: 0]"),
     click.option("--patience", type=int, help="Stop after so many epochs without a better metric, and keep the best."),
