@@ -217,7 +217,7 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
 
   // Splitting the rows gathers every panel once more: worth it only where there are few panels and many rows.
   const int64_t width = choice.panel_width(), panels = ceil_div(pixels, width);
-  const int64_t wanted = ceil_div(wanted_tasks(), panels * attributes.groups);
+  const int64_t wanted = ceil_div(wanted_tasks() / 2, panels * attributes.groups);
   const int64_t useful = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(plan.rows) * weights.density() / 32));
   const int64_t per_task = ceil_div(ceil_div(plan.rows, std::min(wanted, useful)), 16) * 16;
   const int64_t splits = ceil_div(plan.rows, per_task);
