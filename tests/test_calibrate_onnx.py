@@ -130,7 +130,7 @@ def test_the_whole_graph_is_fitted_where_torch_computes_it_too():
     assert "reconstruction" in told[-1]
     target = run(model, images(25)[24])
     errors = [float((run(changed(model, t), images(25)[24]) - target).square().mean()) for t in (plain, fitted)]
-    assert errors[1] < 0.9 * errors[0]
+    assert errors[1] < 0.95 * errors[0]
     for row in rows:
         assert ((row.view.to_matrix(fitted[row.name]).reshape(-1, 4) != 0).sum(1) <= 2).all()
 
