@@ -1,6 +1,6 @@
 """``make demo``: prune, fine-tune, export and verify a small trained model, and measure it at each step.
 
-``make demo TASK=detection`` (or segmentation, translation) does it for another task. All files land in ``demo/``.
+``make demo TASK=detection`` (or segmentation, language_model, translation) does it for another task. All files land in ``demo/``.
 """
 
 from __future__ import annotations
@@ -58,6 +58,16 @@ DEMOS = {
         inputs="--input 1,3,64,64",
         maker="sample_models.digit_scenes",
         task=" --task segmentation",
+    ),
+    "language_model": Demo(
+        name="gpt",
+        model="sample_models.gpt:gpt",
+        files=("gpt.pt",),
+        data="stdlib",
+        inputs="--input input_ids=1,128:int64",
+        maker="sample_models.stdlib_text --excerpt",
+        task=" --task language_model --task-arg block=128",
+        epochs=1,
     ),
     "translation": Demo(
         name="translator",

@@ -1,7 +1,7 @@
 """The text of Python's own standard library, as ``train.txt`` and ``val.txt``: ``python -m sample_models.stdlib_text OUT``.
 
-Some 5 MB of source code; it differs a little between versions of Python. With ``--excerpt``, ``train.txt`` has the first 600 kB:
-enough to fine-tune in a minute.
+Some 5 MB of source code; it differs a little between versions of Python. With ``--excerpt``, ``train.txt`` has the first
+600 kB: enough to fine-tune in a minute.
 """
 
 from __future__ import annotations
