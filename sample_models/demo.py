@@ -1,6 +1,6 @@
 """``make demo``: prune, fine-tune, export and verify a small trained model, and measure it at each step.
 
-``make demo TASK=detection`` (or segmentation, language_model, translation) does it for another task. All files land in ``demo/``.
+``make demo TASK=detection`` (or segmentation, language_model, translation) does it for another task. Files land in ``demo/``.
 """
 
 from __future__ import annotations
