@@ -140,7 +140,8 @@ def run(command: str, folder: Path, *, capture: bool = False) -> str:
     """Run ``command``, a module and its arguments, in ``folder`` with this Python; what it printed, where that is asked for."""
     program = [sys.executable, "-m", *shlex.split(command)]
     paths = filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))  # the checkout, installed or not
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    one_thread = {"OMP_NUM_THREADS": "1"}  # the models are so small that threads would only wait for each other
+    environment = one_thread | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     sys.stdout.flush()
     done = subprocess.run(
         program, cwd=folder, env=environment, check=True, text=True, stdout=subprocess.PIPE if capture else None
