@@ -1,5 +1,5 @@
 # make demo    prune, fine-tune, export and verify a small trained model, and say what happened;
-#              TASK=detection, segmentation or translation shows another one
+#              TASK=detection, segmentation, language_model or translation
 # make test    all tests
 # make check   ruff, its formatter, mypy --strict
 # make docs    write the README's command reference anew from --help, and record its picture

@@ -22,9 +22,9 @@ def modules(rooms: Sequence[Sequence[str]] = ROOMS) -> str:
     """Markdown: a table of the modules, from the top of the house to its cellar, each with what its docstring says first."""
     rows = ["| `nmconvert/` | |", "|---|---|"]
     for room in (room for row in rooms for room in row):
-        for path, name in ((PACKAGE / f"{room}.py", f"{room}.py"), (PACKAGE / room / "__init__.py", f"{room}/")):
-            if path.exists():
-                rows.append(f"| `{name}` | {first_sentence(path)} |")
+        folder = PACKAGE / room
+        path, name = (folder / "__init__.py", f"{room}/") if folder.is_dir() else (PACKAGE / f"{room}.py", f"{room}.py")
+        rows.append(f"| `{name}` | {first_sentence(path)} |")
     return "\n".join(rows) + "\n"
 
 

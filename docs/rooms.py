@@ -25,9 +25,6 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("plan", "rules", "targets"),
     ("tensor", "packing", "detect"),
     ("matrix",),
-    ("pattern", "inputs", "dist", "extras"),
-    (
-        "signature",
-        "errors",
-    ),
+    ("pattern", "inputs", "dist", "extras", "signature"),
+    ("errors",),
 )

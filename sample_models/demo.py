@@ -1,6 +1,6 @@
 """``make demo``: prune, fine-tune, export and verify a small trained model, and measure it at each step.
 
-``make demo TASK=detection`` (or segmentation, translation) does it for another task. All files land in ``demo/``.
+``make demo TASK=detection`` (or segmentation, language_model, translation) does it for another task. Files land in ``demo/``.
 """
 
 from __future__ import annotations
@@ -58,6 +58,16 @@ DEMOS = {
         inputs="--input 1,3,64,64",
         maker="sample_models.digit_scenes",
         task=" --task segmentation",
+    ),
+    "language_model": Demo(
+        name="gpt",
+        model="sample_models.gpt:gpt",
+        files=("gpt.pt",),
+        data="stdlib",
+        inputs="--input input_ids=1,128:int64",
+        maker="sample_models.stdlib_text --excerpt",
+        task=" --task language_model --task-arg block=128",
+        epochs=1,
     ),
     "translation": Demo(
         name="translator",
@@ -130,7 +140,8 @@ def run(command: str, folder: Path, *, capture: bool = False) -> str:
     """Run ``command``, a module and its arguments, in ``folder`` with this Python; what it printed, where that is asked for."""
     program = [sys.executable, "-m", *shlex.split(command)]
     paths = filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))  # the checkout, installed or not
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    one_thread = {"OMP_NUM_THREADS": "1"}  # the models are so small that threads would only wait for each other
+    environment = one_thread | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     sys.stdout.flush()
     done = subprocess.run(
         program, cwd=folder, env=environment, check=True, text=True, stdout=subprocess.PIPE if capture else None
