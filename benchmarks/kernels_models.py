@@ -169,17 +169,19 @@ def race(
 def load_cost(path: Path, *, kernels: bool) -> tuple[float, float]:
     """Seconds to make a session in a new process, and its peak memory in MB above that of the imports."""
     program = f"""
-import resource, sys, time
+import time
+from pathlib import Path
 import onnxruntime
 from nmconvert import runtime
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = 1
 options.log_severity_level = 3
 if {kernels}: options.register_custom_ops_library(str(runtime.library()))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak(): return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+before = peak()
 start = time.process_time()
 session = onnxruntime.InferenceSession({str(path)!r}, options, providers=["CPUExecutionProvider"])
-print(time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(time.process_time() - start, peak() - before)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     seconds, megabytes = map(float, result.stdout.split())

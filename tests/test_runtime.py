@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -323,13 +324,13 @@ def test_an_input_that_does_not_fit_is_an_error_of_the_run() -> None:
 
 @needs_kernels
 def test_mutated_files_do_not_crash() -> None:
-    """Thousands of files with flipped bytes and swapped numbers either load, and run, or are refused."""
+    """Files with flipped bytes and swapped numbers either load, and run, or are refused; NMCONVERT_FUZZ says how many."""
     rng = np.random.default_rng(8)
     proto = conv_model(["b", 32, "h", "w"])
     plain = proto.SerializeToString()
     x = rng.standard_normal((1, 32, 9, 9)).astype(np.float32)
     outcomes = {"ran": 0, "refused": 0}
-    for round_ in range(2000):
+    for round_ in range(int(os.environ.get("NMCONVERT_FUZZ", "500"))):
         damaged = bytearray(plain)
         if round_ % 2:
             for at in rng.integers(0, len(damaged), rng.integers(1, 4)):
@@ -344,7 +345,7 @@ def test_mutated_files_do_not_crash() -> None:
             outcomes["ran"] += 1
         except Exception:
             outcomes["refused"] += 1
-    assert min(outcomes.values()) > 50
+    assert min(outcomes.values()) > 20
 
 
 def mutated(proto: onnx.ModelProto, rng: np.random.Generator) -> onnx.ModelProto:
