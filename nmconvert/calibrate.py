@@ -94,6 +94,8 @@ def prune_model(
 ) -> Pruned:
     """Prune the parameters of ``plan`` in place of ``model``, with unlabelled ``batches``.
 
+    The corrections also change what stays dense: biases, norms, and (by a little) the layers that are not in the plan.
+
     Args:
         model: changed in place, left in evaluation mode.
         batches: each as :data:`nmconvert.replay.Batch` says; the last eighth is held out to judge corrections.

@@ -30,6 +30,7 @@ from nmconvert.replay import Batch, Call, as_call
 from nmconvert.unfold import conv_columns, transposed_columns
 
 _AGREES = 1e-6  # relative squared error between torch and onnxruntime
+_BATCH = 64  # samples at which the graph is fitted at the full rate
 _PASSES = 10  # over the data, for graphs whose batch is one sample
 
 Known = dict[str, list[NDArray[Any]]]
@@ -93,11 +94,13 @@ def _fit(walk: _Walk, feeds: Known, held: int, rows: Mapping[str, Row]) -> str:
     masks = {f"weights.{key(name)}": walk.changed[name] != 0 for name in rows if name in walk.changed}
     calls, recipe = [Call((), x) for x in inputs], walk.recipe
     generator = torch.Generator().manual_seed(recipe.seed)
+    samples = len(next(iter(inputs[0].values())))
+    rate = recipe.model_rate * min(1.0, (samples / _BATCH) ** 0.5)  # gradients of few samples are noisy
     steps = max(recipe.model_steps, _PASSES * (count - held))
     order = [n for _ in range(-(-steps // (count - held))) for n in torch.randperm(count - held, generator=generator).tolist()]
 
     def change() -> None:
-        reconstruct(module, lambda step: (calls[order[step]], targets[order[step]]), masks, steps=steps, rate=recipe.model_rate)
+        reconstruct(module, lambda step: (calls[order[step]], targets[order[step]]), masks, steps=steps, rate=rate)
 
     split = count - held
     before, after = keep_if_better(

@@ -1,7 +1,7 @@
 """A graph of common ONNX operators as a torch module, so that gradients can be had from a bare file.
 
 It is not trusted: who uses it compares it with onnxruntime first (:func:`nmconvert.calibrate_onnx.prune_onnx` does). Floating
-initialisers are its parameters, under their names with dots replaced.
+initialisers that are weights are its parameters, under their names with dots replaced.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nmconvert.onnx_graph import Constants, attribute
 
 Inputs = Sequence[Any]
+_SETTINGS = ("Resize", "Pad", "Clip")  # their further inputs say how, and are no weights
 
 
 class OnnxModule(nn.Module):
@@ -34,11 +35,12 @@ class OnnxModule(nn.Module):
         self.nodes = [node for node in model.graph.node if node.op_type != "Constant"]
         if unknown := sorted({node.op_type for node in self.nodes} - OPERATORS.keys()):
             raise NotImplementedError(f"no gradients through {', '.join(unknown)}")
+        settings = {name for node in self.nodes if node.op_type in _SETTINGS for name in node.input[1:]}
         self.constants: dict[str, Tensor] = {}
         self.weights = nn.ParameterDict()
         for name, tensor in constants.items():
             value = torch.from_numpy(numpy_helper.to_array(tensor).copy())
-            if value.is_floating_point() and value.dim():
+            if value.is_floating_point() and value.dim() and name not in settings:
                 self.weights[key(name)] = nn.Parameter(value, requires_grad=False)
             else:
                 self.constants[name] = value

@@ -171,9 +171,10 @@ def test_prune_with_calibration_writes_a_sparse_file_with_other_weights(project)
 def test_permuted_channels_are_written_with_all_that_reads_them(project):
     invoke("prune", "net.pt", "--nm", "2:4", "--permute", *project, "-o", "permuted.pt")
     dense, permuted = torch.load("net.pt"), torch.load("permuted.pt")
-    assert not torch.equal(permuted["0.weight"], dense["0.weight"])  # left dense, but its channels moved
-    rows = {tuple(row.tolist()) for row in permuted["0.weight"].reshape(8, -1)}
-    assert rows == {tuple(row.tolist()) for row in dense["0.weight"].reshape(8, -1)}
+    rows, moved = (state["0.weight"].reshape(8, -1) for state in (dense, permuted))
+    order = torch.cdist(moved, rows).argmin(1).tolist()  # left dense, and fitted a little; but its channels moved
+    assert sorted(order) == list(range(8))
+    assert order != list(range(8))
 
 
 def test_prune_under_a_budget_mixes_patterns_within_it(project):
