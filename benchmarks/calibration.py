@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from benchmarks import fastestdet_onnx
 from benchmarks.data import ROOT
 from benchmarks.models.llama import stories260k
-from nmconvert.calibrate import DEFAULT, Recipe, prune_model
-from nmconvert.calibrate_onnx import prune_onnx
+from nmconvert.calibrate.driver import DEFAULT, Recipe, prune_model
+from nmconvert.calibrate.onnx_driver import prune_onnx
+from nmconvert.calibrate.permute import permute_model
 from nmconvert.pattern import Axis, Pattern
-from nmconvert.permute import permute_model
 from sample_models.resnet import resnet20, resnet56
 
 PLAIN = Recipe(

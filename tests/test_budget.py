@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nmconvert.budget import Budget, Option, Sensitivity, choose, measure, meet, packed_share, top1_drop
-from nmconvert.calibrate import Recipe
+from nmconvert.calibrate.budget import Budget, Option, Sensitivity, choose, measure, meet, packed_share, top1_drop
+from nmconvert.calibrate.driver import Recipe
 from nmconvert.cli import group
 from nmconvert.errors import UsageError
 from nmconvert.pattern import Pattern

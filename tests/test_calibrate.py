@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nmconvert.calibrate import Recipe, prune_model
-from nmconvert.correct import augment, held_out_error, keep_if_better, reconstruct, reestimate_norms
+from nmconvert.calibrate.correct import augment, held_out_error, keep_if_better, reconstruct, reestimate_norms
+from nmconvert.calibrate.driver import Recipe, prune_model
+from nmconvert.calibrate.moments import Moments, find_followers, find_sites, inputs_seen
+from nmconvert.calibrate.replay import Call, Replay, as_call, find_units, outputs_of, trace
+from nmconvert.calibrate.resume import fingerprint, read, write
+from nmconvert.calibrate.unfold import columns
 from nmconvert.errors import DataError, ModelError
 from nmconvert.matrix import MatrixView
-from nmconvert.moments import Moments, find_followers, find_sites, inputs_seen
 from nmconvert.pattern import Pattern
-from nmconvert.replay import Call, Replay, as_call, find_units, outputs_of, trace
-from nmconvert.resume import fingerprint, read, write
-from nmconvert.unfold import columns
 
 NM = Pattern(2, 4)
 PLAIN = Recipe(criterion="sparsegpt", against_dense=False, correct_means=False, reestimate=False, block_steps=0, model_steps=0)

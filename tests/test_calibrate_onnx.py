@@ -7,8 +7,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from nmconvert.calibrate import Recipe, prune_model
-from nmconvert.calibrate_onnx import _pads, prune_onnx
+from nmconvert.calibrate.driver import Recipe, prune_model
+from nmconvert.calibrate.onnx_driver import _pads, prune_onnx
 from nmconvert.errors import DataError, ModelError
 from nmconvert.onnx_graph import tensor_infos
 from nmconvert.pattern import Pattern

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nmconvert.axes import find_channels
+from nmconvert.calibrate.axes import find_channels
+from nmconvert.calibrate.permute import apply, kept_score, permute_model, search
 from nmconvert.pattern import Pattern
-from nmconvert.permute import apply, kept_score, permute_model, search
 
 NM = Pattern(2, 4)
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmconvert.alps import admm, swap
 from nmconvert.pattern import Pattern
-from nmconvert.quadratic import Problem, best, resolve
-from nmconvert.quadratic import _conjugate_gradients as conjugate_gradients
-from nmconvert.sparsegpt import METHODS, _greedy_choice, diagonal_choice, exact_choice, solve, sweep
+from nmconvert.solvers.alps import admm, swap
+from nmconvert.solvers.quadratic import Problem, best, resolve
+from nmconvert.solvers.quadratic import _conjugate_gradients as conjugate_gradients
+from nmconvert.solvers.sparsegpt import METHODS, _greedy_choice, diagonal_choice, exact_choice, solve, sweep
 
 
 def moments(columns, seed, mix=0.5):

@@ -12,12 +12,12 @@ import click
 from nmconvert.cli.common import TASKS, key_values
 
 if TYPE_CHECKING:
-    from nmconvert.replay import Batch
+    from nmconvert.calibrate.replay import Batch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "exact", "admm", "auto")
-"""`nmconvert.sparsegpt.METHODS`, without the import of torch that it costs."""
+"""`nmconvert.solvers.sparsegpt.METHODS`, without the import of torch that it costs."""
 
 
 def calibration_options(function: F) -> F:

@@ -72,15 +72,15 @@ def command(
         built = build(model, model_arguments, trust=trust)
     solver = None
     if calib is not None:
-        from nmconvert.calibrate import Recipe
-        from nmconvert.calibrated import module_solver, onnx_solver
+        from nmconvert.calibrate.driver import Recipe
+        from nmconvert.calibrate.stage import module_solver, onnx_solver
 
         batches = calibration_batches(calib, task, settings, samples, batch_size, seed)
         recipe = Recipe(criterion=criterion or "auto", seed=seed)
         told = teller(quiet)
         if budget is not None and built is not None:
-            from nmconvert.budget import Budget
-            from nmconvert.calibrated import layers_under
+            from nmconvert.calibrate.budget import Budget
+            from nmconvert.calibrate.stage import layers_under
             from nmconvert.checkpoint import open_checkpoint
             from nmconvert.prune import plan_for
 

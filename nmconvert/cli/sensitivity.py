@@ -15,7 +15,7 @@ from nmconvert.pattern import AXES, Axis, Pattern
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from nmconvert.budget import Sensitivity
+    from nmconvert.calibrate.budget import Sensitivity
 
 _BAR = 24  # characters
 
@@ -41,7 +41,7 @@ def command(
     chosen = [Pattern.parse(text) for text in patterns.split(",")]
     if model is None or calib is None:
         raise UsageError("sensitivities are measured on a model and its inputs: give --model and --calib")
-    from nmconvert.calibrated import sensitivities
+    from nmconvert.calibrate.stage import sensitivities
     from nmconvert.checkpoint import open_checkpoint
     from nmconvert.model import build
     from nmconvert.prune import plan_for

@@ -1,7 +1,7 @@
 """A graph of common ONNX operators as a torch module, so that gradients can be had from a bare file.
 
-It is not trusted: who uses it compares it with onnxruntime first (:func:`nmconvert.calibrate_onnx.prune_onnx` does). Floating
-initialisers that are weights are its parameters, under their names with dots replaced.
+It is not trusted: who uses it compares it with onnxruntime first (:func:`nmconvert.calibrate.onnx_driver.prune_onnx` does).
+Floating initialisers that are weights are its parameters, under their names with dots replaced.
 """
 
 from __future__ import annotations

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nmconvert.calibrate import Recipe, prune_model
-from nmconvert.correct import held_out_error
+from nmconvert.calibrate.correct import held_out_error
+from nmconvert.calibrate.driver import Recipe, prune_model
+from nmconvert.calibrate.moments import Moments, Site, find_sites, inputs_seen, solve_rows
+from nmconvert.calibrate.replay import Batch, as_call, call_model, outputs_of
 from nmconvert.errors import UsageError
 from nmconvert.matrix import MatrixView
-from nmconvert.moments import Moments, Site, find_sites, inputs_seen, solve_rows
 from nmconvert.pattern import Axis, Pattern
-from nmconvert.replay import Batch, as_call, call_model, outputs_of
 
 PATTERNS = tuple(Pattern.parse(text) for text in ("2:4", "1:4", "4:8", "2:8", "1:8", "1:16"))
 _STEPS = 4000  # costs are rounded up to this share of the budget

@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import Tensor
 
-from nmconvert.calibrate import DEFAULT, Recipe
-from nmconvert.correct import held_out_error, keep_if_better, output_error, reconstruct
+from nmconvert.calibrate.correct import held_out_error, keep_if_better, output_error, reconstruct
+from nmconvert.calibrate.driver import DEFAULT, Recipe
+from nmconvert.calibrate.moments import Moments, solve_rows
+from nmconvert.calibrate.onnx_module import OnnxModule, key
+from nmconvert.calibrate.replay import Batch, Call, as_call
+from nmconvert.calibrate.unfold import conv_columns, transposed_columns
 from nmconvert.errors import DataError, ModelError
-from nmconvert.moments import Moments, solve_rows
 from nmconvert.onnx_graph import Constants, WeightUse, attribute, weight_uses
-from nmconvert.onnx_module import OnnxModule, key
 from nmconvert.plan import Row
-from nmconvert.replay import Batch, Call, as_call
-from nmconvert.unfold import conv_columns, transposed_columns
 
 _AGREES = 1e-6  # relative squared error between torch and onnxruntime
 _BATCH = 64  # samples at which the graph is fitted at the full rate
@@ -47,8 +47,8 @@ def prune_onnx(
     """Prune the tensors of ``rows`` in ``model`` (which is left as it is): every initialiser that changes, by name.
 
     Biases take up the means. At the end the graph is fitted as a whole to what its last weighted layers computed before, where
-    :class:`nmconvert.onnx_module.OnnxModule` knows its operators and agrees with onnxruntime, and where the held-out batches
-    say that it helps.
+    :class:`nmconvert.calibrate.onnx_module.OnnxModule` knows its operators and agrees with onnxruntime, and where the
+    held-out batches say that it helps.
 
     Raises:
         DataError: no batches, or they do not fit the graph's inputs.
@@ -305,7 +305,7 @@ def _session(model: ModelProto) -> Any:
 
 
 def _columns(use: WeightUse, row: Row, x: Tensor, limit: int) -> list[Tensor]:
-    """As :func:`nmconvert.unfold.columns`, for a node of a graph."""
+    """As :func:`nmconvert.calibrate.unfold.columns`, for a node of a graph."""
     assert row.axis is not None
     if use.kind in ("linear", "matmul"):
         across = not use.position or attribute(use.node, "transA", 0)  # tokens are x's columns

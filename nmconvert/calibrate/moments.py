@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nmconvert.calibrate.replay import Batch, Call, call_model, outputs_of
+from nmconvert.calibrate.unfold import columns
 from nmconvert.errors import ModelError
 from nmconvert.matrix import Kind
 from nmconvert.model import layers
 from nmconvert.pattern import Axis, Pattern
-from nmconvert.replay import Batch, Call, call_model, outputs_of
-from nmconvert.sparsegpt import solve
-from nmconvert.unfold import columns
+from nmconvert.solvers.sparsegpt import solve
 
 _ENTRIES = 1 << 24  # of one part of the inputs: 64 MiB in float32
 

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from nmconvert.calibrate.replay import Batch, as_call
 from nmconvert.errors import ModelError
-from nmconvert.replay import Batch, as_call
 
 Axis = tuple[str, int]
 """A value (by its node's name) and one of its dimensions."""

@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nmconvert.budget import PATTERNS, Budget, Sensitivity, measure, meet, top1_drop
-from nmconvert.calibrate import Recipe, prune_model
-from nmconvert.calibrate_onnx import prune_onnx
+from nmconvert.calibrate.budget import PATTERNS, Budget, Sensitivity, measure, meet, top1_drop
+from nmconvert.calibrate.driver import Recipe, prune_model
+from nmconvert.calibrate.onnx_driver import prune_onnx
+from nmconvert.calibrate.permute import permute_model
+from nmconvert.calibrate.replay import Batch
 from nmconvert.checkpoint import Checkpoint
 from nmconvert.checkpoint.onnx_file import read_whole_model
 from nmconvert.errors import UsageError
 from nmconvert.model import fill, matched_names
 from nmconvert.pattern import Pattern
-from nmconvert.permute import permute_model
 from nmconvert.plan import Plan
-from nmconvert.replay import Batch
 
 Solver = Callable[[Checkpoint, Plan], dict[str, Tensor]]
 
@@ -36,9 +36,9 @@ def module_solver(
     permute: bool = False,
     resume: Path | None = None,
 ) -> Solver:
-    """Fill ``model`` from the checkpoint and prune it with :func:`nmconvert.calibrate.prune_model`; in float32.
+    """Fill ``model`` from the checkpoint and prune it with :func:`nmconvert.calibrate.driver.prune_model`; in float32.
 
-    With ``permute``, channels are put into a better order first (:mod:`nmconvert.permute`); ``resume`` is as there.
+    With ``permute``, channels are put into a better order first (:mod:`nmconvert.calibrate.permute`); ``resume`` is as there.
     """
 
     def solve(checkpoint: Checkpoint, plan: Plan) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ def module_solver(
 
 
 def onnx_solver(batches: Sequence[Batch], recipe: Recipe, progress: Callable[[str], None] = lambda line: None) -> Solver:
-    """Prune with :func:`nmconvert.calibrate_onnx.prune_onnx`, the layer inputs computed by onnxruntime."""
+    """Prune with :func:`nmconvert.calibrate.onnx_driver.prune_onnx`, the layer inputs computed by onnxruntime."""
 
     def solve(checkpoint: Checkpoint, plan: Plan) -> dict[str, Tensor]:
         if checkpoint.format != "ONNX":
@@ -78,7 +78,7 @@ def sensitivities(
     patterns: Sequence[Pattern],
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Sensitivity]:
-    """:func:`nmconvert.budget.measure` for the tensors that ``plan`` prunes, under the model's names."""
+    """:func:`nmconvert.calibrate.budget.measure` for the tensors that ``plan`` prunes, under the model's names."""
     names = _filled(model, checkpoint, plan)
     axes = {names[row.name]: row.axis for row in plan.pruned if row.name in names and row.axis}
     return measure(model, batches, axes, patterns, progress)

@@ -1,8 +1,8 @@
 """Pruning a model with calibration data: layer after layer on the inputs that the pruned model gives it.
 
-:func:`prune_model` walks over the units of a model (see :mod:`nmconvert.replay`) in execution order. In each unit every
-planned layer is solved (:mod:`nmconvert.sparsegpt`) on the inputs that it gets from the already pruned layers, against
-the outputs that it had in the dense model; then the unit is corrected (:mod:`nmconvert.correct`). No labels are read.
+:func:`prune_model` walks over the units of a model (:mod:`nmconvert.calibrate.replay`) in execution order. In each unit every
+planned layer is solved (:mod:`nmconvert.solvers.sparsegpt`) on the inputs that it gets from the already pruned layers, against
+the outputs that it had in the dense model; then the unit is corrected (:mod:`nmconvert.calibrate.correct`). No labels are read.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmconvert.correct import augment, held_out_error, is_images, keep_if_better, norms, reconstruct, reestimate_norms
+from nmconvert.calibrate.correct import augment, held_out_error, is_images, keep_if_better, norms, reconstruct, reestimate_norms
+from nmconvert.calibrate.moments import Moments, Site, find_followers, find_sites, inputs_seen, solve_rows
+from nmconvert.calibrate.replay import Batch, Call, Replay, as_call, call_model, find_units, outputs_of, trace
+from nmconvert.calibrate.resume import Done, fingerprint, read, write
 from nmconvert.errors import DataError, ModelError
 from nmconvert.matrix import MatrixView
-from nmconvert.moments import Moments, Site, find_followers, find_sites, inputs_seen, solve_rows
 from nmconvert.pattern import Axis, Pattern
-from nmconvert.replay import Batch, Call, Replay, as_call, call_model, find_units, outputs_of, trace
-from nmconvert.resume import Done, fingerprint, read, write
 
 _LARGE = 0.08  # relative error of the outputs at which the model is fitted at the full rate
 
@@ -98,7 +98,7 @@ def prune_model(
 
     Args:
         model: changed in place, left in evaluation mode.
-        batches: each as :data:`nmconvert.replay.Batch` says; the last eighth is held out to judge corrections.
+        batches: each as :data:`nmconvert.calibrate.replay.Batch` says; the last eighth is held out to judge corrections.
         plan: parameter name → pattern and axis.
         recipe: criterion and corrections.
         progress: called with one line for each layer.

@@ -1,7 +1,7 @@
 """An order of the input channels that lets N:M keep more, free at run time: the layers before produce it.
 
 The search (:func:`search`) is on one matrix of scores and works for any N:M; where it may be applied, and to what else, is
-what :mod:`nmconvert.axes` proves. A permuted model computes the same function as before, up to rounding.
+what :mod:`nmconvert.calibrate.axes` proves. A permuted model computes the same function as before, up to rounding.
 (Pool and Yu 2021 do this for 2:4 on GPUs.)
 """
 
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nmconvert.axes import Channels, find_channels
+from nmconvert.calibrate.axes import Channels, find_channels
+from nmconvert.calibrate.replay import Batch
 from nmconvert.matrix import MatrixView
 from nmconvert.model import Layer, layers
 from nmconvert.pattern import Axis, Pattern
-from nmconvert.replay import Batch
 
 _ENTRIES = 1 << 22  # of the pairs tried at once: 32 MiB
 _PATIENCE = 6  # rounds without a gain after which the search ends

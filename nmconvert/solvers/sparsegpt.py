@@ -1,6 +1,6 @@
 """Pruning one layer against its inputs: solvers on ``(W [rows, K], H [K, K])``, pure and in float64.
 
-Every solver chooses an N:M mask, and the kept weights, to make the quadratic of :mod:`nmconvert.quadratic` small:
+Every solver chooses an N:M mask, and the kept weights, to make the quadratic of :mod:`nmconvert.solvers.quadratic` small:
 
 ``sparsegpt``   groups from left to right; what a pruned weight leaves is carried to the columns on its right
                 (Frantar and Alistarh 2023, algorithm 1).
@@ -22,10 +22,10 @@ from math import comb
 import torch
 from torch import Tensor
 
-from nmconvert.alps import admm, swap
 from nmconvert.masks import CALIBRATED_CRITERIA, magnitude, nm_mask
 from nmconvert.pattern import Pattern
-from nmconvert.quadratic import Problem, Solution, best, resolve
+from nmconvert.solvers.alps import admm, swap
+from nmconvert.solvers.quadratic import Problem, Solution, best, resolve
 
 Choose = Callable[[Tensor, Tensor, int], Tensor]
 

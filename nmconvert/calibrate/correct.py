@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nmconvert.replay import Call, outputs_of
+from nmconvert.calibrate.replay import Call, outputs_of
 
 Pair = tuple[Call, Any]
 """A call, and what the dense module answers to it."""

@@ -1,6 +1,6 @@
 """Better masks from good ones: operator splitting over all groups at once, and exact swaps within a group.
 
-Both start from a solution of :mod:`nmconvert.sparsegpt` and return one that is at least as good. They are the only
+Both start from a solution of :mod:`nmconvert.solvers.sparsegpt` and return one that is at least as good. They are the only
 solvers here that go back to a group once it was decided.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nmconvert.masks import nm_mask
 from nmconvert.pattern import Pattern
-from nmconvert.quadratic import Problem, Solution, best, resolve
+from nmconvert.solvers.quadratic import Problem, Solution, best, resolve
 
 _ADMM_COLUMNS = 2048  # the eigendecomposition takes about 10 s here, and a minute at 4096
 _MAX_ENTRIES = 1 << 24  # float64 entries of a temporary: 128 MiB

@@ -1,0 +1,15 @@
+"""Pruning with calibration data: layer after layer on what the pruned layers before it give, against the dense outputs.
+
+==================  ===================================================================================================
+``driver``          the sequence for an ``nn.Module``: :func:`~nmconvert.calibrate.driver.prune_model`
+``onnx_driver``     the same for a bare ONNX file, whose layer inputs onnxruntime computes; ``onnx_module`` its gradients
+``stage``           what ``nmconvert prune --calib`` calls
+``replay``          runs a model piece by piece and keeps the activations between the pieces
+``unfold``          convolutions as matrix products, in the order of the matrix views
+``moments``         layer inputs → the statistics that the solvers need
+``correct``         norms, biases and reconstruction, each kept only if held-out samples say that it helps
+``axes, permute``   which input channels may be put in another order, and which order keeps more
+``budget``          which pattern for which layer, under a budget of accuracy, size or speed
+``resume``          where an interrupted run goes on
+==================  ===================================================================================================
+"""
