@@ -58,4 +58,4 @@ def test_the_kernel_tests_pass_under_sanitizers(tmp_path: Path) -> None:
         "NMCONVERT_KERNELS": str(next(tmp_path.glob("libnmconvert.*"))),
     }
     tests = [str(ROOT / "tests" / name) for name in ("test_runtime.py", "test_export_fuse.py")]
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], env=environment, cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "--timeout=0", *tests], env=environment, cwd=ROOT, check=True)
