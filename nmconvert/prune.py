@@ -64,8 +64,8 @@ def prune(
 
     Layers are chosen by :func:`nmconvert.plan.make_plan`. ``model`` tells what each tensor is; without it names and shapes do.
     ``solver`` gives every tensor that is to change, by name (:mod:`nmconvert.calibrate.stage`); what the plan prunes and it
-    leaves out is pruned by ``criterion``. ``settings`` are kept in the manifest. The copy is written as a stream: without a solver,
-    memory is bounded by the largest tensor.
+    leaves out is pruned by ``criterion``. ``settings`` are kept in the manifest. The copy is written as a stream: without a
+    solver, memory is bounded by the largest tensor.
 
     Raises:
         UsageError: nothing would be pruned, or ``output`` is the input.
