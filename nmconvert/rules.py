@@ -77,7 +77,7 @@ def rule_against(name: str, shape: Sequence[int], kind: Kind | None, *, is_outpu
             return "a vector"
     if len(shape) >= 3 and kind in (None, "conv", "conv_transpose"):
         if shape[1] == 1:
-            return "one input channel: depthwise, or a first layer" if shape[0] > 1 else "a single filter"
+            return "depthwise, or a first layer: one input channel" if shape[0] > 1 else "a single filter"
         if kind != "conv_transpose" and shape[1] <= 4:
             return f"the first layer: {shape[1]} input channels"
     if is_output:
