@@ -231,7 +231,7 @@ def test_help_of_every_command(nm: Any, command: str) -> None:
 
 def test_ctrl_c_leaves_nothing(folder: Path) -> None:
     """SIGINT while the copy is written: one line, status 130, the folder as it was."""
-    torch.save({f"layer{n}.weight": torch.randn(2048, 2048) for n in range(16)}, folder / "large.pt")
+    torch.save({f"layer{n}.weight": torch.randn(2048, 2048) for n in range(40)}, folder / "large.pt")
     before = {path.name for path in folder.iterdir()}
     command = [sys.executable, "-m", "nmconvert", "prune", "large.pt", "--nm", "7:32"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
