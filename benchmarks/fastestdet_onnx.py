@@ -20,7 +20,8 @@ from benchmarks.data import ROOT
 from benchmarks.models.fastestdet import suppressed
 from nmconvert.onnx_graph import tensor_infos
 from nmconvert.pattern import Pattern
-from nmconvert.plan import Row, make_plan
+from nmconvert.plan import make_plan
+from nmconvert.tensor import Row
 
 SIDE, CELLS, SCORE = 352, 22, 0.001
 

@@ -16,9 +16,8 @@ from nmconvert import __version__
 from nmconvert.errors import CheckpointError, NmconvertError
 from nmconvert.matrix import KINDS, MatrixView
 from nmconvert.pattern import AXES, Axis, Pattern
-from nmconvert.plan import Row
 from nmconvert.signature import is_ours, sign
-from nmconvert.tensor import PRUNABLE_DTYPES, TensorInfo
+from nmconvert.tensor import PRUNABLE_DTYPES, Row, TensorInfo
 
 FORMAT = 1
 RECORD = "nmconvert.json"  # the record of a .pt zip

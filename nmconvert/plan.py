@@ -11,36 +11,10 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from nmconvert.errors import UsageError
-from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.rules import guess_kind, output_matrix, rule_against
 from nmconvert.targets import TARGETS
-from nmconvert.tensor import PRUNABLE_DTYPES, TensorInfo
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tensor of the plan: pruned to ``pattern`` along ``axis``, or dense for ``reason``.
-
-    ``assumed`` marks a kind (and so an axis) that was guessed from name and shape.
-    """
-
-    info: TensorInfo
-    pattern: Pattern | None = None
-    axis: Axis | None = None
-    assumed: bool = False
-    reason: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The tensor's name."""
-        return self.info.name
-
-    @property
-    def view(self) -> MatrixView:
-        """The matrix view of a pruned tensor, as it is stored."""
-        assert self.axis is not None
-        return self.info.view(self.axis)
+from nmconvert.tensor import PRUNABLE_DTYPES, Row, TensorInfo
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from nmconvert.manifest import Layer, Manifest
 from nmconvert.masks import CRITERIA, as_integers, magnitude, magnitude_order, nm_mask
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Axis, Pattern
-from nmconvert.plan import Plan, Row, make_plan
+from nmconvert.plan import Plan, make_plan
 from nmconvert.rules import is_embedding
-from nmconvert.tensor import TensorInfo
+from nmconvert.tensor import Row, TensorInfo
 
 Settings = Mapping[str, Any]
 

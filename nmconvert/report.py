@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from nmconvert.export import ExportResult
     from nmconvert.inspect import Inspection
     from nmconvert.pattern import Pattern
-    from nmconvert.plan import Plan, Row
+    from nmconvert.plan import Plan
     from nmconvert.prune import PruneResult
     from nmconvert.runtime.choice import Times
     from nmconvert.runtime.doctor import Fact
+    from nmconvert.tensor import Row
     from nmconvert.verify import Verification
 
 

@@ -7,14 +7,11 @@ torch 2.13 uses it (``torch.sparse.semi_structured``, minimum and multiple of ro
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
 from nmconvert.pattern import Pattern
-
-if TYPE_CHECKING:
-    from nmconvert.plan import Row
+from nmconvert.tensor import Row
 
 _TWO_OF_FOUR = Pattern(2, 4)
 _CUSPARSELT_MULTIPLE = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 8}

@@ -1,4 +1,4 @@
-"""What is known of one tensor without reading its values: what every container gives and every plan is made from."""
+"""What is known of one tensor without reading its values, and what is planned for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from nmconvert.matrix import Kind, MatrixView
-from nmconvert.pattern import Axis
+from nmconvert.pattern import Axis, Pattern
 
 PRUNABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -69,3 +69,28 @@ class TensorInfo:
         """Input channels that one output of this weight sees: I/g of a convolution, I of a linear layer."""
         columns = self.view("kernel").columns
         return columns if self.kind in ("linear", "matmul") else columns // prod(self.shape[2:])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of the plan: pruned to ``pattern`` along ``axis``, or dense for ``reason``.
+
+    ``assumed`` marks a kind (and so an axis) that was guessed from name and shape.
+    """
+
+    info: TensorInfo
+    pattern: Pattern | None = None
+    axis: Axis | None = None
+    assumed: bool = False
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.info.name
+
+    @property
+    def view(self) -> MatrixView:
+        """The matrix view of a pruned tensor, as it is stored."""
+        assert self.axis is not None
+        return self.info.view(self.axis)

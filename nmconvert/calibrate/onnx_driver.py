@@ -27,7 +27,7 @@ from nmconvert.calibrate.replay import Batch, Call, as_call
 from nmconvert.calibrate.unfold import conv_columns, transposed_columns
 from nmconvert.errors import DataError, ModelError
 from nmconvert.onnx_graph import Constants, WeightUse, attribute, weight_uses
-from nmconvert.plan import Row
+from nmconvert.tensor import Row
 
 _AGREES = 1e-6  # relative squared error between torch and onnxruntime
 _BATCH = 64  # samples at which the graph is fitted at the full rate

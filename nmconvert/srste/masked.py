@@ -15,7 +15,7 @@ from nmconvert.errors import ModelError
 from nmconvert.masks import magnitude, nm_mask
 from nmconvert.matrix import Kind, MatrixView
 from nmconvert.pattern import Axis, Pattern
-from nmconvert.plan import Row
+from nmconvert.tensor import Row
 
 
 class _StraightThrough(torch.autograd.Function):
