@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import mode
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from nmconvert.pattern import Axis, Pattern
 from nmconvert.plan import Plan, make_plan
 from nmconvert.rules import is_embedding
 from nmconvert.tensor import Row, TensorInfo
+
+if TYPE_CHECKING:
+    from nmconvert.calibrate.stage import Calibration
 
 Settings = Mapping[str, Any]
 
@@ -56,16 +60,16 @@ def prune(
     target: str = "generic",
     criterion: str = "magnitude",
     model: torch.nn.Module | None = None,
-    solver: Callable[[Checkpoint, Plan], Mapping[str, Tensor]] | None = None,
+    calibration: Calibration | None = None,
     settings: Settings | None = None,
     trust: bool = False,
 ) -> PruneResult:
     """Write a copy of ``source`` whose convolutions and linear layers keep n of every m weights.
 
     Layers are chosen by :func:`nmconvert.plan.make_plan`. ``model`` tells what each tensor is; without it names and shapes do.
-    ``solver`` gives every tensor that is to change, by name (:mod:`nmconvert.calibrate.stage`); what the plan prunes and it
-    leaves out is pruned by ``criterion``. ``settings`` are kept in the manifest. The copy is written as a stream: without a
-    solver, memory is bounded by the largest tensor.
+    With ``calibration`` patterns may be chosen and weights solved on data; what it leaves out is pruned by ``criterion``.
+    ``settings`` are kept in the manifest. The copy is written as a stream: without calibration, memory is bounded by the
+    largest tensor.
 
     Raises:
         UsageError: nothing would be pruned, or ``output`` is the input.
@@ -73,13 +77,18 @@ def prune(
         CheckpointError: the file cannot be read or the copy not written; ``output`` is then as it was before.
     """
     checkpoint = open_checkpoint(source, trust=trust)
-    output = output or default_output(source, pattern)
-    if output.resolve() == source.resolve():
+    if output is not None and output.resolve() == source.resolve():
         raise UsageError(f"{output}: is the input itself; give another name with --output")
-    plan = plan_for(checkpoint, pattern, axis, model, layers=layers, include=include, exclude=exclude, target=target)
+    planned = partial(plan_for, checkpoint, axis=axis, model=model, include=include, exclude=exclude, target=target)
+    plan = planned(pattern, layers=layers)
+    if calibration and calibration.budget:
+        plan = planned(pattern, layers=[*layers, *calibration.choose(checkpoint, plan, model)])
+        pattern = mode([row.pattern for row in plan.pruned if row.pattern] or [pattern])
     if not plan.pruned:
         raise UsageError(f"{source}: nothing to prune among its {len(plan.rows)} tensors; {_commonest_reason(plan)}")
-    solved = solver(checkpoint, plan) if solver else {}
+    output = output or default_output(source, pattern)
+    resume = output.with_name(f"{output.name}.calibration")
+    solved = calibration.solve(checkpoint, plan, model, resume) if calibration else {}
     edits: dict[str, Magnitude | Solved] = {
         row.name: Solved(row, solved[row.name]) if row.name in solved else Magnitude(row, CRITERIA.get(criterion, magnitude))
         for row in plan.pruned

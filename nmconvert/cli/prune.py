@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mode as commonest
 
 import click
 
@@ -61,47 +60,28 @@ def command(
         raise UsageError("say how much is kept: --nm N:M for all layers, or --budget to choose for each")
     if (budget is not None or permute) and (model is None or calib is None):
         raise UsageError("--budget and --permute run the model on its inputs: give --model and --calib")
+    if calib is None and criterion not in (None, "magnitude"):
+        raise UsageError(f"--criterion {criterion} looks at the inputs of the layers: give --calib DATA")
     pattern = Pattern.parse(nm or "2:4")
     from nmconvert import report
+    from nmconvert.model import build
     from nmconvert.prune import prune
 
-    built = None
-    if model is not None:
-        from nmconvert.model import build
-
-        built = build(model, model_arguments, trust=trust)
-    solver = None
+    built = None if model is None else build(model, model_arguments, trust=trust)
+    calibration = None
     if calib is not None:
+        from nmconvert.calibrate.budget import Budget
         from nmconvert.calibrate.driver import Recipe
-        from nmconvert.calibrate.stage import module_solver, onnx_solver
+        from nmconvert.calibrate.stage import Calibration
 
+        wanted = None if budget is None else Budget.parse(budget)
         batches = calibration_batches(calib, task, settings, samples, batch_size, seed)
         recipe = Recipe(criterion=criterion or "auto", seed=seed)
-        told = teller(quiet)
-        if budget is not None and built is not None:
-            from nmconvert.calibrate.budget import Budget
-            from nmconvert.calibrate.stage import layers_under
-            from nmconvert.checkpoint import open_checkpoint
-            from nmconvert.prune import plan_for
-
-            opened = open_checkpoint(checkpoint, trust=trust)
-            plan = plan_for(opened, pattern, axis, built, layers=layers, include=include, exclude=exclude, target=target)
-            layers = [*layers, *layers_under(Budget.parse(budget), built, opened, plan, batches, told)]
-            pattern = commonest([kept for _, kept in layers if kept is not None] or [pattern])
-        solver = onnx_solver(batches, recipe, told)
-        if built is not None:
-            solver = module_solver(built, batches, recipe, told, permute=permute, resume=kept_beside(checkpoint, output))
-    elif criterion not in (None, "magnitude"):
-        raise UsageError(f"--criterion {criterion} looks at the inputs of the layers: give --calib DATA")
+        calibration = Calibration(batches, recipe, wanted, permute, teller(quiet))
     said = {"model": model, "model_arguments": model_arguments or None, "calib": calib, "budget": budget}
     result = prune(
         checkpoint, pattern, axis, output=output, layers=layers, include=include, exclude=exclude, target=target,
-        criterion=criterion or ("auto" if calib else "magnitude"), model=built, solver=solver, settings=said, trust=trust,
+        criterion=criterion or ("auto" if calib else "magnitude"), model=built, calibration=calibration, settings=said,
+        trust=trust,
     )  # fmt: skip
     show(report.prune_json(result), as_json=as_json, quiet=quiet, render=lambda: report.prune_report(result))
-
-
-def kept_beside(checkpoint: Path, output: Path | None) -> Path:
-    """The file that an interrupted calibration leaves beside its result, for the same command to go on from."""
-    result = output or checkpoint
-    return result.with_name(f"{result.name}.calibration")
