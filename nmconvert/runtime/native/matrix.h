@@ -43,11 +43,4 @@ struct SparseRows {
 // Throws InvalidNode where the arrays and attributes contradict each other.
 SparseRows decode(const Packed& packed, const std::vector<bool>& is_row);
 
-// The values as floats: a pointer into the file where they are stored so, else into `widened`.
-const float* widen(const Constant& values, std::vector<float>& widened);
-float half_to_float(uint16_t bits);
-uint16_t float_to_half(float value);
-float bfloat_to_float(uint16_t bits);
-uint16_t float_to_bfloat(float value);
-
 }  // namespace nmconvert

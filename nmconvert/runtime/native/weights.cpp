@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "elements.h"
+
 namespace nmconvert {
 
 Weights::Weights(const Packed& packed, const std::vector<bool>& is_row, int64_t groups, Hint hint, float scale)

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "elements.h"
 #include "ort_abi.h"
 
 namespace nmconvert {

@@ -1,0 +1,119 @@
+// Convolutions.
+#include <algorithm>
+
+#include "nodes.h"
+
+namespace nmconvert {
+namespace {
+
+constexpr int64_t kMostPad = 1 << 20;
+
+// `name` as one number for each spatial dimension, `otherwise` where it is left out.
+Triple read_triple(const Info& info, const char* name, size_t rank, int64_t otherwise) {
+  const std::vector<int64_t> values = info.integers(name);
+  Triple triple{otherwise, otherwise, otherwise};
+  if (values.empty()) return triple;
+  if (values.size() != rank) throw InvalidNode(std::string(name) + " has " + std::to_string(values.size()) + " entries");
+  for (size_t d = 0; d < rank; ++d) {
+    if (values[d] < 1 || values[d] > kMostPad) throw InvalidNode(std::string(name) + " " + describe(values) + " is out of range");
+    triple[3 - rank + d] = values[d];
+  }
+  for (size_t d = rank; d < 3; ++d) triple[2 - d] = 1;
+  return triple;
+}
+
+ConvAttributes read_conv(const Info& info, const std::vector<int64_t>& shape) {
+  if (shape.size() < 3 || shape.size() > 5) throw InvalidNode("a convolution weight of shape " + describe(shape) + " is not supported");
+  const size_t rank = shape.size() - 2;
+  ConvAttributes attributes;
+  attributes.outputs = shape[0];
+  attributes.inputs = shape[1];
+  for (size_t d = 0; d < rank; ++d) attributes.kernel[3 - rank + d] = shape[2 + d];
+  const std::vector<int64_t> kernel = info.integers("kernel_shape");
+  if (!kernel.empty() && kernel != std::vector<int64_t>(shape.begin() + 2, shape.end()))
+    throw InvalidNode("kernel_shape " + describe(kernel) + " is not that of the weight " + describe(shape));
+  attributes.strides = read_triple(info, "strides", rank, 1);
+  attributes.dilations = read_triple(info, "dilations", rank, 1);
+  const std::vector<int64_t> pads = info.integers("pads");
+  if (!pads.empty() && pads.size() != 2 * rank) throw InvalidNode("pads has " + std::to_string(pads.size()) + " entries");
+  attributes.auto_pad = info.text("auto_pad", "NOTSET");
+  if (attributes.auto_pad.empty()) attributes.auto_pad = "NOTSET";
+  const std::string& mode = attributes.auto_pad;
+  if (mode != "NOTSET" && mode != "VALID" && mode != "SAME_UPPER" && mode != "SAME_LOWER") throw InvalidNode("auto_pad is '" + mode + "'");
+  for (size_t i = 0; i < pads.size(); ++i) {
+    if (pads[i] < 0 || pads[i] > kMostPad) throw InvalidNode("pads " + describe(pads) + " are out of range");
+    if (mode == "NOTSET") (i < rank ? attributes.before : attributes.after)[3 - rank + i % rank] = pads[i];
+  }
+  attributes.groups = info.integer("group", 1);
+  if (attributes.groups < 1 || attributes.outputs % attributes.groups) throw InvalidNode("group is " + std::to_string(attributes.groups));
+  return attributes;
+}
+
+template <typename Math>
+class ConvNode final : public Node {
+  using Real = typename Math::Real;
+
+ public:
+  ConvNode(const Operator& op, int compute, const Isa* isa, const Info& info)
+      : op_(op),
+        compute_(compute),
+        packed_(read_packed(info)),
+        attributes_(read_conv(info, packed_.shape)),
+        epilogue_(read_epilogue(op, info)),
+        math_(isa, packed_, rows_of(packed_.shape.size()), attributes_.groups, read_hint(info), 1.0f) {}
+
+  void run(const Context& context) override {
+    Buffers<Real>& buffers = Buffers<Real>::mine();
+    const Packed packed = at_run(context, packed_);
+    const Constant input = context.input(0);
+    const size_t rank = packed_.shape.size(), spatial = rank - 2;
+    if (input.shape.size() != rank || input.shape[1] != attributes_.groups * attributes_.inputs)
+      throw InvalidNode("the input is " + describe(input.shape) + ", the weight " + describe(packed_.shape) + " takes " +
+                        std::to_string(attributes_.groups * attributes_.inputs) + " channels");
+    ConvAttributes attributes = attributes_;
+    ImageOf<Real> image{};
+    image.batch = input.shape[0];
+    image.in = {1, 1, 1};
+    for (size_t d = 0; d < spatial; ++d) image.in[3 - spatial + d] = input.shape[2 + d];
+    image.out = conv_output(attributes, image.in);
+    std::vector<int64_t> out{image.batch, attributes_.outputs};
+    out.insert(out.end(), image.out.begin() + 3 - spatial, image.out.end());
+
+    image.x = reals<Real>(input, buffers.x);
+    const Constant bias = context.input(4);
+    image.bias = reals<Real>(bias, buffers.bias);
+    if (image.bias && bias.shape != std::vector<int64_t>{attributes_.outputs}) throw InvalidNode("the bias is " + describe(bias.shape));
+    if (op_.residual) {
+      const Constant residual = context.input(5);
+      image.residual = reals<Real>(residual, buffers.residual);
+      if (!image.residual || residual.shape != out)
+        throw InvalidNode("the residual is " + describe(residual.shape) + ", the output " + describe(out));
+    }
+    Output<Real> output(context, out, compute_, buffers.y);
+    image.y = output.reals();
+    math_.conv(packed, attributes, image, epilogue_, context.parallel());
+    output.finish();
+  }
+
+ private:
+  static std::vector<bool> rows_of(size_t rank) {
+    std::vector<bool> rows(rank, false);
+    rows[0] = true;
+    return rows;
+  }
+
+  const Operator& op_;
+  int compute_;
+  Packed packed_;
+  ConvAttributes attributes_;
+  Epilogue epilogue_;
+  Math math_;
+};
+
+}  // namespace
+
+std::unique_ptr<Node> make_conv_node(const Operator& op, int compute, const Isa* isa, const Info& info) {
+  return make_for<ConvNode>(op, compute, isa, info);
+}
+
+}  // namespace nmconvert

@@ -1,0 +1,38 @@
+// Attributes and constants of a call, checked.
+#include "nodes.h"
+
+namespace nmconvert {
+
+constexpr float kInfinity = __builtin_inff();
+
+Packed read_packed(const Info& info) {
+  Packed packed{info.constant(1), info.constant(2), info.constant(3), info.integers("shape"), info.integers("permuted"),
+                info.integers("perm"), info.integers("code_shape")};
+  if (packed.mask.type != ort::kUint8 || packed.table.type != ort::kUint8) throw InvalidNode("mask and table have to be uint8");
+  return packed;
+}
+
+Hint read_hint(const Info& info) {
+  const Hint hint{info.integer("n", 1), info.integer("m", 1)};
+  if (hint.n < 1 || hint.n > hint.m || hint.m > 1024) throw InvalidNode("the pattern is out of range");
+  return hint;
+}
+
+Epilogue read_epilogue(const Operator& op, const Info& info) {
+  Epilogue epilogue{op.activation, -kInfinity, kInfinity};
+  if (op.activation == Activation::kClip) {
+    epilogue.low = info.real("low", 0.0f);
+    epilogue.high = info.real("high", kInfinity);
+  }
+  return epilogue;
+}
+
+Packed at_run(const Context& context, const Packed& described) {
+  Packed packed = described;
+  packed.values = context.input(1);
+  packed.mask = context.input(2);
+  packed.table = context.input(3);
+  return packed;
+}
+
+}  // namespace nmconvert

@@ -1,0 +1,25 @@
+// What both kinds of node are made of, and the two that make them.
+#pragma once
+
+#include "arithmetic.h"
+#include "tensors.h"
+
+namespace nmconvert {
+
+Packed read_packed(const Info& info);
+Hint read_hint(const Info& info);
+Epilogue read_epilogue(const Operator& op, const Info& info);
+// `described` with the tensors of a run: the first one at a new size prepacks from them.
+Packed at_run(const Context& context, const Packed& described);
+
+std::unique_ptr<Node> make_conv_node(const Operator& op, int compute, const Isa* isa, const Info& info);
+std::unique_ptr<Node> make_product_node(const Operator& op, int compute, const Isa* isa, const Info& info);
+
+// Node for `compute`: in doubles where the model asks for them.
+template <template <typename> class Made>
+std::unique_ptr<Node> make_for(const Operator& op, int compute, const Isa* isa, const Info& info) {
+  if (compute == ort::kDouble) return std::make_unique<Made<DoubleMath>>(op, compute, isa, info);
+  return std::make_unique<Made<FloatMath>>(op, compute, isa, info);
+}
+
+}  // namespace nmconvert
