@@ -77,6 +77,22 @@ Constant Info::constant(size_t input) const {
   return describe(api_, value);
 }
 
+std::vector<int64_t> Info::shape(size_t input) const {
+  OrtTypeInfo* type = nullptr;
+  if (!succeeded(api_, call<OrtStatus*>(api_, ort::kKernelInfoGetInputTypeInfo, info_, input, &type))) return {};
+  const OrtTensorTypeAndShapeInfo* info = nullptr;
+  size_t rank = 0;
+  std::vector<int64_t> shape;
+  bool known = succeeded(api_, call<OrtStatus*>(api_, ort::kCastTypeInfoToTensorInfo, static_cast<const OrtTypeInfo*>(type), &info)) && info &&
+               succeeded(api_, call<OrtStatus*>(api_, ort::kGetDimensionsCount, info, &rank));
+  if (known) {
+    shape.resize(rank);
+    known = succeeded(api_, call<OrtStatus*>(api_, ort::kGetDimensions, info, shape.data(), rank));
+  }
+  call<void>(api_, ort::kReleaseTypeInfo, type);
+  return known ? shape : std::vector<int64_t>{};
+}
+
 Constant Context::input(size_t index) const {
   size_t count = 0;
   check(api_, call<OrtStatus*>(api_, ort::kKernelContextGetInputCount, static_cast<const OrtKernelContext*>(context_), &count));

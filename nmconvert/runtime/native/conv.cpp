@@ -227,4 +227,17 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
   });
 }
 
+void prepare_conv(const Isa* isa, Weights& weights, const Packed& packed, const ConvAttributes& given, int64_t batch, const Triple& in) {
+  ConvAttributes attributes = given;
+  Image image{nullptr, nullptr, nullptr, nullptr, batch, in, conv_output(attributes, in)};
+  double likely = static_cast<double>(batch);
+  for (int64_t size : image.out) likely *= static_cast<double>(size);
+  if (likely == 0 || likely > 1e10) return;  // what cannot run is not prepared for
+  const int64_t pixels = batch * volume(image.out);
+  if (flatten_pointwise(attributes, image) && attributes.groups == 1 && volume(image.in) == 1)
+    return prepare_linear(isa, weights, packed, batch);
+  const TileChoice choice = choose_tile(isa, weights, pixels, kFill);
+  weights.stream(packed, *choice.isa, choice.tile);
+}
+
 }  // namespace nmconvert

@@ -33,4 +33,7 @@ Triple conv_output(ConvAttributes& attributes, const Triple& in);
 void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const ConvAttributes& attributes, const Image& image,
               const Epilogue& epilogue, const Parallel& parallel);
 
+// Prepacks what run_conv reads for images of this batch and extent.
+void prepare_conv(const Isa* isa, Weights& weights, const Packed& packed, const ConvAttributes& attributes, int64_t batch, const Triple& in);
+
 }  // namespace nmconvert

@@ -60,24 +60,24 @@ class ConvNode final : public Node {
         packed_(read_packed(info)),
         attributes_(read_conv(info, packed_.shape)),
         epilogue_(read_epilogue(op, info)),
-        math_(isa, packed_, rows_of(packed_.shape.size()), attributes_.groups, read_hint(info), 1.0f) {}
+        math_(isa, packed_, rows_of(packed_.shape.size()), attributes_.groups, read_hint(info), 1.0f) {
+    prepare(likely_input(info));
+    math_.ready();
+  }
 
   void run(const Context& context) override {
     Buffers<Real>& buffers = Buffers<Real>::mine();
-    const Packed packed = at_run(context, packed_);
     const Constant input = context.input(0);
-    const size_t rank = packed_.shape.size(), spatial = rank - 2;
-    if (input.shape.size() != rank || input.shape[1] != attributes_.groups * attributes_.inputs)
+    if (!fits(input.shape))
       throw InvalidNode("the input is " + describe(input.shape) + ", the weight " + describe(packed_.shape) + " takes " +
                         std::to_string(attributes_.groups * attributes_.inputs) + " channels");
     ConvAttributes attributes = attributes_;
     ImageOf<Real> image{};
     image.batch = input.shape[0];
-    image.in = {1, 1, 1};
-    for (size_t d = 0; d < spatial; ++d) image.in[3 - spatial + d] = input.shape[2 + d];
+    image.in = extent(input.shape);
     image.out = conv_output(attributes, image.in);
     std::vector<int64_t> out{image.batch, attributes_.outputs};
-    out.insert(out.end(), image.out.begin() + 3 - spatial, image.out.end());
+    out.insert(out.end(), image.out.begin() + 5 - input.shape.size(), image.out.end());
 
     image.x = reals<Real>(input, buffers.x);
     const Constant bias = context.input(4);
@@ -91,7 +91,7 @@ class ConvNode final : public Node {
     }
     Output<Real> output(context, out, compute_, buffers.y);
     image.y = output.reals();
-    math_.conv(packed, attributes, image, epilogue_, context.parallel());
+    math_.conv(packed_, attributes, image, epilogue_, context.parallel());
     output.finish();
   }
 
@@ -100,6 +100,21 @@ class ConvNode final : public Node {
     std::vector<bool> rows(rank, false);
     rows[0] = true;
     return rows;
+  }
+
+  bool fits(const std::vector<int64_t>& input) const {
+    return input.size() == packed_.shape.size() && input[1] == attributes_.groups * attributes_.inputs;
+  }
+
+  static Triple extent(const std::vector<int64_t>& input) {
+    Triple in{1, 1, 1};
+    std::copy(input.begin() + 2, input.end(), in.begin() + 5 - input.size());
+    return in;
+  }
+
+  void prepare(const std::vector<int64_t>& input) {
+    if (!fits(input) || product(input, 0, input.size()) == 0) return;
+    math_.prepare_conv(packed_, attributes_, input[0], extent(input));
   }
 
   const Operator& op_;

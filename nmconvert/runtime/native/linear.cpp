@@ -6,6 +6,8 @@ namespace nmconvert {
 namespace {
 
 constexpr int64_t kSmallestTask = 1 << 14;  // multiplications
+constexpr int64_t kFew = 4;                 // tokens
+constexpr double kFill = 1.0;               // cycles to transpose one vector into a panel
 
 // Up to four tokens: lanes are output rows, and every weight is read once.
 void run_few(const Isa* isa, const RowPlan& plan, int64_t rows, int64_t columns, int64_t group, const Tokens& tokens,
@@ -95,10 +97,19 @@ void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group,
 void run_linear(const Isa* isa, Weights& weights, const Packed& packed, int64_t group, const Tokens& tokens, const Epilogue& epilogue,
                 const Parallel& parallel) {
   if (tokens.tokens == 0) return;
-  if (tokens.tokens <= 4)
+  if (tokens.tokens <= kFew)
     return run_few(isa, weights.few(packed, *isa), weights.rows(), weights.columns(), group, tokens, epilogue, parallel);
-  const TileChoice choice = choose_tile(isa, weights, tokens.tokens, 1.0);
+  const TileChoice choice = choose_tile(isa, weights, tokens.tokens, kFill);
   run_stream(choice, weights.stream(packed, *choice.isa, choice.tile), group, tokens, epilogue, weights.density(), parallel);
+}
+
+void prepare_linear(const Isa* isa, Weights& weights, const Packed& packed, int64_t tokens) {
+  if (tokens <= kFew) {
+    weights.few(packed, *isa);
+    return;
+  }
+  const TileChoice choice = choose_tile(isa, weights, tokens, kFill);
+  weights.stream(packed, *choice.isa, choice.tile);
 }
 
 }  // namespace nmconvert

@@ -23,4 +23,7 @@ using Tokens = TokensOf<float>;
 void run_linear(const Isa* isa, Weights& weights, const Packed& packed, int64_t group, const Tokens& tokens, const Epilogue& epilogue,
                 const Parallel& parallel);
 
+// Prepacks what run_linear reads for this many tokens.
+void prepare_linear(const Isa* isa, Weights& weights, const Packed& packed, int64_t tokens);
+
 }  // namespace nmconvert

@@ -41,6 +41,8 @@ class Info {
   std::string text(const char* name, const char* otherwise) const;
   std::vector<int64_t> integers(const char* name) const;  // empty where there is no such attribute
   Constant constant(size_t input) const;
+  // What the file says about an input's shape: -1 for an open dimension; empty where it says nothing.
+  std::vector<int64_t> shape(size_t input) const;
   const OrtApi* api() const { return api_; }
 
  private:

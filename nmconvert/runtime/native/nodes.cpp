@@ -27,12 +27,15 @@ Epilogue read_epilogue(const Operator& op, const Info& info) {
   return epilogue;
 }
 
-Packed at_run(const Context& context, const Packed& described) {
-  Packed packed = described;
-  packed.values = context.input(1);
-  packed.mask = context.input(2);
-  packed.table = context.input(3);
-  return packed;
+std::vector<int64_t> likely_input(const Info& info) {
+  std::vector<int64_t> shape = info.shape(0);
+  if (!shape.empty() && shape[0] < 0) shape[0] = 1;
+  double size = 1;
+  for (int64_t dimension : shape) {
+    if (dimension < 0) return {};
+    size *= static_cast<double>(dimension);
+  }
+  return size > 1e11 ? std::vector<int64_t>{} : shape;
 }
 
 }  // namespace nmconvert

@@ -9,8 +9,8 @@ namespace nmconvert {
 Packed read_packed(const Info& info);
 Hint read_hint(const Info& info);
 Epilogue read_epilogue(const Operator& op, const Info& info);
-// `described` with the tensors of a run: the first one at a new size prepacks from them.
-Packed at_run(const Context& context, const Packed& described);
+// The activation's shape as far as the file says: an open first dimension, the batch, is taken for 1; empty where others are open.
+std::vector<int64_t> likely_input(const Info& info);
 
 std::unique_ptr<Node> make_conv_node(const Operator& op, int compute, const Isa* isa, const Info& info);
 std::unique_ptr<Node> make_product_node(const Operator& op, int compute, const Isa* isa, const Info& info);

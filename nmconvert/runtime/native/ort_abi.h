@@ -17,6 +17,7 @@ struct OrtValue;
 struct OrtKernelInfo;
 struct OrtKernelContext;
 struct OrtTensorTypeAndShapeInfo;
+struct OrtTypeInfo;
 
 struct OrtApiBase {
   const OrtApi* (*GetApi)(uint32_t version);
@@ -66,6 +67,7 @@ enum Slot : size_t {
   kCustomOpDomainAdd = 27,
   kAddCustomOpDomain = 28,
   kGetTensorMutableData = 51,
+  kCastTypeInfoToTensorInfo = 55,
   kGetTensorElementType = 60,
   kGetDimensionsCount = 61,
   kGetDimensions = 62,
@@ -77,8 +79,10 @@ enum Slot : size_t {
   kKernelContextGetInput = 90,
   kKernelContextGetOutput = 91,
   kReleaseStatus = 93,
+  kReleaseTypeInfo = 98,
   kReleaseTensorTypeAndShapeInfo = 99,
   kKernelInfoGetAttributeArrayInt64 = 163,
+  kKernelInfoGetInputTypeInfo = 234,
   kKernelInfoGetConstantInputTensor = 249,
   kKernelContextParallelFor = 274,
 };

@@ -39,11 +39,13 @@ class ProductNode final : public Node {
         k_(packed_.shape[packed_.shape.size() - (attributes_.transposes_w ? 1 : 2)]),
         n_(packed_.shape[packed_.shape.size() - (attributes_.transposes_w ? 2 : 1)]),
         math_(isa, packed_, rows_of(packed_.shape.size()), product(attributes_.batch, 0, attributes_.batch.size()), read_hint(info),
-              attributes_.alpha) {}
+              attributes_.alpha) {
+    prepare(likely_input(info));
+    math_.ready();
+  }
 
   void run(const Context& context) override {
     Buffers<Real>& buffers = Buffers<Real>::mine();
-    const Packed packed = at_run(context, packed_);
     const Constant input = context.input(0);
     const Real* x = reals<Real>(input, buffers.x);
     std::vector<int64_t> shape = input.shape;
@@ -65,14 +67,14 @@ class ProductNode final : public Node {
     Output<Real> output(context, named, compute_, buffers.y);
     job.y = output.reals();
     if (attributes_.batch.empty()) {
-      math_.linear(packed, 0, job, epilogue_, context.parallel());
+      math_.linear(packed_, 0, job, epilogue_, context.parallel());
     } else {
       each_batch(batch, shape, [&](int64_t index, int64_t from, int64_t group) {
         TokensOf<Real> part = job;
         part.x = x + from * tokens * k_;
         part.y = output.reals() + index * tokens * n_;
         if (job.residual) part.residual = job.residual + index * tokens * n_;
-        math_.linear(packed, group, part, epilogue_, context.parallel());
+        math_.linear(packed_, group, part, epilogue_, context.parallel());
       });
     }
     output.finish();
@@ -83,6 +85,13 @@ class ProductNode final : public Node {
     std::vector<bool> rows(rank, true);
     rows[rank - (attributes_.transposes_w ? 1 : 2)] = false;
     return rows;
+  }
+
+  void prepare(std::vector<int64_t> input) {
+    if (attributes_.transposes_x) std::reverse(input.begin(), input.end());
+    if (input.empty() || input.back() != k_) return;
+    const size_t rank = input.size(), first = attributes_.batch.empty() || rank < 2 ? 0 : rank - 2;
+    if (const int64_t tokens = product(input, first, rank - 1)) math_.prepare_linear(packed_, tokens);
   }
 
   // x [K, M] → [M, K], in `buffer`.

@@ -22,8 +22,23 @@ SparseRows Weights::take(const Packed& packed) {
   return matrix;
 }
 
+void Weights::ready() {
+  decoded_.reset();
+  guessed_ = true;
+}
+
+// Before a plan is looked up for a run: a guess that was wrong gives back its memory.
+void Weights::meet(bool known) {
+  if (guessed_ && !known) {
+    streams_.clear();
+    few_.clear();
+  }
+  guessed_ = false;
+}
+
 const StreamPlan& Weights::stream(const Packed& packed, const Isa& isa, int index) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  meet(streams_.count({&isa, index}) != 0);
   std::unique_ptr<StreamPlan>& plan = streams_[{&isa, index}];
   if (!plan) {
     std::vector<float> widened;
@@ -36,6 +51,7 @@ const StreamPlan& Weights::stream(const Packed& packed, const Isa& isa, int inde
 
 const RowPlan& Weights::few(const Packed& packed, const Isa& isa) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  meet(few_.count(&isa) != 0);
   std::unique_ptr<RowPlan>& plan = few_[&isa];
   if (!plan) {
     std::vector<float> widened;

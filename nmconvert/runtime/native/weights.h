@@ -19,6 +19,8 @@ class Weights {
   // The plan for tile `index` on `isa`; `packed` is read where it has to be made.
   const StreamPlan& stream(const Packed& packed, const Isa& isa, int index);
   const RowPlan& few(const Packed& packed, const Isa& isa);
+  // The session is made: what follows are runs, and the first decides whether plans made so far, on a guess, are kept.
+  void ready();
 
   int64_t rows() const { return rows_; }        // of one group
   int64_t columns() const { return columns_; }  // of one group
@@ -29,6 +31,7 @@ class Weights {
  private:
   using Plan = std::pair<const Isa*, int>;
   SparseRows take(const Packed& packed);
+  void meet(bool known);
 
   std::vector<bool> is_row_;
   int64_t groups_, rows_, columns_;
@@ -37,7 +40,8 @@ class Weights {
   double density_;
   std::vector<uint32_t> order_;
   std::mutex mutex_;
-  std::unique_ptr<SparseRows> decoded_;  // until the first plan is made
+  std::unique_ptr<SparseRows> decoded_;  // until the first plan is made, or the session
+  bool guessed_ = false;                 // the plans are those of a likely input, and nothing has run yet
   std::map<Plan, std::unique_ptr<StreamPlan>> streams_;
   std::map<const Isa*, std::unique_ptr<RowPlan>> few_;
 };
