@@ -2,10 +2,13 @@
 
     python benchmarks/data.py cifar10 work/cifar10.npz
     python benchmarks/finetune_cifar.py work --networks resnet20 --patterns 2:4,1:4 --epochs 3
+    python benchmarks/finetune_cifar.py work --patterns 2:4,1:4 --starts magnitude,sparsegpt,auto --epochs 5
 
 The published checkpoints are pruned and fine-tuned by the functions behind `nmconvert prune` and `nmconvert finetune`; the
-teacher is the dense checkpoint, and no label is used. Each result is one line of ``work/results.jsonl``; what is there
-already is not run again, and a run that was killed is resumed. At the end the table is printed, in Markdown.
+teacher is the dense checkpoint, and no label is used. Training starts from the dense weights (``--starts dense``), or from what
+magnitude, sequential SparseGPT as published, or everything (``auto``) left, the last two calibrated on 512 unlabelled images.
+Each result is one line of ``work/results.jsonl``; what is there already is not run again, and a run that was killed is resumed.
+At the end the table is printed, in Markdown, with top-1 after every epoch: all of one schedule, whose rate falls to the last.
 """
 
 from __future__ import annotations
@@ -19,6 +22,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.calibration import PLAIN
+from nmconvert.calibrate.driver import DEFAULT
+from nmconvert.calibrate.stage import module_solver
+from nmconvert.cli.calibration import calibration_batches
+from nmconvert.model import build
 from nmconvert.pattern import Pattern
 from nmconvert.prune import prune
 from nmconvert.train import Settings, finetune
@@ -26,16 +34,37 @@ from nmconvert.train import Settings, finetune
 ROOT = Path(os.environ.get("NMCONVERT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet32": "resnet32-d509ac18.th", "resnet56": "resnet56-4bfd9763.th"}
 MODELS = Path(__file__).parents[1] / "sample_models" / "resnet.py"
+RECIPES = {"sparsegpt": PLAIN, "auto": DEFAULT}
 
 
-def run(work: Path, network: str, pattern: str, axis: Any, method: Any, epochs: int, lr: float) -> dict[str, Any]:
+def pruned_by(start: str, work: Path, network: str, pattern: str, axis: Any) -> Path:
+    """The checkpoint that training starts from; ``dense`` takes its masks by magnitude."""
+    criterion = "magnitude" if start == "dense" else start
+    output = work / f"{network}.{pattern.replace(':', '-')}.{axis}.{criterion}.th"
+    if not output.exists():
+        name, solver, model = f"{MODELS}:{network}", None, None
+        if criterion in RECIPES:
+            model = build(name, {}, trust=False)
+            batches = calibration_batches(str(work / "cifar10.npz"), "classification", {}, 512, 32, 0)
+            solver = module_solver(model, batches, RECIPES[criterion])
+        prune(
+            ROOT / "checkpoints" / CHECKPOINTS[network],
+            Pattern.parse(pattern),
+            axis,
+            output=output,
+            criterion=criterion,
+            model=model,
+            solver=solver,
+            settings={"model": name},
+        )
+    return output
+
+
+def run(
+    work: Path, network: str, pattern: str, axis: Any, start: str, method: Any, epochs: int, lr: float
+) -> dict[str, Any]:  # fmt: skip
     """Prune and fine-tune once; the line of results.jsonl."""
-    name = f"{network}.{pattern.replace(':', '-')}.{axis}"
-    pruned = work / f"{name}.th"
-    if not pruned.exists():
-        said = {"model": f"{MODELS}:{network}"}
-        prune(ROOT / "checkpoints" / CHECKPOINTS[network], Pattern.parse(pattern), axis, output=pruned, settings=said)
-    output = work / f"{name}.{method}.{epochs}.th"
+    pruned = pruned_by(start, work, network, pattern, axis)
     settings = Settings(
         epochs=epochs, batch=128, lr=lr, precision="bf16", method=method, freeze_masks=0.3, save_minutes=3.0
     )  # fmt: skip
@@ -45,28 +74,25 @@ def run(work: Path, network: str, pattern: str, axis: Any, method: Any, epochs: 
         str(work / "cifar10.npz"),
         settings,
         task_settings={"temperature": "4"},
-        from_dense=True,
-        output=output,
+        from_dense=start == "dense",
+        output=work / f"{network}.{pattern.replace(':', '-')}.{axis}.{start}.{method}.{epochs}.th",
         resume=True,
         display=True,
     )
     tops = {row.label: row.metrics["top1"] for row in result.training.rows}
-    facts = {"network": network, "pattern": pattern, "axis": axis, "method": method, "epochs": epochs, "lr": lr}
-    return {**facts, "dense": tops["dense"], "one-shot": tops["start"], "top1": tops[str(epochs)]}
+    facts = {"network": network, "pattern": pattern, "axis": axis, "start": start, "method": method, "epochs": epochs, "lr": lr}
+    return {**facts, "dense": tops["dense"], "top1": [tops[str(epoch)] for epoch in ("start", *range(1, epochs + 1))]}
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """A Markdown table, a row for each network, pattern, axis and number of epochs, a column for each method."""
-    methods = list(dict.fromkeys(line["method"] for line in lines))
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for line in lines:
-        key = tuple(line[k] for k in ("network", "pattern", "axis", "epochs", "dense", "one-shot"))
-        rows.setdefault(key, {})[line["method"]] = line["top1"]
-    heads = ["network", "pattern", "axis", "epochs", "dense", "one-shot", *methods]
+    """A Markdown table, a row for each run: top-1 of the dense model, of the start, and after every epoch."""
+    names = ("network", "pattern", "axis", "start", "method", "lr")
+    epochs = max(line["epochs"] for line in lines)
+    heads = [*names, "dense", "start's top-1", *(f"epoch {epoch}" for epoch in range(1, epochs + 1))]
     text = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for key, tops in rows.items():
-        numbers = [f"{value:.2f}" for value in key[4:]] + [f"{tops[m]:.2f}" if m in tops else "" for m in methods]
-        text.append(f"| {' | '.join([*map(str, key[:4]), *numbers])} |")
+    for line in lines:
+        numbers = [f"{value:.2f}" for value in (line["dense"], *line["top1"])] + [""] * (epochs - line["epochs"])
+        text.append(f"| {' | '.join([*(str(line[name]) for name in names), *numbers])} |")
     return "\n".join(text)
 
 
@@ -77,6 +103,7 @@ def main() -> None:
     parser.add_argument("--networks", default="resnet20")
     parser.add_argument("--patterns", default="2:4")
     parser.add_argument("--axes", default="channel")
+    parser.add_argument("--starts", default="dense", help="of dense, magnitude, sparsegpt, auto")
     parser.add_argument("--methods", default="sr-ste")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", type=float, default=0.02)
@@ -85,9 +112,10 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     results = asked.work / "results.jsonl"
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    lists = (getattr(asked, name).split(",") for name in ("networks", "patterns", "axes", "methods"))
-    for network, pattern, axis, method in product(*lists):
-        facts = {"network": network, "pattern": pattern, "axis": axis, "method": method, "epochs": asked.epochs, "lr": asked.lr}
+    names = ("network", "pattern", "axis", "start", "method")
+    lists = (getattr(asked, name).split(",") for name in ("networks", "patterns", "axes", "starts", "methods"))
+    for chosen in product(*lists):
+        facts: dict[str, Any] = dict(zip(names, chosen, strict=True)) | {"epochs": asked.epochs, "lr": asked.lr}
         if any(facts.items() <= line.items() for line in lines):
             continue
         lines.append(run(asked.work, **facts))
