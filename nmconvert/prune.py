@@ -26,6 +26,7 @@ from nmconvert.rules import is_embedding
 from nmconvert.tensor import Row, TensorInfo
 
 if TYPE_CHECKING:
+    from nmconvert.calibrate.permute import Permutation
     from nmconvert.calibrate.stage import Calibration
 
 Settings = Mapping[str, Any]
@@ -33,13 +34,14 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class PruneResult:
-    """The new file, what the plan was, and what was done."""
+    """The new file, what the plan was, and what was done; ``permutations`` are those that were asked for."""
 
     source: Path
     output: Path
     format: str
     plan: Plan
     manifest: Manifest
+    permutations: tuple[Permutation, ...] = ()
 
     def layer(self, name: str) -> Layer:
         """What was done to a pruned tensor."""
@@ -88,9 +90,12 @@ def prune(
         raise UsageError(f"{source}: nothing to prune among its {len(plan.rows)} tensors; {_commonest_reason(plan)}")
     output = output or default_output(source, pattern)
     resume = output.with_name(f"{output.name}.calibration")
-    solved = calibration.solve(checkpoint, plan, model, resume) if calibration else {}
+    changes = calibration.solve(checkpoint, plan, model, resume) if calibration else None
+    solved, reordered = (changes.tensors, changes.reordered) if changes else ({}, {})
     edits: dict[str, Magnitude | Solved] = {
-        row.name: Solved(row, solved[row.name]) if row.name in solved else Magnitude(row, CRITERIA.get(criterion, magnitude))
+        row.name: Solved(row, solved[row.name], reordered.get(row.name))
+        if row.name in solved
+        else Magnitude(row, CRITERIA.get(criterion, magnitude))
         for row in plan.pruned
     }
     others = {name: partial(_replace, tensor) for name, tensor in solved.items() if name not in edits}
@@ -102,7 +107,7 @@ def prune(
         return replace(base, layers=tuple(edit.layer() for edit in edits.values()), dense=dense)
 
     checkpoint.write_copy(output, {**edits, **others}, lambda: manifest().to_json())
-    return PruneResult(source, output, checkpoint.format, plan, manifest())
+    return PruneResult(source, output, checkpoint.format, plan, manifest(), changes.permutations if changes else ())
 
 
 def plan_for(
@@ -181,19 +186,21 @@ class Magnitude:
 
 
 class Solved:
-    """The edit of one tensor whose pruned values are known."""
+    """The edit of one tensor whose pruned values are known; ``dense`` are the old ones where their order has changed."""
 
-    def __init__(self, row: Row, tensor: Tensor) -> None:
+    def __init__(self, row: Row, tensor: Tensor, dense: Tensor | None = None) -> None:
         self.row = row
         self.tensor = tensor
+        self.dense = dense
         self._digest = ""
         self._energy = 1.0
 
     def __call__(self, weight: Tensor) -> Tensor:
         """The new values, in the old one's dtype."""
         new = _replace(self.tensor, weight)
-        total = _energy(weight)
-        self._energy = _energy(weight.masked_fill(new == 0, 0)) / total if total > 0 else 1.0
+        dense = weight if self.dense is None else self.dense
+        total = _energy(dense)
+        self._energy = _energy(dense.masked_fill(new == 0, 0)) / total if total > 0 else 1.0
         self._digest = hashlib.sha256(canonical_bytes(as_array(new)).data).hexdigest()
         return new
 

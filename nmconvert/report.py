@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from nmconvert.targets import usable_by
 
 if TYPE_CHECKING:
     from nmconvert.bench import BenchResult
+    from nmconvert.calibrate.permute import Permutation
     from nmconvert.evaluate import Evaluation
     from nmconvert.export import ExportResult
     from nmconvert.inspect import Inspection
@@ -71,8 +73,19 @@ def prune_report(result: PruneResult) -> RenderableType:
     parts: list[RenderableType] = [pruned]
     if any(row.assumed for row in result.plan.pruned):
         parts.append(Text("? the kind of the layer, and so its axis, was assumed from name and shape; --model makes it known"))
+    if result.permutations:
+        parts += [Text(), permutation_table(result.permutations)]
     parts += [Text(), dense_table(result.plan), Text(), Text(summary(result))]
     return Group(*parts)
+
+
+def permutation_table(permutations: Sequence[Permutation]) -> Table:
+    """What the order of the input channels keeps of |w|, before and after, and where it was left alone and why."""
+    table = new_table("Order of the input channels", "layers that read them", "kept as it was", "kept now", "why not")
+    for done in permutations:
+        shares = (f"{done.before:.2%}", f"{done.after:.2%}") if done.reason is None else ("", "")
+        table.add_row(", ".join(done.names), *shares, done.reason or "")
+    return table
 
 
 def dense_table(plan: Plan) -> RenderableType:
@@ -111,6 +124,7 @@ def prune_json(result: PruneResult) -> Mapping[str, Any]:
         "output": str(result.output),
         "format": result.format,
         "tensors": [_row_json(row, result) for row in result.plan.rows],
+        "permutations": [asdict(done) for done in result.permutations],
     }
 
 

@@ -1,6 +1,7 @@
 """Budgets, the choice by dynamic programming against all choices, and the sensitivities of a small model."""
 
 import copy
+import json
 from itertools import product
 
 import numpy as np
@@ -175,6 +176,23 @@ def test_permuted_channels_are_written_with_all_that_reads_them(project):
     order = torch.cdist(moved, rows).argmin(1).tolist()  # left dense, and fitted a little; but its channels moved
     assert sorted(order) == list(range(8))
     assert order != list(range(8))
+
+
+def test_the_report_of_a_permutation_says_what_it_keeps_and_where_it_was_refused(project):
+    arguments = ["prune", "net.pt", "--nm", "2:4", "--permute", "--include", "0.weight", "--include", "2.weight", *project]
+    told = json.loads(invoke(*arguments, "-o", "permuted.pt", "--json"))
+    refused, done = sorted(told["permutations"], key=lambda one: one["names"])
+    assert (refused["names"], refused["reason"]) == (["0.weight"], "its channels have to keep their order: the model's input")
+    assert done["names"] == ["2.weight"]
+    assert done["after"] > done["before"] > 0.5
+    dense, permuted = torch.load("net.pt"), torch.load("permuted.pt")
+    order = torch.cdist(permuted["0.weight"].reshape(8, -1), dense["0.weight"].reshape(8, -1)).argmin(1)
+    assert sorted(order.tolist()) == list(range(8))
+    ordered = dense["2.weight"][:, order]
+    kept = float(ordered[permuted["2.weight"] != 0].square().sum() / ordered.square().sum())
+    energy = next(row["energy_kept"] for row in told["tensors"] if row["name"] == "2.weight")
+    assert energy == pytest.approx(kept, rel=1e-5)
+    assert "its channels have to keep their order" in invoke(*arguments, "-o", "again.pt")
 
 
 def test_prune_under_a_budget_mixes_patterns_within_it(project):

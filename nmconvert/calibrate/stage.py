@@ -5,8 +5,8 @@ With a module for a file of weights, without one for an ONNX file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nmconvert.calibrate.budget import PATTERNS, Budget, Sensitivity, measure, meet, top1_drop
 from nmconvert.calibrate.driver import DEFAULT, Recipe, prune_model
 from nmconvert.calibrate.onnx_driver import prune_onnx
-from nmconvert.calibrate.permute import permute_model
+from nmconvert.calibrate.permute import Permutation, permute_model
 from nmconvert.calibrate.replay import Batch
 from nmconvert.checkpoint import Checkpoint
 from nmconvert.checkpoint.onnx_file import read_whole_model
@@ -26,6 +26,21 @@ from nmconvert.pattern import Pattern
 from nmconvert.plan import Plan
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What calibration makes of a checkpoint; tensors are under the checkpoint's names.
+
+    Attributes:
+        tensors: every one that changes.
+        reordered: those of the plan whose channels were put into another order: their dense values, in that order.
+        permutations: for which layers an order was sought, what it keeps, and why some keep theirs.
+    """
+
+    tensors: Mapping[str, Tensor]
+    reordered: Mapping[str, Tensor] = field(default_factory=dict)
+    permutations: tuple[Permutation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,8 +76,8 @@ class Calibration:
         names = _filled(model, checkpoint, plan)
         return [(escape(row.name), chosen.get(names[row.name], (None, None))[0]) for row in plan.pruned if row.name in names]
 
-    def solve(self, checkpoint: Checkpoint, plan: Plan, model: nn.Module | None, resume: Path) -> dict[str, Tensor]:
-        """Every tensor that changes, by its checkpoint's name, computed in float32.
+    def solve(self, checkpoint: Checkpoint, plan: Plan, model: nn.Module | None, resume: Path) -> Changes:
+        """What changes, computed in float32.
 
         ``model`` is filled from the checkpoint and pruned (:func:`nmconvert.calibrate.driver.prune_model`, whose ``resume``
         is the same); without one the checkpoint has to be an ONNX file, which onnxruntime runs
@@ -72,21 +87,26 @@ class Calibration:
             UsageError: there is no model, and it is needed.
         """
         if model is None and checkpoint.format == "ONNX" and not self.permute:
-            return prune_onnx(read_whole_model(checkpoint.path), self.batches, plan.pruned, self.recipe, self.progress)
+            read = read_whole_model(checkpoint.path)
+            return Changes(prune_onnx(read, self.batches, plan.pruned, self.recipe, self.progress))
         model = _needed(model, "--permute" if self.permute else "--calib", checkpoint)
         names = _filled(model, checkpoint, plan)
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        sites = {}
-        for row in plan.pruned:
-            if row.pattern and row.axis and row.name in names:
-                sites[names[row.name]] = (row.pattern, row.axis)
-        if self.permute:
-            for done in permute_model(model, self.batches[0], sites, seed=self.recipe.seed):
-                gain = f"keeps {done.before:.2%}, then {done.after:.2%}"
-                self.progress(f"{', '.join(done.names)}: {gain if done.reason is None else f'not permuted: {done.reason}'}")
+        before = _copy(model)
+        sites = {names[r.name]: (r.pattern, r.axis) for r in plan.pruned if r.pattern and r.axis and r.name in names}
+        done = permute_model(model, self.batches[0], sites, seed=self.recipe.seed) if self.permute else []
+        ordered = _copy(model) if self.permute else before
         prune_model(model, self.batches, sites, self.recipe, self.progress, resume)
-        after = model.state_dict()
-        return {name: after[own] for name, own in names.items() if own in after and not torch.equal(before[own], after[own])}
+        after, own = model.state_dict(), {name: theirs for theirs, name in names.items()}
+
+        def changed(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {n: new[name] for n, name in names.items() if name in new and not torch.equal(old[name], new[name])}
+
+        permutations = (replace(p, names=tuple(own[name] for name in p.names)) for p in done)
+        return Changes(changed(before, after), changed(before, ordered), tuple(permutations))
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def sensitivities(
