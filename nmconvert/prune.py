@@ -18,7 +18,7 @@ from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.detect import as_array, canonical_bytes
 from nmconvert.errors import ModelError, UsageError, WeightError
 from nmconvert.manifest import Layer, Manifest
-from nmconvert.masks import CRITERIA, as_integers, magnitude, magnitude_order, nm_mask
+from nmconvert.masks import keep_largest, sum_of_squares
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.plan import Plan, make_plan
@@ -69,9 +69,9 @@ def prune(
     """Write a copy of ``source`` whose convolutions and linear layers keep n of every m weights.
 
     Layers are chosen by :func:`nmconvert.plan.make_plan`. ``model`` tells what each tensor is; without it names and shapes do.
-    With ``calibration`` patterns may be chosen and weights solved on data; what it leaves out is pruned by ``criterion``.
-    ``settings`` are kept in the manifest. The copy is written as a stream: without calibration, memory is bounded by the
-    largest tensor.
+    With ``calibration`` patterns may be chosen and weights solved on data; what it leaves out is pruned by magnitude.
+    ``criterion`` and ``settings`` are kept in the manifest. The copy is written as a stream: without calibration, memory is
+    bounded by the largest tensor.
 
     Raises:
         UsageError: nothing would be pruned, or ``output`` is the input.
@@ -93,9 +93,7 @@ def prune(
     changes = calibration.solve(checkpoint, plan, model, resume) if calibration else None
     solved, reordered = (changes.tensors, changes.reordered) if changes else ({}, {})
     edits: dict[str, Magnitude | Solved] = {
-        row.name: Solved(row, solved[row.name], reordered.get(row.name))
-        if row.name in solved
-        else Magnitude(row, CRITERIA.get(criterion, magnitude))
+        row.name: Solved(row, solved[row.name], reordered.get(row.name)) if row.name in solved else Magnitude(row)
         for row in plan.pruned
     }
     others = {name: partial(_replace, tensor) for name, tensor in solved.items() if name not in edits}
@@ -136,16 +134,15 @@ def default_output(source: Path, pattern: Pattern) -> Path:
 
 
 class Magnitude:
-    """The edit of one tensor: keeps the n highest scores of each group, and adds up what that kept.
+    """The edit of one tensor: keeps the n largest magnitudes of each group, and adds up what that kept.
 
     Large convolutions and linear layers are pruned in blocks of rows, as the container hands them over.
     """
 
-    def __init__(self, row: Row, criterion: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, row: Row) -> None:
         assert row.pattern is not None
         self.row = row
         self.pattern: Pattern = row.pattern
-        self.criterion = criterion
         by_rows = row.info.kind in ("conv", "linear") and row.info.transposed is None
         self.block_rows = 1 if by_rows else 0
         self._hash = hashlib.sha256()
@@ -156,13 +153,11 @@ class Magnitude:
         """Prune a tensor, or one block of its rows; in place where it can, and in several threads at once."""
         view = self._view(weight)
         matrix = view.to_matrix(weight).contiguous()
-        order = magnitude_order(matrix)
-        if order.max() >= as_integers(torch.tensor(math.inf, dtype=weight.dtype)):
+        total, kept = keep_largest(matrix, self.pattern)
+        if math.isnan(total):
             raise WeightError(f"{self.row.name}: holds NaN or infinite weights; repair the checkpoint or --exclude the tensor")
-        self._total.append(_energy(matrix))
-        scores = order if self.criterion is magnitude else self.criterion(matrix)
-        as_integers(matrix).mul_(nm_mask(scores, self.pattern))
-        self._kept.append(_energy(matrix))
+        self._total.append(total)
+        self._kept.append(kept)
         if matrix.data_ptr() == weight.data_ptr():  # no data had to move: done in place
             return weight
         return view.from_matrix(matrix)
@@ -199,8 +194,8 @@ class Solved:
         """The new values, in the old one's dtype."""
         new = _replace(self.tensor, weight)
         dense = weight if self.dense is None else self.dense
-        total = _energy(dense)
-        self._energy = _energy(dense.masked_fill(new == 0, 0)) / total if total > 0 else 1.0
+        total = sum_of_squares(dense)
+        self._energy = sum_of_squares(dense.masked_fill(new == 0, 0)) / total if total > 0 else 1.0
         self._digest = hashlib.sha256(canonical_bytes(as_array(new)).data).hexdigest()
         return new
 
@@ -213,15 +208,6 @@ class Solved:
 
 def _replace(new: Tensor, old: Tensor) -> Tensor:
     return new.to(old.dtype).reshape(old.shape)
-
-
-def _energy(weight: Tensor) -> float:
-    """The sum of squares; in double precision, which takes twice as long, only where single is not enough."""
-    if weight.dtype != torch.float64:
-        norm = float(torch.linalg.vector_norm(weight, dtype=torch.float32))
-        if 1e-15 < norm < math.inf:
-            return norm**2
-    return float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
 
 
 def _with_kinds(checkpoint: Checkpoint, tensors: Sequence[TensorInfo], model: torch.nn.Module) -> list[TensorInfo]:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from nmconvert.checkpoint.base import Edits, FileCheckpoint, Slot, link_shared
-from nmconvert.checkpoint.stream import BLOCK, Piece, edited_slots, pieces, pump
+from nmconvert.checkpoint.stream import BLOCK, edited_slots, pieces, pump
 from nmconvert.errors import CheckpointError
 from nmconvert.tensor import TensorInfo
 
@@ -78,11 +78,7 @@ def open_safetensors(path: Path) -> FileCheckpoint:
         room = _ROOM + sum(_ROOM_PER_TENSOR + len(name) for name in header)
         start = _padded(8 + len(_encode(header, metadata)) + (room if text else 0))
         target.seek(start)
-
-        def write(piece: Piece, data: memoryview) -> None:
-            target.write(data)
-
-        pump(source, pieces([(begin, size)], edited_slots(by_name, edits)), write=write)
+        pump(source, target, pieces([(begin, size)], edited_slots(by_name, edits)))
         encoded = _encode(header, {**metadata, MANIFEST: text()} if text else metadata)
         if 8 + len(encoded) > start:
             needed = _padded(8 + len(encoded))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nmconvert.checkpoint.base import Edit, Edits, Slot
+from nmconvert.checkpoint.direct import Appender
 from nmconvert.errors import CheckpointError
 
 BLOCK = 1 << 20  # bytes at a time: large enough for the disk, small enough to stay in the cache from stage to stage
@@ -88,15 +89,16 @@ def _edited(region: int, begin: int, end: int, group: list[tuple[Slot, Edit]]) -
 
 def pump(
     source: BinaryIO,
+    target: BinaryIO,
     pieces: Iterator[Piece],
     *,
-    write: Callable[[Piece, memoryview], None],
-    check: Callable[[Piece, memoryview], None] = lambda piece, data: None,
+    before: Callable[[Piece, memoryview], None] | None = None,
+    after: Callable[[Piece, memoryview], None] | None = None,
 ) -> None:
-    """Read each piece, ``check`` it as it was, edit it, ``write`` it; the stages overlap.
+    """Append each piece to ``target``: read, looked at by ``before``, edited, sealed, looked at by ``after``, and written.
 
-    Reading and writing go through the file in order, each in a thread of its own. Blocks of rows are edited by as many
-    threads as there are cores, one core each; whole tensors one after the other, with all cores.
+    The stages overlap. Reading, sealing and writing go through the file in order, each in a thread of its own. Blocks of rows
+    are edited by as many threads as there are cores, one core each; whole tensors one after the other, with all cores.
 
     Raises:
         CheckpointError: the file ends too early, or an edit returned a tensor of another shape or dtype.
@@ -104,29 +106,32 @@ def pump(
     workers = min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
     budget, in_flight = (workers + _WAITING) * BLOCK, 0
     threads = torch.get_num_threads()
-    reader, editor, writer = (ThreadPoolExecutor(1) for _ in range(3))
+    reader, editor, sealer, writer = (ThreadPoolExecutor(1) for _ in range(4))
     blocks = ThreadPoolExecutor(workers, initializer=_use_one_core)
     writes: deque[tuple[Future[None], int]] = deque()
     free: deque[bytearray] = deque()
     try:
-        for piece in pieces:
-            size = max(piece.end - piece.begin, BLOCK)
-            while writes and (in_flight + size > budget or writes[0][0].done()):
-                future, written = writes.popleft()
+        with Appender(target) as out:
+            for piece in pieces:
+                size = max(piece.end - piece.begin, BLOCK)
+                while writes and (in_flight + size > budget or writes[0][0].done()):
+                    future, written = writes.popleft()
+                    future.result()
+                    in_flight -= written
+                buffer = free.pop() if free and size == BLOCK else bytearray(size)
+                ready = reader.submit(_read, source, piece, buffer, before)
+                if piece.edits:
+                    ready = (editor if piece.rows is None else blocks).submit(_apply, piece, ready)
+                if piece.edits or after:
+                    ready = sealer.submit(_seal, piece, ready, after)
+                writes.append((writer.submit(_write, out, ready), size))
+                if size == BLOCK:
+                    writes[-1][0].add_done_callback(partial(_give_back, free, buffer))
+                in_flight += size
+            for future, _ in writes:
                 future.result()
-                in_flight -= written
-            buffer = free.pop() if free and size == BLOCK else bytearray(size)
-            edited = reader.submit(_read, source, piece, buffer, check)
-            if piece.edits:
-                edited = (editor if piece.rows is None else blocks).submit(_apply, piece, edited)
-            writes.append((writer.submit(_write, piece, edited, write), size))
-            if size == BLOCK:
-                writes[-1][0].add_done_callback(partial(_give_back, free, buffer))
-            in_flight += size
-        for future, _ in writes:
-            future.result()
     finally:
-        for executor in (reader, editor, blocks, writer):
+        for executor in (reader, editor, blocks, sealer, writer):
             executor.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
@@ -140,22 +145,29 @@ def _use_one_core() -> None:
     torch.set_num_threads(1)
 
 
-def _read(source: BinaryIO, piece: Piece, buffer: bytearray, check: Callable[[Piece, memoryview], None]) -> memoryview:
+def _read(source: BinaryIO, piece: Piece, buffer: bytearray, before: Callable[[Piece, memoryview], None] | None) -> memoryview:
     size = piece.end - piece.begin
     data = memoryview(buffer)[:size]
     source.seek(piece.begin)
     if source.readinto(data) != size:  # type: ignore[attr-defined]
         raise CheckpointError(f"{source.name}: ends too early, {piece.end:,} bytes expected; copy the file anew")
-    check(piece, data)
+    if before:
+        before(piece, data)
     return data
 
 
-def _write(piece: Piece, edited: Future[memoryview], write: Callable[[Piece, memoryview], None]) -> None:
+def _seal(piece: Piece, edited: Future[memoryview], after: Callable[[Piece, memoryview], None] | None) -> memoryview:
     data = edited.result()
     for slot, edit in piece.edits:
         if hasattr(edit, "seal"):
             edit.seal(piece.tensor(slot, data))
-    write(piece, data)
+    if after:
+        after(piece, data)
+    return data
+
+
+def _write(out: Appender, ready: Future[memoryview]) -> None:
+    out.write(ready.result())
 
 
 def _apply(piece: Piece, read: Future[memoryview]) -> memoryview:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from nmconvert.checkpoint.base import Edits, FileCheckpoint, link_shared
 from nmconvert.checkpoint.pickles import Structure, TensorRef, read_pickle, require_trust
-from nmconvert.checkpoint.stream import Piece, edited_slots, pieces, pump
+from nmconvert.checkpoint.stream import edited_slots, pieces, pump
 from nmconvert.checkpoint.torch_zip import describe, make_slots
 from nmconvert.errors import CheckpointError
 
@@ -48,10 +48,7 @@ def open_torch_legacy(path: Path, *, trust: bool) -> FileCheckpoint:
     slots = link_shared(make_slots(path, structure, locate))
 
     def rewrite(source: BinaryIO, target: BinaryIO, edits: Edits, text: Callable[[], str] | None) -> None:
-        def write(piece: Piece, data: memoryview) -> None:
-            target.write(data)
-
-        pump(source, pieces([(0, end)], edited_slots(slots, edits)), write=write)
+        pump(source, target, pieces([(0, end)], edited_slots(slots, edits)))
         if text is not None:
             data = text().encode()
             target.write(_TRAILER + struct.pack("<Q", len(data)) + data)

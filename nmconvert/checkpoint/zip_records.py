@@ -206,27 +206,26 @@ def rewrite_archive(
     records = [record for record in records if record.name != appended]
     regions, owner = _regions(records, stop)
     changing = {index for index, record in enumerate(records) if _is_edited(record, groups)}
-    before, after = [0] * len(records), [0] * len(records)
+    old, new = [0] * len(records), [0] * len(records)  # checksums
 
     def check(piece: Piece, data: memoryview) -> None:
         index = owner[piece.region]
         if index is None or records[index].method != _STORED:
             return
-        before[index] = zlib.crc32(data, before[index])
-        if piece.end == records[index].end and before[index] != records[index].crc:
+        old[index] = zlib.crc32(data, old[index])
+        if piece.end == records[index].end and old[index] != records[index].crc:
             raise _damaged(archive.path, f"the checksum of '{records[index].name}' does not match")
 
-    def write(piece: Piece, data: memoryview) -> None:
+    def count(piece: Piece, data: memoryview) -> None:
         index = owner[piece.region]
-        if index in changing:
-            after[index] = zlib.crc32(data, after[index])
-        target.write(data)
+        if index is not None and index in changing:
+            new[index] = zlib.crc32(data, new[index])
 
-    pump(source, pieces(regions, groups), check=check, write=write)
+    pump(source, target, pieces(regions, groups), before=check, after=count)
     entries = [record.entry for record in records]
     for index in changing:
-        _patch_crc(source, target, records[index], after[index])
-        entries[index] = entries[index][:16] + struct.pack("<I", after[index]) + entries[index][20:]
+        _patch_crc(source, target, records[index], new[index])
+        entries[index] = entries[index][:16] + struct.pack("<I", new[index]) + entries[index][20:]
     target.seek(stop)
     if text is not None:
         entries.append(_append(target, appended, text().encode()))

@@ -12,6 +12,7 @@ from pathlib import Path
 from nmconvert.errors import KernelsUnavailableError
 
 LIBRARY_VARIABLE = "NMCONVERT_KERNELS"  # the path of a library to use instead, or "off"
+ISA_VARIABLE = "NMCONVERT_ISA"  # an instruction set to use instead of the best
 _NAME = "libnmconvert.dylib" if sys.platform == "darwin" else "libnmconvert.so"
 _REBUILD = "reinstall nmconvert where a C++17 compiler is found (pip install --force-reinstall --no-deps nmconvert)"
 
@@ -53,7 +54,7 @@ def kernels() -> Kernels:
         reason = f"{path.name} is of version {version}, nmconvert of {nmconvert.__version__}"
         return Kernels(path, isa, version, reason, _REBUILD)
     if not isa:
-        forced = os.environ.get("NMCONVERT_ISA")
+        forced = os.environ.get(ISA_VARIABLE)
         reason = f"this CPU ({platform.machine()}) has no instruction set that they were written for"
         if forced:
             reason = f"NMCONVERT_ISA={forced} is not an instruction set of this CPU"

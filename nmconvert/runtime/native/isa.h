@@ -74,6 +74,9 @@ struct Isa {
   // beyond each run: runs are in rising order, so that the next one overwrites it.
   void (*gather)(const float* from, const int64_t* offsets, int64_t columns, const Segment* segments, int64_t count, float* panel,
                  int64_t panel_width);
+  // For float, half, bfloat16 and double: weights [rows][columns], pruned in place to the n largest of every m; energy[0] and
+  // [1] are the sums of squares before and after. False where one of them is NaN or infinite.
+  bool (*prune[4])(void* weights, int64_t rows, int64_t columns, int n, int m, double* energy);
 };
 
 const Isa* isa_portable();

@@ -321,6 +321,8 @@ void gather(const float* from, const int64_t* offsets, int64_t columns, const Se
   }
 }
 
+#include "prune.inl"
+
 constexpr Isa kIsa = {
     NMC_NAME,
     W,
@@ -331,6 +333,7 @@ constexpr Isa kIsa = {
     unpack_tokens,
     activate,
     gather,
+    {prune_rows<Single>, prune_rows<Half>, prune_rows<Brain>, prune_rows<Double>},
 };
 
 }  // namespace NMC_NAMESPACE

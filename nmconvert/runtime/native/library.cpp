@@ -1,4 +1,4 @@
-// RegisterCustomOps: the one symbol of the library.
+// What the library exports: RegisterCustomOps for onnxruntime, and a few plain functions for Python.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -117,6 +117,14 @@ __attribute__((visibility("default"))) const char* NmconvertIsa() {
 }
 
 __attribute__((visibility("default"))) const char* NmconvertVersion() { return NMCONVERT_VERSION; }
+
+// Magnitude pruning, for Python (see Isa::prune); `type` is an index into kTypes. 0: done, 1: not all finite, 2: cannot.
+__attribute__((visibility("default"))) int NmconvertPrune(void* weights, int64_t rows, int64_t columns, int n, int m, int type,
+                                                          double* energy) {
+  const nmconvert::Isa* isa = nmconvert::select_isa();
+  if (!isa || type < 0 || type >= 4 || n < 1 || m < n || m > 32) return 2;
+  return isa->prune[type](weights, rows, columns, n, m, energy) ? 0 : 1;
+}
 
 // What onnxruntime calls. On a CPU that is not supported it registers nothing: the bodies of the functions serve.
 __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
