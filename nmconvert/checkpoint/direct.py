@@ -10,9 +10,11 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 _ALIGNMENT = 4096  # of addresses, offsets and sizes; no block device asks for more
 BUFFER = 4 << 20  # bytes at a time; a file that is smaller is written in the ordinary way
@@ -21,71 +23,82 @@ BUFFER = 4 << 20  # bytes at a time; a file that is smaller is written in the or
 class Appender:
     """Writes on at the end of ``file``; :meth:`close` leaves the file's position behind what was written.
 
-    Where the file system knows nothing of O_DIRECT, or the file is small, all goes through the page cache.
+    One buffer is filled while the other one is written. Where the file system knows nothing of O_DIRECT, or the file is
+    small, all goes through the page cache.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         file.flush()
         self._file = file
         self._position = file.tell()  # of what is in the buffer
-        self._memory = mmap.mmap(-1, BUFFER)  # a mapping begins at a page
-        self._buffer = np.frombuffer(self._memory, np.uint8)
+        self._buffers = [_aligned(BUFFER), _aligned(BUFFER)]
         self._filled = 0
+        self._limit = BUFFER - self._position % _ALIGNMENT  # the first write ends where a page does: the others begin at one
         self._descriptor = _reopened(file)
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
 
     def write(self, data: memoryview) -> None:
         """Append ``data``."""
-        bytes_left = np.frombuffer(data, np.uint8)
-        # The first write ends where a page does, so that all others begin at one.
-        limit = BUFFER - self._position % _ALIGNMENT
-        while len(bytes_left):
-            taken = min(len(bytes_left), limit - self._filled)
-            self._buffer[self._filled : self._filled + taken] = bytes_left[:taken]  # without the interpreter's lock
+        left = np.frombuffer(data, np.uint8)
+        while len(left):
+            taken = min(len(left), self._limit - self._filled)
+            self._buffers[0][self._filled : self._filled + taken] = left[:taken]  # without the interpreter's lock
             self._filled += taken
-            bytes_left = bytes_left[taken:]
-            if self._filled == limit:
+            left = left[taken:]
+            if self._filled == self._limit:
                 self._flush()
-                limit = BUFFER
 
     def close(self) -> None:
         """Write what is left."""
         self._flush()
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._wait()
+        self._file.seek(self._position)
 
     def __enter__(self) -> Appender:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        elif self._descriptor is not None:
-            os.close(self._descriptor)
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self._thread.shutdown()
+            if self._descriptor is not None:
+                os.close(self._descriptor)
 
     def _flush(self) -> None:
-        data = memoryview(self._memory)[: self._filled]
-        if self._descriptor is None or self._filled < BUFFER or not self._write_directly(data):
-            self._file.seek(self._position)
-            self._file.write(data)
+        self._wait()
+        self._pending = self._thread.submit(self._write_out, self._buffers[0][: self._filled].data, self._position)
+        self._buffers.reverse()
         self._position += self._filled
-        self._filled = 0
-        self._file.seek(self._position)
+        self._filled, self._limit = 0, BUFFER
 
-    def _write_directly(self, data: memoryview) -> bool:
-        """False where the file system allows no direct writing after all."""
-        assert self._descriptor is not None
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+    def _write_out(self, data: memoryview, position: int) -> None:
+        if len(data) < BUFFER or not self._write_directly(data, position):
+            self._file.seek(position)
+            self._file.write(data)
+
+    def _write_directly(self, data: memoryview, position: int) -> bool:
+        """False where the file system allows no direct writing."""
         written = 0
-        while written < len(data):
+        while self._descriptor is not None and written < len(data):
             try:
-                written += os.pwrite(self._descriptor, data[written:], self._position + written)
+                written += os.pwrite(self._descriptor, data[written:], position + written)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
                 os.close(self._descriptor)
                 self._descriptor = None
-                return False
-        return True
+        return written == len(data)
+
+
+def _aligned(size: int) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(mmap.mmap(-1, size), np.uint8)  # a mapping begins at a page
 
 
 def _reopened(file: BinaryIO) -> int | None:
