@@ -85,9 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="Folder of the models' files, written where they are not there.")
     chosen = parser.parse_args(arguments)
-    print(
-        "| model | file MB | session s | first run ms | second run ms | session + first s | peak MB |\n|---|---|---|---|---|---|---|"
-    )
+    columns = ["model", "file MB", "session s", "first run ms", "second run ms", "session + first s", "peak MB"]
+    print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
     with tempfile.TemporaryDirectory() as scratch:
         for name in chosen.models.split(","):
             for pattern in chosen.patterns.split(","):
