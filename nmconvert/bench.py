@@ -6,7 +6,9 @@ ratios, and their spread, which says whether the machine was too noisy to tell.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +16,25 @@ import onnx
 import onnxruntime
 
 from nmconvert.errors import UsageError
+from nmconvert.export import export
 from nmconvert.inputs import InputSpec, example_feed
 from nmconvert.onnx_graph import attribute
 from nmconvert.pattern import Pattern
 from nmconvert.runtime import kernels, session
-from nmconvert.runtime.choice import Met, Times, calls, met_layers, open_session, race, time_layer
+from nmconvert.runtime.choice import (
+    Feed,
+    Met,
+    Times,
+    calls,
+    dense_bytes,
+    met_layers,
+    open_session,
+    race,
+    time_layer,
+    with_dense,
+)
 
-NOISY = 0.2  # a spread of the rounds' ratios above this says nothing
+_LARGEST = 1 << 30  # bytes of dense weights that are unpacked here; beyond, onnxruntime folds them as it reads the file
 
 
 @dataclass(frozen=True)
@@ -62,14 +76,22 @@ class BenchResult:
 
     @property
     def noisy(self) -> bool:
-        """Whether some measurement of the whole model says nothing."""
-        return any(row.times.spread > NOISY for row in self.models)
+        """Whether some measurement says nothing."""
+        return any(times.noisy for times in [*(row.times for row in self.models), *(layer.times for layer in self.layers)])
+
+    @property
+    def slowest(self) -> float:
+        """The smallest of the whole model's ratios."""
+        return min(row.times.ratio for row in self.models)
 
 
 def bench(
     model: Path,
     *,
     against: Path | None = None,
+    module: str | None = None,
+    module_arguments: Mapping[str, str] | None = None,
+    trust: bool = False,
     threads: Sequence[int] = (1,),
     batches: Sequence[int] = (1,),
     inputs: Sequence[InputSpec] = (),
@@ -77,13 +99,14 @@ def bench(
     seconds: float = 2.0,
     per_layer: bool = True,
 ) -> BenchResult:
-    """Time ``model`` on the kernels against ``against`` in stock onnxruntime (default: the same file, whose functions fold).
+    """Time ``model`` on the kernels against ``against`` in stock onnxruntime (default: the same file with dense weights).
 
-    ``seconds`` is the time that each side gets for each number of threads and batch size. Layers are timed with the first of
-    both.
+    ``against`` is an ONNX file, or a checkpoint, which is exported for that; ``module``, ``module_arguments`` and ``trust`` are
+    those of :func:`nmconvert.export.export`. ``seconds`` is the time that each side gets for each number of threads and batch
+    size. Layers are timed with the first of both.
 
     Raises:
-        UsageError: the model has no compressed layer, or cannot take the batch size.
+        UsageError: the model has no compressed layer, or cannot take the batch size; ``against`` takes other inputs.
         KernelsUnavailableError: there are no kernels to measure.
     """
     from nmconvert.runtime import library
@@ -93,19 +116,55 @@ def bench(
     if not calls(proto):
         raise UsageError(f"{model}: has no compressed layer to measure; write one with nmconvert export --flavour compressed")
     rows = []
-    for batch in batches:
-        feed = example_feed(proto, inputs, batch=batch)
-        for count in threads:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = count
-            options.log_severity_level = 4
-            options.add_session_config_entry("session.force_spinning_stop", "1")
-            specs = [InputSpec(name, array.shape, array.dtype.name) for name, array in feed.items()]
-            sparse = session(model, options, inputs=specs)
-            dense = open_session(str(against or model), count)
-            rows.append(ModelTimes(count, batch, race(dense, sparse, feed, seconds=seconds, rounds=rounds)))
+    with _dense(model, proto, against, module, module_arguments, trust, inputs) as other:
+        for batch in batches:
+            feed = example_feed(proto, inputs, batch=batch)
+            rows += [ModelTimes(count, batch, _race(model, other, feed, count, seconds, rounds)) for count in threads]
     layers = _time_layers(proto, path, threads[0], _specs(proto, inputs, batches[0])) if per_layer else ()
     return BenchResult(model, against or model, kernels().isa, onnxruntime.__version__, tuple(rows), tuple(layers))
+
+
+@contextmanager
+def _dense(
+    model: Path,
+    proto: onnx.ModelProto,
+    against: Path | None,
+    module: str | None,
+    module_arguments: Mapping[str, str] | None,
+    trust: bool,
+    inputs: Sequence[InputSpec],
+) -> Iterator[str | bytes]:
+    """The dense model to compare with, as a path or as a file's bytes."""
+    if against is None:
+        yield with_dense(proto, None) if dense_bytes(proto) < _LARGEST else str(model)
+    elif against.suffix == ".onnx":
+        yield str(against)
+    else:
+        with tempfile.TemporaryDirectory(prefix="nmconvert-") as folder:
+            output = Path(folder) / "dense.onnx"
+            specs = inputs or _specs(proto, (), 1)
+            export(
+                against,
+                output=output,
+                flavour="dense",
+                model=module,
+                model_arguments=module_arguments,
+                inputs=specs,
+                trust=trust,
+            )
+            yield str(output)
+
+
+def _race(model: Path, other: str | bytes, feed: Feed, threads: int, seconds: float, rounds: int) -> Times:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    dense = open_session(other, threads)
+    if (taken := [value.name for value in dense.get_inputs()]) != list(feed):
+        raise UsageError(f"the dense model takes {', '.join(taken)}, {model.name} {', '.join(feed)}: they are not comparable")
+    sparse = session(model, options, inputs=[InputSpec(name, array.shape, array.dtype.name) for name, array in feed.items()])
+    return race(dense, sparse, feed, seconds=seconds, rounds=rounds)
 
 
 def _specs(model: onnx.ModelProto, inputs: Sequence[InputSpec], batch: int) -> list[InputSpec]:

@@ -284,18 +284,22 @@ def bench_report(result: BenchResult) -> RenderableType:
         f"{result.model.name}: dense ÷ sparse ({result.isa}, onnxruntime {result.onnxruntime})", *right, right=right
     )
     for row in result.models:
-        whole.add_row(str(row.threads), str(row.batch), *_times(row.times), f"{row.times.spread:.0%}")
-    numbers = ("calls", "dense ms", "sparse ms", "ratio", "of m/n")
+        whole.add_row(str(row.threads), str(row.batch), *_times(row.times), _spread(row.times))
+    numbers = ("calls", "dense ms", "sparse ms", "ratio", "of m/n", "spread")
     layers = new_table("Distinct layers, alone", "function", "weight", "input", "pattern", *numbers, right=numbers)
     for layer in result.layers:
         names = (layer.function, shape(layer.weight), shape(layer.shape), str(layer.pattern), str(layer.count))
-        layers.add_row(*names, *_times(layer.times), f"{layer.share:.0%}")
+        layers.add_row(*names, *_times(layer.times), f"{layer.share:.0%}", _spread(layer.times))
     parts: list[RenderableType] = [whole]
     if result.layers:
         parts += [Text(), layers]
     if result.noisy:
-        parts.append(Text("The rounds differ too much to say: other programs are using this machine.", style="yellow"))
+        parts.append(Text("Ratios with a yellow spread say nothing: other programs are using this machine.", style="yellow"))
     return Group(*parts)
+
+
+def _spread(times: Times) -> Text:
+    return Text(f"{times.spread:.0%}", style="yellow" if times.noisy else "")
 
 
 def _times(times: Times) -> tuple[str, str, str]:
@@ -328,7 +332,7 @@ def bench_json(result: BenchResult) -> Mapping[str, Any]:
 
 def _times_json(times: Times) -> Mapping[str, Any]:
     rounds = {"dense": times.dense, "sparse": times.sparse}
-    return {"ratio": times.ratio, "best": times.best, "spread": times.spread, **rounds}
+    return {"ratio": times.ratio, "best": times.best, "spread": times.spread, "noisy": times.noisy, **rounds}
 
 
 def doctor_report(facts: Sequence[Fact]) -> RenderableType:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 from runtime_models import call, initializers, layer, model, random_weight, tensor
@@ -17,6 +18,8 @@ from runtime_models import call, initializers, layer, model, random_weight, tens
 from nmconvert import runtime
 from nmconvert.cli.bench import command as bench_command
 from nmconvert.cli.doctor import command as doctor_command
+from nmconvert.cli.export import command as export_command
+from nmconvert.errors import VerificationError
 from nmconvert.inputs import InputSpec
 from nmconvert.runtime import choice
 from nmconvert.runtime.cache import Cache
@@ -158,6 +161,59 @@ def test_bench_measures_models_and_layers(cache: Path, tmp_path: Path) -> None:
     plain = CliRunner().invoke(bench_command, [str(path), "--seconds", "0.02", "--rounds", "3", "--no-layers"])
     assert "dense ÷ sparse" in plain.output
     assert "Distinct" not in plain.output
+
+
+def test_bench_against_a_checkpoint_exports_it(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight(np.random.default_rng(3), "linear", (48, 64), "2:4")
+    torch.save({"0.weight": torch.from_numpy(weight.dense)}, tmp_path / "pruned.pt")
+    (tmp_path / "net.py").write_text(
+        "import torch\ndef net(): return torch.nn.Sequential(torch.nn.Linear(64, 48, bias=False))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    module = ["--model", "net.py:net"]
+    made = CliRunner().invoke(export_command, ["pruned.pt", "--input", "1,64", "-o", "a.onnx", *module], catch_exceptions=False)
+    assert made.exit_code == 0, made.output
+    arguments = ["a.onnx", "--against", "pruned.pt", "--seconds", "0.02", "--rounds", "3", "--json", *module]
+    run = CliRunner().invoke(bench_command, arguments, catch_exceptions=False)
+    assert json.loads(run.output)["against"] == "pruned.pt"
+    refused = CliRunner().invoke(bench_command, [*arguments, "--require", "1000"])
+    assert isinstance(refused.exception, VerificationError)
+    assert "1000.00 is required" in str(refused.exception)
+
+
+def test_bench_against_another_model_is_refused(cache: Path, tmp_path: Path) -> None:
+    other = two_layers()
+    other.graph.input[0].name = other.graph.node[0].input[0] = "image"
+    onnx.save(other, tmp_path / "other.onnx")
+    run = CliRunner().invoke(bench_command, [str(file(two_layers(), tmp_path)), "--against", str(tmp_path / "other.onnx")])
+    assert "the dense model takes image, model.onnx x" in str(run.exception)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "pattern", "x_shape", "extra", "attributes"),
+    [
+        ("MatMul", (64, 32), "2:4", [5, 64], {}, {}),
+        ("LinearGelu", (64, 32), "2:32", [5, 64], {"B": (32,)}, {}),
+        ("Gemm", (32, 64), "1:4", [5, 64], {}, {"alpha": 0.5, "beta": 1.0, "transA": 0, "transB": 1}),
+        ("ConvAddRelu", (16, 20, 3, 3), "1:16", [1, 20, 8, 8], {"B": (16,), "Z": (1, 16, 6, 6)}, {}),
+        ("ConvClip", (16, 20, 3, 3), "3:5", [1, 20, 8, 8], {"B": (16,)}, {"low": -0.5, "high": 0.5, "pads": [1] * 4}),
+    ],
+)
+@pytest.mark.parametrize("stored", [np.float32, np.float16])
+def test_a_call_left_dense_computes_what_its_body_does(
+    function: str, shape: Any, pattern: str, x_shape: Any, extra: Any, attributes: Any, stored: Any
+) -> None:
+    rng = np.random.default_rng(4)
+    kind = "conv" if len(shape) == 4 else "linear" if attributes.get("transB") else "matmul"
+    weight = random_weight(rng, kind, shape, pattern, dtype=stored)
+    arrays = {name: rng.standard_normal(size).astype(np.float32) for name, size in extra.items()}
+    proto = layer(function, weight, x_shape, arrays, **attributes)
+    x = rng.standard_normal(x_shape).astype(np.float32)
+    dense = onnx.load_model_from_string(choice.with_dense(proto, None))
+    onnx.checker.check_model(dense, full_check=True)
+    assert {tensor.name for tensor in dense.graph.initializer} == {"valuesDense", *extra}
+    outputs = [choice.open_session(m.SerializeToString(), 1).run(None, {"x": x})[0] for m in (dense, proto)]
+    np.testing.assert_array_equal(*outputs)
 
 
 def test_bench_of_a_dense_model_says_what_to_do(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from nmconvert.cli.common import output_options, show
-from nmconvert.errors import UsageError
+from nmconvert.cli.common import model_options, newest_onnx, output_options, show
+from nmconvert.errors import UsageError, VerificationError
 
 
 def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[int]:
@@ -21,11 +21,17 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
 
 
 @click.command("bench")
-@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument(
+    "file",
+    metavar="[MODEL]",
+    required=False,
+    callback=newest_onnx,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+)
 @click.option(
     "--against",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The dense ONNX file to compare with.  [default: MODEL itself, whose functions stock onnxruntime folds]",
+    type=click.Path(exists=True, path_type=Path),
+    help="A dense ONNX file, or a checkpoint, which is exported for that.  [default: MODEL with its weights unpacked]",
 )
 @click.option("--threads", default="1", show_default=True, callback=_numbers, metavar="N,…", help="Threads, one run each.")
 @click.option("--batch", default="1", show_default=True, callback=_numbers, metavar="N,…", help="Batch sizes, one run each.")
@@ -33,9 +39,11 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(3), help="Interleaved rounds.")
 @click.option("--seconds", default=2.0, show_default=True, type=click.FloatRange(0.01), help="Time for each side of a run.")
 @click.option("--layers/--no-layers", default=True, help="Time each distinct layer as well.  [default: layers]")
+@click.option("--require", type=float, metavar="RATIO", help="Exit with status 1 unless every run is this much faster.")
+@model_options
 @output_options
 def command(
-    model: Path,
+    file: Path,
     against: Path | None,
     threads: list[int],
     batch: list[int],
@@ -43,18 +51,29 @@ def command(
     rounds: int,
     seconds: float,
     layers: bool,
+    require: float | None,
+    model_arguments: dict[str, str],
+    trust: bool,
+    model: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure MODEL on the native kernels against dense onnxruntime: whole model and each layer, in interleaved rounds."""
+    """Measure MODEL on the native kernels against dense onnxruntime: whole model and each layer, in interleaved rounds.
+
+    MODEL is a compressed ONNX file (default: the newest of nmconvert in this folder). The exit status is 0 also where nothing
+    is gained; --require makes it 1.
+    """
     from nmconvert import report
     from nmconvert.bench import bench
     from nmconvert.inputs import InputSpec
 
     specs = [InputSpec.parse(text) for text in inputs]
     result = bench(
-        model,
+        file,
         against=against,
+        module=model,
+        module_arguments=model_arguments or None,
+        trust=trust,
         threads=threads,
         batches=batch,
         inputs=specs,
@@ -63,3 +82,5 @@ def command(
         per_layer=layers,
     )
     show(report.bench_json(result), as_json=as_json, quiet=quiet, render=lambda: report.bench_report(result))
+    if require is not None and result.slowest < require:
+        raise VerificationError(f"{file}: dense ÷ sparse is {result.slowest:.2f}, {require:.2f} is required")

@@ -2,8 +2,9 @@
 
 Dense is faster for some shapes (small layers, few pixels, mild patterns on CPUs with wide vectors). Each distinct layer, at the
 shape that it meets in a run, is timed both ways in interleaved rounds, and the sparse kernel is taken where it is at least
-``MARGIN`` times faster. A layer is left dense by giving its call another name, one that has no kernel: its function is then
-inlined and folded. Results are kept for each CPU model (:mod:`nmconvert.runtime.cache`).
+``MARGIN`` times faster. A layer is left dense by unpacking its weight here and calling what its function does with the weight
+(:func:`leave_dense`): onnxruntime would get to the same graph by folding, in several times the time and memory. Results are
+kept for each CPU model (:mod:`nmconvert.runtime.cache`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,10 +22,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from nmconvert.inputs import InputSpec, example_array, example_feed
-from nmconvert.onnx_graph import Constants, graphs, opset
+from nmconvert.onnx_graph import Constants, graphs, opset, used_names
+from nmconvert.packing import unpack
 from nmconvert.runtime.cache import Cache
 
 Feed = Mapping[str, npt.NDArray[Any]]
@@ -31,6 +34,7 @@ Feed = Mapping[str, npt.NDArray[Any]]
 DOMAIN = "nmconvert"
 DENSE = "Dense"  # what is appended to the name of a call that is left to its body
 MARGIN = 1.05
+NOISY = 0.2  # a spread of the rounds' ratios
 _SECONDS = 0.03  # for each way of running a layer
 _LEFT_ALONE = ("ConvTranspose", "MatMulLeft", "GemmLeft")  # functions that have no kernel
 
@@ -145,6 +149,11 @@ class Times:
         low, middle, high = np.percentile([d / s for d, s in zip(self.dense, self.sparse, strict=True)], [25, 50, 75])
         return float((high - low) / middle)
 
+    @property
+    def noisy(self) -> bool:
+        """Whether the rounds differ too much for their median to say anything."""
+        return self.spread > NOISY
+
 
 def race(
     dense: onnxruntime.InferenceSession,
@@ -174,9 +183,10 @@ def race(
 
 def time_layer(model: ModelProto, met: Met, library: Path, threads: int) -> Times:
     """Time one layer both ways, on random inputs of the shapes that it met."""
-    proto = single(model, met).SerializeToString()
+    proto = single(model, met)
+    dense = open_session(with_dense(proto, None), threads)
+    sparse = open_session(proto.SerializeToString(), threads, library)
     rng = np.random.default_rng(0)
-    dense, sparse = open_session(proto, threads), open_session(proto, threads, library)
     shapes = dict(zip(met.node.input, met.shapes, strict=False))
     float32 = np.dtype(np.float32)
     feed = {value.name: example_array(shapes[value.name], float32, rng) for value in dense.get_inputs()}
@@ -217,13 +227,81 @@ def is_timed(node: NodeProto) -> bool:
     return any(a.name == "compute" and a.i == TensorProto.FLOAT for a in node.attribute)
 
 
-def leave_dense(model: ModelProto, nodes: Sequence[NodeProto]) -> None:
-    """Rename the calls ``nodes``, in place, and give the model their functions under the new names."""
-    there = {function.name for function in model.functions}
-    names = {node.op_type for node in nodes if node.op_type + DENSE not in there}
-    for node in nodes:
+def dense_bytes(model: ModelProto) -> int:
+    """What the weights of all calls take up when they are dense, in float32."""
+    return sum(4 * prod(a.ints) for node, _ in calls(model) for a in node.attribute if a.name == "shape")
+
+
+def with_dense(model: ModelProto, outputs: Collection[str] | None) -> bytes:
+    """A copy of ``model`` as a file, in which the calls that make ``outputs`` (None: all calls) are left dense."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    leave_dense(copy, {node.output[0] for node, _ in calls(copy)} if outputs is None else outputs)
+    content: bytes = copy.SerializeToString()
+    return content
+
+
+def leave_dense(model: ModelProto, outputs: Collection[str]) -> None:
+    """Replace, in place, the calls that make ``outputs`` by calls on dense weights, which no kernel takes.
+
+    A function of ours rebuilds the weight under the name ``W`` and goes on from there; its dense twin, named with ``DENSE``
+    at the end, takes ``W`` as an input in the place of the packed arrays, and has the rest of the nodes.
+    """
+    weights: dict[tuple[str, ...], str] = {}
+    left = [(node, scope) for node, scope in calls(model) if node.output[0] in outputs]
+    for node, scope in left:
+        packed = tuple(node.input[1:4])
+        if packed not in weights:
+            weights[packed] = f"{packed[0]}{DENSE}"
+            model.graph.initializer.append(_dense_weight(node, scope, weights[packed]))
         node.op_type += DENSE
-    for function in [function for function in model.functions if function.name in names]:
-        copy = model.functions.add()
-        copy.CopyFrom(function)
-        copy.name += DENSE
+        inputs = [node.input[0], weights[packed], *node.input[4:]]
+        del node.input[:]
+        node.input.extend(inputs)
+    there = {function.name for function in model.functions}
+    for name in {node.op_type for node, _ in left} - there:
+        model.functions.append(_dense_twin(next(f for f in model.functions if f.name + DENSE == name)))
+    _drop_unread(model, {name for packed in weights for name in packed})
+
+
+def _dense_weight(node: NodeProto, scope: Constants, name: str) -> TensorProto:
+    """The weight of a call, as its body would rebuild it."""
+    values, mask, table = (numpy_helper.to_array(scope.tensors[part]) for part in node.input[1:4])
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    rows, parts = prod(given["permuted"]), given["code_shape"][1]
+    flat = unpack(values.reshape(-1), mask.reshape(-1), table, parts, 1, rows)
+    weight = flat.reshape(given["permuted"]).transpose(given["perm"]).reshape(given["shape"])
+    wanted = helper.tensor_dtype_to_np_dtype(given["compute"])
+    return numpy_helper.from_array(np.ascontiguousarray(weight.astype(wanted, copy=False)), name)
+
+
+def _dense_twin(function: FunctionProto) -> FunctionProto:
+    """``function`` from the weight on."""
+    makers = {output: node for node in function.node for output in node.output}
+    rebuilding, pending = set(), ["W"]
+    while pending:
+        node = makers.get(pending.pop())
+        if node is not None:
+            rebuilding.update(node.output)
+            pending.extend(node.input)
+    twin = FunctionProto()
+    twin.CopyFrom(function)
+    twin.name += DENSE
+    del twin.node[:], twin.input[:]
+    twin.input.extend([function.input[0], "W", *function.input[4:]])
+    twin.node.extend(node for node in function.node if node.output[0] not in rebuilding)
+    return twin
+
+
+def _drop_unread(model: ModelProto, packed: Collection[str]) -> None:
+    """Remove those of the arrays ``packed``, and of our functions, that are no longer used."""
+    unread = set(packed) - set(used_names(model))
+    for graph, _ in graphs(model):
+        kept = [tensor for tensor in graph.initializer if tensor.name not in unread]
+        if len(kept) < len(graph.initializer):
+            del graph.initializer[:]
+            graph.initializer.extend(kept)
+    called = {node.op_type for graph, _ in graphs(model) for node in graph.node if node.domain == DOMAIN}
+    functions = [function for function in model.functions if function.name in called or function.domain != DOMAIN]
+    del model.functions[:]
+    model.functions.extend(functions)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CPU = "CPUExecutionProvider"
 MEASURE_VARIABLE = "NMCONVERT_MEASURE"  # "off": no measurement, all layers on the kernels
-_LARGEST = 3 << 29  # bytes: a larger model is not read into memory to be measured, all of it runs on the kernels
+_LARGEST = 3 << 29  # bytes: a model that is larger, packed and dense together, is not measured; all of it runs on the kernels
 _AUTOMATIC, _ALL = "auto", "all"
 
 Providers = Sequence[str | tuple[str, Mapping[str, Any]]]
@@ -74,23 +74,20 @@ def _chosen(
     cache = Cache(situation | {"cores": os.cpu_count()})
     fingerprint = _fingerprint(source, inputs)
     dense = cache.get(fingerprint)  # the outputs of the calls that are left dense, or "all"
-    if dense is None and _size(source) > _LARGEST:
+    if dense == [] or _size(source) > _LARGEST:
         return source, True
-    if dense == _ALL or dense == []:
-        return source, dense == []
     import onnx
 
     from nmconvert.runtime import choice
 
     model = onnx.load_model_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+    if _size(source) + choice.dense_bytes(model) > _LARGEST:
+        return source, True
     if dense is None:
-        dense = _measure(source, model, found, cache, threads, inputs)
+        dense = _measure(model, found, cache, threads, inputs)
         cache.put(fingerprint, dense)
         cache.save()
-        if dense == _ALL or dense == []:
-            return source, dense == []
-    choice.leave_dense(model, [node for node, _ in choice.calls(model) if node.output[0] in dense])
-    return model.SerializeToString(), True
+    return (source, True) if dense == [] else (choice.with_dense(model, None if dense == _ALL else dense), dense != _ALL)
 
 
 def _size(source: str | bytes) -> int:
@@ -111,24 +108,18 @@ def _fingerprint(source: str | bytes, inputs: Sequence[InputSpec]) -> str:
     return f"model {path} {stat.st_size} {stat.st_mtime_ns} {shapes}"
 
 
-def _measure(
-    source: str | bytes, model: ModelProto, found: Kernels, cache: Cache, threads: int, inputs: Sequence[InputSpec]
-) -> list[str] | str:
+def _measure(model: ModelProto, found: Kernels, cache: Cache, threads: int, inputs: Sequence[InputSpec]) -> list[str] | str:
     """The outputs of the calls that are better left dense, or "all"."""
     from nmconvert.inputs import example_feed
     from nmconvert.runtime import choice
 
     assert found.path is not None
     timed = choice.time_layers(model, found.path, cache, threads, inputs)
-    slow = [layer.node for layer, ratio in timed if ratio < choice.MARGIN]
+    slow = [layer.node.output[0] for layer, ratio in timed if ratio < choice.MARGIN]
     if len(slow) == len(choice.calls(model)):
         return _ALL if slow else []
-    outputs = [node.output[0] for node in slow]
-    choice.leave_dense(model, slow)
-    chosen = choice.open_session(model.SerializeToString(), threads, found.path)
-    stock = choice.open_session(source, threads)
+    chosen = choice.open_session(choice.with_dense(model, slow), threads, found.path)
+    stock = choice.open_session(choice.with_dense(model, None), threads)
     whole = choice.race(stock, chosen, example_feed(model, inputs), seconds=0.3)
-    for node in slow:
-        node.op_type = node.op_type.removesuffix(choice.DENSE)
     # Single layers do not show what dense gains from its own layouts and fusions.
-    return outputs if whole.best >= 1 else _ALL
+    return slow if whole.best >= 1 else _ALL
