@@ -1,23 +1,23 @@
 """Whole models: the sparse file on the kernels ÷ the dense file in stock onnxruntime with all its optimisations.
 
-    python -m benchmarks.kernels_models --models resnet50,bert --patterns 2:4,1:4 --threads 1,2 --batch 1 --json out.json
+    python -m benchmarks.kernels_models --models resnet50,bert --patterns 2:4,1:4 --threads 1,2 --batch 1 --keep /tmp/models
 
 The models have random weights in the shapes of the real ones: speed does not depend on their values. All convolutions but the
 first and all linear layers of a model are pruned by magnitude, the embeddings are not. Both files come from the same traced
-graph. Rounds are interleaved; with one thread processor time is taken, which does not count what other processes use.
+graph; OpenVINO (where it is installed, at float32) reads the dense file, torch runs the module. All take turns, in rounds;
+times are medians, ratios the medians of the rounds' own. Prints the rows of a Markdown table. What loading costs: load.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import quantiles
 from typing import Any
 
 import onnx
@@ -133,104 +133,117 @@ def prune(module: nn.Module, pattern: Pattern) -> nn.Module:
     return module.eval()
 
 
-def write(name: str, pattern: Pattern, batch: int, folder: Path) -> tuple[Path, Path]:
-    """The dense and the sparse file of one model."""
-    build, shapes = MODELS[name]
+def build(name: str, pattern: Pattern) -> nn.Module:
+    """The module, pruned."""
     torch.manual_seed(0)
-    specs = [InputSpec.parse(text.format(batch=batch)) for text in shapes]
-    model = trace(prune(build(), pattern), specs, {}).model
+    return prune(MODELS[name][0](), pattern)
+
+
+def write(name: str, pattern: Pattern, batch: int, folder: Path) -> tuple[Path, Path]:
+    """The dense and the sparse file of one model, where they are not there yet."""
     dense, sparse = folder / "dense.onnx", folder / "sparse.onnx"
-    onnx.save(model, dense)
-    compress(model, [(pattern, "channel")])
-    fuse(model)
-    onnx.save(model, sparse)
+    if not sparse.exists():
+        specs = [InputSpec.parse(text.format(batch=batch)) for text in MODELS[name][1]]
+        model = trace(build(name, pattern), specs, {}).model
+        onnx.save(model, dense)
+        compress(model, [(pattern, "channel")])
+        fuse(model)
+        onnx.save(model, sparse)
     return dense, sparse
 
 
-def race(
-    dense: Any, sparse: Any, feed: dict[str, Any], *, threads: int, rounds: int, seconds: float
-) -> tuple[float, float, float, float]:
-    """Dense ms, sparse ms (both the shortest round), median and spread (interquartile) of the ratios."""
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    times: tuple[list[float], list[float]] = ([], [])
-    for session in (dense, sparse):
-        session.run(None, feed)
+Run = Callable[[], object]
+
+
+def contestants(
+    name: str, pattern: Pattern, files: tuple[Path, Path], feed: dict[str, Any], threads: int, layers: str
+) -> Iterator[tuple[str, Run]]:
+    """Who takes turns: the dense file in onnxruntime first."""
+    dense, sparse = files
+    options = [onnxruntime.SessionOptions() for _ in range(2)]
+    for made in options:
+        made.intra_op_num_threads = threads
+        made.log_severity_level = 3
+        made.add_session_config_entry("session.force_spinning_stop", "1")
+    stock = onnxruntime.InferenceSession(dense, options[0], providers=["CPUExecutionProvider"])
+    ours = runtime.session(sparse, options[1], layers=layers)
+    yield "dense", lambda: stock.run(None, feed)
+    yield "kernels", lambda: ours.run(None, feed)
+    try:
+        import openvino
+    except ModuleNotFoundError:
+        print("OpenVINO is not installed: its column stays empty", file=sys.stderr)
+    else:
+        hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        request = openvino.Core().compile_model(dense, "CPU", hints).create_infer_request()
+        yield "openvino", lambda: request.infer(feed, share_inputs=True)
+    module, tensors = build(name, pattern), [torch.from_numpy(array) for array in feed.values()]
+
+    def run_torch() -> None:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            module(*tensors)
+
+    yield "torch", run_torch
+
+
+def race(runs: dict[str, Run], *, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of every round, of 20 ms or more for each; as many as fit into ``seconds``, but no fewer than ``rounds``."""
+    repeats = {}
+    for name, run in runs.items():
+        run()
+        start = time.perf_counter()
+        run()
+        repeats[name] = max(1, int(0.02 / (time.perf_counter() - start)))
+    times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
-    while len(times[0]) < rounds or (time.perf_counter() - start < seconds and len(times[0]) < 200):
-        for session, record in zip((dense, sparse), times, strict=True):
-            begin = clock()
-            session.run(None, feed)
-            record.append(clock() - begin)
-    ratios = sorted(d / s for d, s in zip(*times, strict=True))
-    spread = (ratios[3 * len(ratios) // 4] - ratios[len(ratios) // 4]) / median(ratios)
-    return min(times[0]) * 1e3, min(times[1]) * 1e3, median(ratios), spread
+    while len(times["dense"]) < rounds or (time.perf_counter() - start < seconds and len(times["dense"]) < 100):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            for _ in range(repeats[name]):
+                run()
+            times[name].append((time.perf_counter() - begin) / repeats[name])
+    return times
 
 
-def load_cost(path: Path, *, kernels: bool) -> tuple[float, float]:
-    """Seconds to make a session in a new process, and its peak memory in MB above that of the imports."""
-    program = f"""
-import time
-from pathlib import Path
-import onnxruntime
-from nmconvert import runtime
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = 1
-options.log_severity_level = 3
-if {kernels}: options.register_custom_ops_library(str(runtime.library()))
-def peak(): return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-before = peak()
-start = time.process_time()
-session = onnxruntime.InferenceSession({str(path)!r}, options, providers=["CPUExecutionProvider"])
-print(time.process_time() - start, peak() - before)
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    seconds, megabytes = map(float, result.stdout.split())
-    return seconds, megabytes
+def row(name: str, pattern: str, batch: int, threads: int, times: dict[str, list[float]]) -> str:
+    """Median ms of dense and kernels, their median ratio with its quartiles, and the other runtimes' ratios."""
+
+    def ratio(other: str) -> tuple[float, float, float]:
+        low, middle, high = quantiles([d / s for d, s in zip(times["dense"], times[other], strict=True)], n=4)
+        return low, middle, high
+
+    low, middle, high = ratio("kernels")
+    dense, sparse = (quantiles(times[side], n=4)[1] * 1e3 for side in ("dense", "kernels"))
+    others = [f"{ratio(other)[1]:.2f}" if other in times else "" for other in ("openvino", "torch")]
+    cells = [
+        name,
+        pattern,
+        batch,
+        threads,
+        f"{dense:.2f}",
+        f"{sparse:.2f}",
+        f"**{middle:.2f}** ({low:.2f}–{high:.2f})",
+        *others,
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
-def measure(name: str, pattern: str, batch: int, threads: Sequence[int], *, layers: str, rounds: int) -> list[dict[str, Any]]:
-    """One row for each number of threads."""
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        dense_file, sparse_file = write(name, Pattern.parse(pattern), batch, Path(folder))
-        feed = example_feed(onnx.load(dense_file))
-        costs = {"dense": load_cost(dense_file, kernels=False), "sparse": load_cost(sparse_file, kernels=True)}
-        for count in threads:
-            options = [onnxruntime.SessionOptions() for _ in range(2)]
-            for made in options:
-                made.intra_op_num_threads = count
-                made.log_severity_level = 3
-                made.add_session_config_entry("session.force_spinning_stop", "1")
-            dense = onnxruntime.InferenceSession(dense_file, options[0], providers=["CPUExecutionProvider"])
-            sparse = runtime.session(sparse_file, options[1], layers=layers)
-            d, s, ratio, spread = race(dense, sparse, feed, threads=count, rounds=rounds, seconds=4.0)
-            row = {
-                "model": name,
-                "pattern": pattern,
-                "batch": batch,
-                "threads": count,
-                "dense_ms": d,
-                "sparse_ms": s,
-                "median": ratio,
-                "best": d / s,
-                "spread": spread,
-                "dense_load_s": costs["dense"][0],
-                "sparse_load_s": costs["sparse"][0],
-                "dense_load_mb": costs["dense"][1],
-                "sparse_load_mb": costs["sparse"][1],
-                "dense_file_mb": dense_file.stat().st_size / 1e6,
-                "sparse_file_mb": sparse_file.stat().st_size / 1e6,
-            }
-            rows.append(row)
-            speed = f"dense {d:8.2f} ms  sparse {s:8.2f} ms  med {ratio:5.2f} ±{spread:4.0%} best {d / s:5.2f}"
-            load = f"load {row['dense_load_s']:.2f} → {row['sparse_load_s']:.2f} s, "
-            load += f"{row['dense_load_mb']:.0f} → {row['sparse_load_mb']:.0f} MB"
-            print(f"{name:10} {pattern:5} batch {batch} threads {count}  {speed}   {load}", flush=True)
-    return rows
+COLUMNS = (
+    "model",
+    "pattern",
+    "batch",
+    "threads",
+    "dense ms",
+    "kernels ms",
+    "dense ÷ kernels",
+    "dense ÷ OpenVINO",
+    "dense ÷ torch",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print one line a measurement."""
+    """Print one row a measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--patterns", default="2:4,1:4,1:16")
@@ -238,17 +251,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", default="1")
     parser.add_argument("--layers", default="auto", choices=("auto", "sparse"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json")
+    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--keep", type=Path, help="Folder of the models' files, written where they are not there.")
     chosen = parser.parse_args(arguments)
-    rows = []
-    for name in chosen.models.split(","):
-        for batch in map(int, chosen.batch.split(",")):
-            for pattern in chosen.patterns.split(","):
-                threads = list(map(int, chosen.threads.split(",")))
-                rows += measure(name, pattern, batch, threads, layers=chosen.layers, rounds=chosen.rounds)
-    if chosen.json:
-        content = {"isa": runtime.kernels().isa, "onnxruntime": onnxruntime.__version__, "rows": rows}
-        Path(chosen.json).write_text(json.dumps(content, indent=1) + "\n")
+    print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, batch, pattern in product(chosen.models.split(","), chosen.batch.split(","), chosen.patterns.split(",")):
+            folder = (chosen.keep or Path(scratch)) / f"{name}.{pattern.replace(':', '-')}.b{batch}"
+            folder.mkdir(exist_ok=True)
+            files = write(name, Pattern.parse(pattern), int(batch), folder)
+            feed = example_feed(onnx.load(files[0]))
+            for threads in map(int, chosen.threads.split(",")):
+                runs = dict(contestants(name, Pattern.parse(pattern), files, feed, threads, chosen.layers))
+                times = race(runs, rounds=chosen.rounds, seconds=chosen.seconds)
+                print(row(name, pattern, int(batch), threads, times), flush=True)
 
 
 if __name__ == "__main__":

@@ -195,18 +195,20 @@ def _comparison(
         arguments = model_arguments or next((s["model_arguments"] for s in settings if s.get("model_arguments")), {})
         return run_module(load(spec, side.path, arguments, trust=trust), feed)
 
-    yield from _compare_outputs(outputs(checkpoint), outputs(other), other.path)
+    stages = [stage for m in (manifest, _manifest(other)) if m is not None for stage in m.history]
+    stored = next((stage["values"] for stage in stages if "values" in stage), None)
+    yield from _compare_outputs(outputs(checkpoint), outputs(other), other.path, stored)
     if first and second:
         yield from _compare_weights(_Weights(checkpoint, manifest), _Weights(other, _manifest(other)))
 
 
-def _compare_outputs(found: Sequence[Array], expected: Sequence[Array], other: Path) -> Iterator[Check]:
+def _compare_outputs(found: Sequence[Array], expected: Sequence[Array], other: Path, stored: str | None) -> Iterator[Check]:
     if len(found) != len(expected):
         yield Check("outputs", False, f"{len(found)}, {other} has {len(expected)}")
         return
     for number, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
         try:
-            difference = compare(mine, theirs)
+            difference = compare(mine, theirs, stored)
         except ExportError as error:
             yield Check(f"output {number}", False, str(error))
             continue

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from containers import sha256
+from numpy.testing import assert_allclose
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx_models import conv_net, model_of, op_types, random_input, run, session, sparse_weight, value
 from test_onnx_graph import branch, if_model
@@ -24,6 +25,9 @@ from nmconvert.inputs import InputSpec
 from nmconvert.manifest import Manifest
 from nmconvert.pattern import Pattern
 from nmconvert.prune import prune
+from nmconvert.runtime import kernels
+from nmconvert.runtime import session as session_on_kernels
+from nmconvert.verify import verify
 
 make = helper.make_node
 
@@ -78,6 +82,35 @@ def test_from_prune_to_packed_with_patterns_by_layer(tmp_path: Path) -> None:
     assert {layer.name: layer.digest for layer in manifest.layers} == {
         layer.name: layer.digest for layer in pruned.manifest.layers
     }
+
+
+@pytest.mark.parametrize(("values", "element_type"), [("float16", TensorProto.FLOAT16), ("bfloat16", TensorProto.BFLOAT16)])
+def test_kept_weights_rounded_to_half_the_bytes(tmp_path: Path, values: str, element_type: int) -> None:
+    model = conv_net()
+    result = exported(model, tmp_path, values=values)
+    written = onnx.load(result.output)
+    stored = {t.name: t.data_type for t in written.graph.initializer if t.name.endswith(".values")}
+    assert set(stored.values()) == {element_type}
+    for layer in packed_layers(written):
+        source = next(t for t in model.graph.initializer if t.name == layer.name.removesuffix(f".{values}"))
+        rounded = numpy_helper.to_array(source).astype(layer.values.dtype)
+        assert np.array_equal(layer.view.from_matrix(layer.matrix()).reshape(rounded.shape), rounded)
+    x = random_input((3, 8, 6, 6))
+    difference = compare(run(result.output, x), run(model, x), values)
+    assert 0 < difference.relative <= difference.tolerance
+    assert values in result.notes[-1]
+    assert not verify(result.output, tmp_path / "source.onnx").failed
+    if kernels().usable:
+        assert_allclose(session_on_kernels(result.output).run(None, {"X": x})[0], run(result.output, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_too_large_for_its_storage_is_named(tmp_path: Path) -> None:
+    model = conv_net()
+    weight = next(t for t in model.graph.initializer if t.name == "second.weight")
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1e6), weight.name))
+    with pytest.raises(ExportError, match=r"second.weight: its largest value .* does not fit into float16"):
+        exported(model, tmp_path, values="float16")
+    assert not (tmp_path / "out.onnx").exists()
 
 
 def test_the_file_is_the_same_each_time(tmp_path: Path) -> None:

@@ -23,12 +23,16 @@ from nmconvert.cli.common import dimensions, model_options, newest_checkpoint, o
 )  # fmt: skip
 @click.option("--static", is_flag=True, help="Fix every dimension.")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), help="Convert the module to this type first.")
+@click.option(
+    "--values", type=click.Choice(["float16", "bfloat16"]),
+    help="Round the kept weights of float32 layers to this type and store them so; the model computes in float32.",
+)  # fmt: skip
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Where to write; default: CHECKPOINT with .onnx.")
 @model_options
 @output_options
 def command(
     checkpoint: Path, as_onnx: bool, flavour: str, inputs: tuple[str, ...], dynamic: dict[int, str], static: bool,
-    dtype: str | None, output: Path | None, model: str | None, model_arguments: dict[str, str], trust: bool,
+    dtype: str | None, values: str | None, output: Path | None, model: str | None, model_arguments: dict[str, str], trust: bool,
     as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Write CHECKPOINT as an ONNX file that holds only the kept weights, and check it against the model.
@@ -46,6 +50,7 @@ def command(
 
     result = export(
         checkpoint, output=output, flavour=flavour, model=model, model_arguments=model_arguments or None, inputs=specs,
-        dynamic={} if static else dynamic or DYNAMIC_BATCH, dtype=getattr(torch, dtype) if dtype else None, trust=trust,
+        dynamic={} if static else dynamic or DYNAMIC_BATCH, dtype=getattr(torch, dtype) if dtype else None, values=values,
+        trust=trust,
     )  # fmt: skip
     show(report.export_json(result), as_json=as_json, quiet=quiet, render=lambda: report.export_report(result))

@@ -11,7 +11,8 @@ flavour         sparse weights are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,17 @@ from onnx import ModelProto
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model, save_model
 from nmconvert.errors import ExportError, UsageError
-from nmconvert.export.check import Difference, check_export, run, stock_session
+from nmconvert.export.check import Difference, check_export, compare, run, stock_session
 from nmconvert.export.compress import Compressed, compress
 from nmconvert.export.find import patterns_found, sparse_layers
 from nmconvert.export.functions import DOMAIN, FIRST_OPSET, IR_VERSION, OPSET
 from nmconvert.export.fuse import fuse
-from nmconvert.export.narrow import narrow
+from nmconvert.export.narrow import narrow, round_weights
 from nmconvert.export.trace import Traced, trace, trace_program
 from nmconvert.inputs import InputSpec, example_feed
 from nmconvert.manifest import Manifest
 from nmconvert.onnx_graph import graphs, opset
+from nmconvert.pattern import Axis, Pattern
 
 FLAVOURS = ("compressed", "dense", "inlined")
 DYNAMIC_BATCH: Mapping[int, str] = {0: "batch"}
@@ -75,12 +77,15 @@ def export(
     inputs: Sequence[InputSpec] = (),
     dynamic: Mapping[int, str] = DYNAMIC_BATCH,
     dtype: torch.dtype | None = None,
+    values: str | None = None,
     trust: bool = False,
 ) -> ExportResult:
     """Write ``source`` as ONNX, check it, and only then give it its name.
 
     ``model`` and ``inputs`` (needed for state dicts) are taken from the manifest where they are not given. ``dynamic``
-    names the dimensions of the inputs that stay open. ``dtype`` converts the module first.
+    names the dimensions of the inputs that stay open. ``dtype`` converts the module first. ``values`` (float16 or bfloat16)
+    rounds the kept weights of float32 layers and stores them so; the model still computes in float32. Its outputs are then held
+    against those of the rounded weights, and a note says how far they are from the model's.
 
     Raises:
         UsageError: a model or an input is missing, or nothing in ``source`` is sparse.
@@ -100,7 +105,7 @@ def export(
         loaded = _from_checkpoint(
             checkpoint, manifest, model, model_arguments, inputs, dynamic=dynamic, dtype=dtype, trust=trust
         )
-    return _write(source, output, flavour, loaded)
+    return _write(source, output, flavour, loaded, values)
 
 
 def default_output(source: Path, flavour: str) -> Path:
@@ -168,12 +173,29 @@ def _from_checkpoint(
     )
 
 
-def _write(source: Path, output: Path, flavour: str, loaded: _Source) -> ExportResult:
+def _rounded(loaded: _Source, patterns: Collection[tuple[Pattern, Axis]], values: str) -> _Source:
+    """The same source with its sparse weights rounded, and with the outputs that follow from that."""
+    names = {layer.name for layer in sparse_layers(loaded.model, patterns) if layer.info.dtype == torch.float32}
+    error = round_weights(loaded.model, names, values)
+    with tempfile.TemporaryDirectory(prefix="nmconvert-") as folder:
+        file = Path(folder) / "rounded.onnx"
+        save_model(loaded.model, file)
+        outputs, model = run(stock_session(file), loaded.feed), read_whole_model(file)
+    worst = max((compare(new, old).relative for new, old in zip(outputs, loaded.outputs, strict=True)), default=0.0)
+    rounded = f"{len(names)} weights rounded to {values}, by at most {error:.1e} of their norm"
+    note = f"{rounded}; outputs within {worst:.1e} of the model's"
+    return replace(loaded, model=model, outputs=outputs, notes=(*loaded.notes, note))
+
+
+def _write(source: Path, output: Path, flavour: str, loaded: _Source, values: str | None) -> ExportResult:
     model = loaded.model
     patterns = {(layer.pattern, layer.axis) for layer in loaded.manifest.layers} or patterns_found(model)
     if not patterns and flavour != "dense":
         raise UsageError(f"{source}: nothing in it is N:M sparse; run nmconvert prune first, or export with --flavour dense")
-    if loaded.storage is torch.bfloat16:
+    if values is not None:
+        loaded = _rounded(loaded, patterns, values)
+        model = loaded.model
+    elif loaded.storage is torch.bfloat16:
         narrow(model)
     compressed = compress(model, list(patterns)) if flavour != "dense" else Compressed()
     if flavour == "compressed":
@@ -181,7 +203,7 @@ def _write(source: Path, output: Path, flavour: str, loaded: _Source) -> ExportR
     if flavour == "inlined":
         model = onnx.inliner.inline_local_functions(model)
     manifest = replace(
-        loaded.manifest.after("export", flavour=flavour),
+        loaded.manifest.after("export", flavour=flavour, **({"values": values} if values else {})),
         layers=tuple(compressed.layers) if flavour != "dense" else tuple(sparse_layers(model, patterns)),
         dense=compressed.dense,
     )

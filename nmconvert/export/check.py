@@ -24,6 +24,7 @@ from nmconvert.onnx_graph import graphs
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 _TOLERANCE = {"float16": 2e-2, "float32": 1e-3, "float64": 1e-9}  # of the largest output; sums run in another order
+_ROUNDED = {"float16": 5e-3, "bfloat16": 4e-2}  # where the weights alone were rounded to these
 _OURS_ALONE = ("CumSum", "ScatterElements")  # operators that only an unfolded body would leave behind
 
 
@@ -76,15 +77,15 @@ def run(session: onnxruntime.InferenceSession, feed: Arrays) -> list[npt.NDArray
         raise ExportError(f"onnxruntime fails on {', '.join(feed)}: {first_line(error)}") from error
 
 
-def compare(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> Difference:
-    """The distance between two arrays of one output.
+def compare(found: npt.NDArray[Any], expected: npt.NDArray[Any], stored: str | None = None) -> Difference:
+    """The distance between two arrays of one output; ``stored`` is the type that the weights of one of them were rounded to.
 
     Raises:
         ExportError: the shapes differ.
     """
     if found.shape != expected.shape:
         raise ExportError(f"an output has shape {list(found.shape)}, expected {list(expected.shape)}")
-    tolerance = max(_TOLERANCE.get(array.dtype.name, 0.0) for array in (found, expected))
+    tolerance = max([_ROUNDED.get(stored or "", 0.0), *(_TOLERANCE.get(array.dtype.name, 0.0) for array in (found, expected))])
     if not expected.size:
         return Difference(0.0, 0.0, tolerance)
     wide = [array.astype(np.float64) for array in (found, expected)]

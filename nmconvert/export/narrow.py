@@ -1,29 +1,63 @@
-"""Store in bfloat16 what was bfloat16: the graph computes in float32, its initialisers are cast when it is loaded."""
+"""Weights stored in fewer bits than the graph computes in: narrow initialisers, cast to float32 when the file is loaded.
+
+:func:`narrow` keeps bfloat16 what was bfloat16, exactly. :func:`round_weights` rounds, because somebody asked for it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from nmconvert.errors import ExportError
 from nmconvert.export.calls import initializer
 
+STORAGE: dict[str, npt.DTypeLike] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _SMALLEST = 256  # entries; a Cast node takes about as many bytes as it would save below that
 
 
 def narrow(model: ModelProto) -> None:
     """Replace, in place, float32 initialisers whose values bfloat16 holds exactly by a bfloat16 one and a Cast."""
-    casts = []
-    for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT:
-            continue
+    for tensor in _floats(model):
         wide = numpy_helper.to_array(tensor)
         short = wide.astype(ml_dtypes.bfloat16)
-        if wide.size < _SMALLEST or not np.array_equal(short.astype(np.float32), wide):
+        if wide.size >= _SMALLEST and np.array_equal(short.astype(np.float32), wide):
+            _store(model, tensor, short, "bf16")
+
+
+def round_weights(model: ModelProto, names: Collection[str], storage: str) -> float:
+    """Round, in place, the float32 initialisers ``names`` to ``storage``, a key of :data:`STORAGE`, to nearest even.
+
+    Returns the largest relative error of a weight's norm.
+
+    Raises:
+        ExportError: a value is too large for it.
+    """
+    worst = 0.0
+    for tensor in _floats(model):
+        if tensor.name not in names:
             continue
-        name = tensor.name
-        tensor.CopyFrom(initializer(f"{name}.bf16", short))
-        casts.append(helper.make_node("Cast", [tensor.name], [name], name=f"{name}.widen", to=TensorProto.FLOAT))
-    nodes = list(model.graph.node)
-    del model.graph.node[:]
-    model.graph.node.extend([*casts, *nodes])
+        wide = numpy_helper.to_array(tensor)
+        with np.errstate(over="ignore"):
+            short = wide.astype(STORAGE[storage])
+        rounded = short.astype(np.float32)
+        if not np.isfinite(rounded).all():
+            largest = float(np.abs(wide).max())
+            raise ExportError(f"{tensor.name}: its largest value {largest:.3g} does not fit into {storage}: store float32")
+        worst = max(worst, float(np.linalg.norm(rounded - wide)) / max(float(np.linalg.norm(wide)), 1e-30))
+        _store(model, tensor, short, storage)
+    return worst
+
+
+def _floats(model: ModelProto) -> list[TensorProto]:
+    return [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]
+
+
+def _store(model: ModelProto, tensor: TensorProto, short: npt.NDArray[np.generic], suffix: str) -> None:
+    """Give ``tensor`` the values ``short`` and another name; what was its name becomes that of a Cast."""
+    name = tensor.name
+    tensor.CopyFrom(initializer(f"{name}.{suffix}", short))
+    model.graph.node.insert(0, helper.make_node("Cast", [tensor.name], [name], name=f"{name}.widen", to=TensorProto.FLOAT))
