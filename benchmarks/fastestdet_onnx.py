@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 from PIL import Image
@@ -40,15 +39,35 @@ def load() -> ModelProto:
 
 
 def samples() -> list[Sample]:
-    """The 128 images, BGR in 0..1, resized as they are."""
+    """The 128 images, BGR in 0..1, resized as they are, in bytes."""
     found = []
     for file in sorted((ROOT / "coco128" / "images" / "val2017").glob("*.jpg")):
-        image = torch.from_numpy(np.asarray(Image.open(file).convert("RGB"))[:, :, ::-1].copy())
-        pixels = F.interpolate(image.permute(2, 0, 1)[None].float() / 255, (SIDE, SIDE), mode="bilinear")
+        image = resized(np.asarray(Image.open(file).convert("RGB"))[:, :, ::-1])
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
         labels = ROOT / "coco128" / "labels_detection" / "val2017" / f"{file.stem}.txt"
         lines = labels.read_text().splitlines() if labels.exists() else []
         found.append(Sample(pixels, np.array([line.split() for line in lines], dtype=float).reshape(-1, 5)))
     return found
+
+
+def resized(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """``image`` [H, W, 3] as [352, 352, 3], by OpenCV's bilinear interpolation of bytes in 11 bits, with which the published
+    figures were measured: AP50 35.67, AP 19.07. Interpolated in floating point it is 35.71 and 19.00.
+    """
+    left, right, first, second = _taps(image.shape[1])
+    wide = image.astype(np.int64)
+    wide = wide[:, left] * first[:, None] + wide[:, right] * second[:, None]
+    left, right, first, second = _taps(image.shape[0])
+    shares = [share[:, None, None] * (wide[place] >> 4) >> 16 for place, share in ((left, first), (right, second))]
+    return ((shares[0] + shares[1] + 2) >> 2).astype(np.uint8)
+
+
+def _taps(size: int) -> tuple[NDArray[np.int64], ...]:
+    """For each of 352 places along ``size`` pixels: two pixels, and their shares in 2048ths."""
+    place = ((np.arange(SIDE) + 0.5) * (size / SIDE) - 0.5).astype(np.float32).clip(0, size - 1)
+    low = np.floor(place).astype(np.int64)
+    share = np.rint((place - low) * 2048).astype(np.int64)
+    return low, np.minimum(low + 1, size - 1), 2048 - share, share
 
 
 def rows(model: ModelProto, pattern: Pattern) -> tuple[Row, ...]:
