@@ -16,6 +16,8 @@ from nmconvert.pattern import Pattern
 from nmconvert.solvers.quadratic import Problem, Solution, best, resolve
 
 _ADMM_COLUMNS = 2048  # the eigendecomposition takes about 10 s here, and a minute at 4096
+_ADMM_FLOPS = 1.5e11  # for all steps of one layer: about 5 s on one core
+_ADMM_STEPS = 10  # fewer are worse than none
 _MAX_ENTRIES = 1 << 24  # float64 entries of a temporary: 128 MiB
 _SWAP_FLOPS = 1e10  # for all rounds of one layer: about 1 s on one core
 
@@ -25,9 +27,12 @@ def admm(problem: Problem, pattern: Pattern, start: Solution, steps: int = 60) -
 
     Minimises the quadratic over V subject to V = D with D in the N:M set, the penalty ρ growing from 0.03 to 30 (in
     units where the Hessian's diagonal is one); D's mask is solved again in closed form at the end. One
-    eigendecomposition, then two products [rows, K] × [K, K] a step. Layers of more than 2048 columns are left alone.
+    eigendecomposition, then two products [rows, K] × [K, K] a step. There are fewer steps where these would take more
+    than about 5 s; layers of more than 2048 columns, and those with time for less than 10 steps, are left alone.
     """
-    if len(problem.hessian) > _ADMM_COLUMNS or pattern.is_dense:
+    rows, columns = start.weight.shape
+    steps = min(steps, int(_ADMM_FLOPS / (4 * rows * columns**2)))
+    if columns > _ADMM_COLUMNS or steps < _ADMM_STEPS or pattern.is_dense:
         return start
     scale = problem.hessian.diagonal().sqrt()
     values, vectors = torch.linalg.eigh(problem.hessian / scale / scale[:, None])
@@ -54,13 +59,18 @@ def swap(problem: Problem, pattern: Pattern, start: Solution, rounds: int = 20) 
     about 1 s a layer; a layer too wide for one round is left alone.
     """
     rows, columns = start.weight.shape
-    rounds = min(rounds, int(_SWAP_FLOPS / (rows * columns**2 * pattern.kept(columns) + 1)))
+    rounds = min(rounds, swap_rounds(rows, columns, pattern))
     if rounds < 1 or pattern.is_dense or columns <= pattern.n:
         return start
     step = max(1, _MAX_ENTRIES // (columns * pattern.kept(columns)))
     parts = [_swap_rows(_rows(problem, low, step), pattern, start, low, rounds) for low in range(0, rows, step)]
     weight, mask, error = (torch.cat(tensors) for tensors in zip(*((p.weight, p.mask, p.error) for p in parts), strict=True))
     return Solution(weight, mask, error, start.signal)
+
+
+def swap_rounds(rows: int, columns: int, pattern: Pattern) -> int:
+    """How many rounds of :func:`swap` there is time for on a layer of this size."""
+    return int(_SWAP_FLOPS / (rows * columns**2 * pattern.kept(columns) + 1))
 
 
 def _rows(problem: Problem, low: int, step: int) -> Problem:

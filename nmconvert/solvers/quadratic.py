@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 _MAX_ENTRIES = 1 << 24  # float64 entries of a temporary: 128 MiB
-_DIRECT_FLOPS = 2e11  # a closed-form solve up to here (about 10 s on one core); conjugate gradients beyond
+_DIRECT_FLOPS = 2e9  # a closed-form solve up to here (under 1 s on one core); conjugate gradients beyond
+_CONJUGATE_FLOPS = 5e11  # for all steps of one layer: about 10 s on one core
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def best(*solutions: Solution) -> Solution:
 def resolve(problem: Problem, solution: Solution) -> Solution:
     """Solve again for all kept weights of each row, the mask as it is: H_SS v = g_S, the least error for that mask.
 
-    In closed form where that takes seconds; else by conjugate gradients from the given weight (ALPS, section 3.2).
+    In closed form where that takes under a second; else by conjugate gradients from the given weight (ALPS, section 3.2).
     """
     kept = solution.mask.sum(1)
     size = int(kept.max())
@@ -113,6 +114,7 @@ def resolve(problem: Problem, solution: Solution) -> Solution:
 def _conjugate_gradients(problem: Problem, solution: Solution, steps: int = 40, tolerance: float = 1e-8) -> Solution:
     """Conjugate gradients on the kept weights, preconditioned with the Hessian's diagonal, all rows at once."""
     mask, diagonal = solution.mask, problem.hessian.diagonal()
+    steps = max(4, min(steps, int(_CONJUGATE_FLOPS / (2 * mask.numel() * len(diagonal)))))
     weight = solution.weight.clone()
     residual = torch.where(mask, problem.moment - weight @ problem.hessian, 0.0)
     direction = z = residual / diagonal

@@ -9,7 +9,9 @@ Every solver chooses an N:M mask, and the kept weights, to make the quadratic of
                 row are solved for again in closed form.
 ``admm``        ``exact``, then the operator splitting of ALPS from there.
 ``auto``        row by row (rows are independent) the best of ``exact`` in both directions and ``admm``, then swaps
-                within groups while they lower the error.
+                within groups while they lower the error. Layers that are too large for swaps (384 × 384 at 2:4) do
+                without them and without the second direction, which hardly add to ``admm``; those that are too large
+                for it (1024 × 3072) do with ``exact``.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from nmconvert.masks import CALIBRATED_CRITERIA, magnitude, nm_mask
 from nmconvert.pattern import Pattern
-from nmconvert.solvers.alps import admm, swap
+from nmconvert.solvers.alps import admm, swap, swap_rounds
 from nmconvert.solvers.quadratic import Problem, Solution, best, resolve
 
 Choose = Callable[[Tensor, Tensor, int], Tensor]
@@ -71,7 +73,7 @@ def solve(
         solution = resolve(problem, solution)
     if method in ("admm", "auto"):
         solution = best(solution, admm(problem, pattern, solution))
-    if method == "auto":
+    if method == "auto" and swap_rounds(weight.shape[0], weight.shape[1], pattern):
         solution = best(solution, _backwards(problem, pattern))
         solution = swap(problem, pattern, solution)
     return solution
@@ -86,15 +88,18 @@ def sweep(problem: Problem, pattern: Pattern, choose: Choose, block: int = 128) 
     block = max(block // pattern.m, 1) * pattern.m
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        errors = torch.zeros(rows, stop - start, dtype=weight.dtype, device=weight.device)
-        for low in range(start, stop, pattern.m):
-            high = min(low + pattern.m, columns)
-            keep = mask[:, low:high] = choose(weight[:, low:high], factor[low:high, low:high], pattern.n)
+        part = weight[:, start:stop].T.contiguous()  # transposed: what a step reads and writes is contiguous
+        square = factor[start:stop, start:stop]
+        errors = torch.zeros_like(part)
+        for low in range(0, stop - start, pattern.m):
+            high = min(low + pattern.m, stop - start)
+            keep = choose(part[low:high].T.contiguous(), square[low:high, low:high], pattern.n)
+            mask[:, start + low : start + high] = keep
             for j in range(low, high):
-                error = torch.where(keep[:, j - low], 0.0, weight[:, j]) / factor[j, j]
-                weight[:, j:stop] -= error[:, None] * factor[j, j:stop]
-                errors[:, j - start] = error
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+                errors[j] = torch.where(keep[:, j - low], 0.0, part[j] / square[j, j])
+                part[j:].addr_(square[j, j:], errors[j], alpha=-1)
+        weight[:, start:stop] = part.T
+        weight[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1)
     return problem.solution(weight, mask)
 
 
