@@ -1,6 +1,7 @@
 """Layer inputs, the replay and the sequential driver on small models, against what torch itself computes."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nmconvert.calibrate.driver import Recipe, prune_model
 from nmconvert.calibrate.moments import Moments, find_followers, find_sites, inputs_seen
 from nmconvert.calibrate.replay import Call, Replay, as_call, find_units, outputs_of, trace
 from nmconvert.calibrate.resume import fingerprint, read, write
+from nmconvert.calibrate.store import Store
 from nmconvert.calibrate.unfold import columns
 from nmconvert.errors import DataError, ModelError
 from nmconvert.matrix import MatrixView
@@ -258,6 +260,36 @@ def test_biases_and_running_means_take_up_the_mean_error():
     prune_model(model, batches, {"0.weight": (NM, "channel")}, Recipe(block_steps=0, model_steps=0))
     seen = torch.cat(batches[:-1])
     torch.testing.assert_close(model(seen).mean(0), dense(seen).mean(0), rtol=1e-4, atol=1e-5)
+
+
+@given(limit=st.integers(0, 900), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64]))
+@settings(max_examples=20)
+def test_a_store_keeps_the_values_and_holds_its_limit(limit, dtype):
+    store = Store(limit)
+    tensors = [torch.arange(n * 8).reshape(8, n).T.to(dtype) for n in range(8)]
+    kept = [store.keep((tensor, {"array": tensor.float().numpy(), "text": "x"})) for tensor in tensors]
+    for (copied, rest), tensor in zip(kept, tensors, strict=True):
+        assert torch.equal(copied, tensor)
+        assert (rest["array"] == tensor.float().numpy()).all()
+        assert rest["text"] == "x"
+    assert store.held <= limit
+    assert store.held + store.spilled == sum(t.numel() * (t.element_size() + 4) for t in tensors)
+    assert not torch.equal(kept[3][0].add_(1), tensors[3])  # ordinary tensors, and copies
+    del kept, copied, rest
+    gc.collect()
+    assert store.held == 0
+
+
+def test_activations_beyond_the_limit_are_on_disk_and_change_nothing(monkeypatch):
+    stores = []
+    monkeypatch.setattr("nmconvert.calibrate.driver.Store", lambda limit: stores.append(Store(limit)) or stores[-1])
+    models = []
+    for limit in (1 << 30, 20_000):
+        models.append(small_net())
+        prune_model(models[-1], images(), plan_for(models[-1]), Recipe(block_steps=3, model_steps=0, memory=limit))
+    assert stores[0].spilled == 0 < stores[1].spilled
+    for name, tensor in models[0].state_dict().items():
+        torch.testing.assert_close(models[1].state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_bytes():

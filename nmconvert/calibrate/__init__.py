@@ -5,6 +5,7 @@
 ``onnx_driver``     the same for a bare ONNX file, whose layer inputs onnxruntime computes; ``onnx_module`` its gradients
 ``stage``           what ``nmconvert prune --calib`` calls
 ``replay``          runs a model piece by piece and keeps the activations between the pieces
+``store``           where these activations are: in memory up to a limit, on disk beyond it
 ``unfold``          convolutions as matrix products, in the order of the matrix views
 ``moments``         layer inputs → the statistics that the solvers need
 ``correct``         norms, biases and reconstruction, each kept only if held-out samples say that it helps

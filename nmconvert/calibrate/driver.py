@@ -7,6 +7,7 @@ the outputs that it had in the dense model; then the unit is corrected (:mod:`nm
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from nmconvert.calibrate.correct import augment, held_out_error, is_images, keep
 from nmconvert.calibrate.moments import Moments, Site, find_followers, find_sites, inputs_seen, solve_rows
 from nmconvert.calibrate.replay import Batch, Call, Replay, as_call, call_model, find_units, outputs_of, trace
 from nmconvert.calibrate.resume import Done, fingerprint, read, write
+from nmconvert.calibrate.store import LIMIT, Store
 from nmconvert.errors import DataError, ModelError
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Axis, Pattern
@@ -78,6 +80,7 @@ class Recipe:
     tokens: int = 1 << 17  # positions taken of each layer's inputs, of all batches together
     copies: int = 2  # of image batches, flipped and shifted (the first as it is)
     held_out: float = 0.125
+    memory: int = LIMIT  # bytes of activations between units; more are kept in temporary files
     seed: int = 0
 
 
@@ -155,17 +158,18 @@ class _Run:
             raise ModelError(f"'{unused[0]}' was not used by the first batch: exclude its weights")
         key = fingerprint(before, self.batches, self.sites, self.recipe) if resume else ""
         done = self._restore(read(resume, key)) if resume else []
-        pruned, dense = Replay(self.model, self.batches, counts), Replay(self.dense, self.batches, counts)
+        store = Store(self.recipe.memory)
+        pruned, dense = (Replay(model, self.batches, counts, store) for model in (self.model, self.dense))
         for unit in dict.fromkeys(name for name, _ in calls):
             inputs, inputs_dense = pruned.calls(unit), dense.calls(unit)
-            targets = outputs_of(self.dense.get_submodule(unit), inputs_dense)
+            targets = outputs_of(self.dense.get_submodule(unit), inputs_dense, store)
             if unit not in done:
                 self._unit(unit, inputs, inputs_dense, targets)
                 done.append(unit)
                 if resume:
                     write(resume, key, self._done(done))
             dense.answer(unit, targets)
-            pruned.answer(unit, outputs_of(self.model.get_submodule(unit), inputs))
+            pruned.answer(unit, outputs_of(self.model.get_submodule(unit), inputs, store))
         self._whole()
         after = self.model.state_dict()
         self.result.state = {n: after[n] for n, old in before.items() if not torch.equal(old, after[n])}
@@ -205,15 +209,16 @@ class _Run:
     def _unit(self, unit: str, inputs: list[list[Call]], inputs_dense: list[list[Call]], targets: list[list[Any]]) -> None:
         module, dense = self.model.get_submodule(unit), self.dense.get_submodule(unit)
         sites = {s.name: s for s in self.sites if s.module == unit or not unit or s.module.startswith(unit + ".")}
-        for stage in self._stages(unit, list(sites.values()), inputs[0][0]):
-            moments = self._moments(unit, module, dense, stage, inputs[: self.train], inputs_dense[: self.train])
+        stages, uses = self._stages(unit, list(sites.values()), inputs[0][0])
+        for stage in stages:
+            moments = self._moments(module, dense, stage, uses, inputs[: self.train], inputs_dense[: self.train])
             for site in stage:
                 self._solve(unit, site, moments[site.name])
         if self.recipe.block_steps and any(site.module != unit for site in sites.values()):
             self._reconstruct(unit, inputs, targets)
 
-    def _stages(self, unit: str, sites: Sequence[Site], call: Call) -> list[list[Site]]:
-        """The sites of a unit in execution order; those that read the same tensor together."""
+    def _stages(self, unit: str, sites: Sequence[Site], call: Call) -> tuple[list[list[Site]], dict[str, int]]:
+        """The sites of a unit in execution order, those that read the same tensor together; and each module's calls."""
         prefix = unit + "." if unit else ""
         by_module: dict[str, list[Site]] = {}
         for site in sites:
@@ -233,22 +238,22 @@ class _Run:
             elif first:
                 stages.append((identity, first))
             stages.extend((0, [s]) for s in by_module[name] if s.parameter == "out_proj.weight")
-        return [stage for _, stage in stages]
+        return [stage for _, stage in stages], Counter(local[seen] for seen, _ in order)
 
     def _moments(
         self,
-        unit: str,
         module: nn.Module,
         dense: nn.Module,
         stage: Sequence[Site],
+        uses: Mapping[str, int],
         inputs: Sequence[Sequence[Call]],
         inputs_dense: Sequence[Sequence[Call]],
     ) -> dict[str, list[Moments]]:
         limit = -(-self.recipe.tokens // len(inputs))
         moments: dict[str, list[Moments]] = {site.name: [] for site in stage}
         for calls, calls_dense in zip(inputs, inputs_dense, strict=True):
-            seen = inputs_seen(self.model, module, stage, calls, limit)
-            other = inputs_seen(self.dense, dense, stage, calls_dense, limit) if self.recipe.against_dense else seen
+            seen = inputs_seen(self.model, module, stage, calls, limit, uses)
+            other = inputs_seen(self.dense, dense, stage, calls_dense, limit, uses) if self.recipe.against_dense else seen
             for site in stage:
                 for call, call_dense in zip(seen[site.name], other[site.name], strict=True):
                     if not moments[site.name]:

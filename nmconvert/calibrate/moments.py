@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nmconvert.calibrate.replay import Batch, Call, call_model, outputs_of
+from nmconvert.calibrate.replay import Batch, Call, Reached, call_model, outputs_of
 from nmconvert.calibrate.unfold import columns
 from nmconvert.errors import ModelError
 from nmconvert.matrix import Kind
@@ -54,37 +55,56 @@ def find_sites(model: nn.Module, plan: Mapping[str, tuple[Pattern, Axis]]) -> li
     return sites
 
 
-@dataclass
 class Moments:
     """Means over tokens of x, x_dense, x xᵀ and x_dense xᵀ, in float64; filled part by part."""
 
-    count: int = 0
-    mean: Any = 0.0
-    mean_dense: Any = 0.0
-    hessian: Any = 0.0
-    cross: Any = 0.0
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: dict[str, Tensor] = {}
 
     def add(self, x: Tensor, dense: Tensor) -> None:
-        """Take in tokens ``x`` and ``dense`` [tokens, K] that belong together."""
+        """Take in tokens ``x`` and ``dense`` [tokens, K] that belong together; one tensor twice saves half of the work."""
         step = max(1, _ENTRIES // x.shape[1])
         for part, other in zip(x.split(step), dense.split(step), strict=True):
-            self._add(part.float(), other.float())
+            a = part.float()
+            self._add("mean", a.sum(0, dtype=torch.float64))
+            self._add("hessian", a.T @ a)
+            if dense is not x:
+                b = other.float()
+                self._add("mean_dense", b.sum(0, dtype=torch.float64))
+                self._add("cross", b.T @ a)
+        self.count += len(x)
 
-    def _add(self, x: Tensor, dense: Tensor) -> None:
-        total = self.count + len(x)
-        old = self.count / total
-        self.mean = self.mean * old + x.double().sum(0) / total
-        self.mean_dense = self.mean_dense * old + dense.double().sum(0) / total
-        self.hessian = self.hessian * old + (x.T @ x).double() / total
-        self.cross = self.cross * old + (dense.T @ x).double() / total
-        self.count = total
+    def _add(self, name: str, part: Tensor) -> None:
+        if name in self._sums:
+            self._sums[name] += part  # in place: of a wide layer these are large, and there are many parts
+        else:
+            self._sums[name] = part.double()
+
+    @property
+    def mean(self) -> Tensor:
+        """Of x: [K]."""
+        return self._sums["mean"] / self.count
+
+    @property
+    def mean_dense(self) -> Tensor:
+        """Of x_dense: [K]."""
+        return self._sums.get("mean_dense", self._sums["mean"]) / self.count
+
+    @property
+    def hessian(self) -> Tensor:
+        """Of x xᵀ: [K, K]."""
+        return self._sums["hessian"] / self.count
+
+    @property
+    def cross(self) -> Tensor:
+        """Of x_dense xᵀ: [K, K]."""
+        return self._sums.get("cross", self._sums["hessian"]) / self.count
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """The two products about the means: what is left for the weights where a bias takes care of the means."""
-        return (
-            self.hessian - self.mean[:, None] * self.mean,
-            self.cross - self.mean_dense[:, None] * self.mean,
-        )
+        mean, dense = self.mean, self.mean_dense
+        return self.hessian - mean[:, None] * mean, self.cross - dense[:, None] * mean
 
 
 @dataclass(frozen=True)
@@ -117,16 +137,27 @@ def solve_rows(
 
 
 def inputs_seen(
-    model: nn.Module, unit: nn.Module, stage: Sequence[Site], calls: Sequence[Call], limit: int
+    model: nn.Module,
+    unit: nn.Module,
+    stage: Sequence[Site],
+    calls: Sequence[Call],
+    limit: int,
+    uses: Mapping[str, int] | None = None,
 ) -> dict[str, list[list[Tensor]]]:
-    """The unfolded inputs of the sites of ``stage`` while ``unit`` answers ``calls``: per call and block of rows."""
+    """The unfolded inputs of the sites of ``stage`` while ``unit`` answers ``calls``: per call and block of rows.
+
+    ``uses`` says how often a call of ``unit`` uses each of their modules: it is left off once they all were.
+    """
     seen: dict[str, list[list[Tensor]]] = {site.name: [] for site in stage}
+    last = dict.fromkeys(seen, 0)
 
     def note(site: Site) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             handles[site.name].remove()  # the inputs of out_proj are found by calling the module again
             seen[site.name].append(columns(module, site.parameter, args, kwargs, site.axis, limit))
             attach(site)
+            if uses and all(len(seen[s.name]) - last[s.name] >= uses[s.module] for s in stage):
+                raise Reached
 
         return hook
 
@@ -138,7 +169,10 @@ def inputs_seen(
     for site in stage:
         attach(site)
     try:
-        outputs_of(unit, [calls])
+        for call in calls:
+            last = {name: len(inputs) for name, inputs in seen.items()}
+            with suppress(Reached):
+                outputs_of(unit, [[call]])
     finally:
         for handle in handles.values():
             handle.remove()

@@ -24,6 +24,7 @@ from nmconvert.calibrate.driver import DEFAULT, Recipe
 from nmconvert.calibrate.moments import Moments, solve_rows
 from nmconvert.calibrate.onnx_module import OnnxModule, key
 from nmconvert.calibrate.replay import Batch, Call, as_call
+from nmconvert.calibrate.store import Store
 from nmconvert.calibrate.unfold import conv_columns, transposed_columns
 from nmconvert.errors import DataError, ModelError
 from nmconvert.onnx_graph import Constants, WeightUse, attribute, weight_uses
@@ -170,6 +171,7 @@ class _Walk:
         self.dense = _Side(self.scope.tensors, dict(feeds))
         self.pruned = _Side(dict(self.scope.tensors), dict(feeds))
         self.changed: dict[str, Tensor] = {}
+        self.store = Store(recipe.memory)
 
     def prune(self, use: WeightUse, row: Row) -> float:
         """Solve one layer, and go on to its output on both sides."""
@@ -237,7 +239,8 @@ class _Walk:
         part, inputs = _extract(self.model, side, self._needed([name], side), name)
         session = _session(part)
         count = len(next(iter(side.known.values())))
-        side.known[name] = [session.run([name], {i: side.known[i][n] for i in inputs})[0] for n in range(count)]
+        feeds = ({i: side.known[i][n] for i in inputs} for n in range(count))
+        side.known[name] = [self.store.keep(session.run([name], feed)[0]) for feed in feeds]
 
     def _needed(self, names: Sequence[str], side: _Side) -> set[str]:
         """What must be computed or known to get ``names``: the names of all values on the way, back to the known ones."""

@@ -3,7 +3,8 @@
 A *unit* is a module (a residual block, a transformer layer, or a single layer that stands alone) that is pruned as a
 whole. Once a unit is done, its outputs for every batch are kept; to reach the next one the model runs again with each
 earlier unit answering at once, and stops there. So only what stands between the units is computed twice, and no
-assumption is made about how the model wires them.
+assumption is made about how the model wires them. What does not fit into memory is kept on disk
+(:mod:`nmconvert.calibrate.store`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from nmconvert.calibrate.store import Store
 from nmconvert.errors import ModelError
 
 Batch = Any
@@ -31,8 +33,8 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class _Reached(Exception):
-    pass
+class Reached(Exception):
+    """A model has come as far as it was to run."""
 
 
 def call_model(model: nn.Module, batch: Batch) -> Any:
@@ -102,8 +104,9 @@ def find_units(model: nn.Module, layers: Sequence[str]) -> list[str]:
 class Replay:
     """A model and its batches, with the outputs of the units that are done."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], counts: Mapping[str, int]):
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], counts: Mapping[str, int], store: Store | None = None):
         self._model, self._batches, self._counts = model, batches, counts
+        self._store = store or Store()
         self._answers: dict[str, list[list[Any]]] = {}
 
     def calls(self, unit: str) -> list[list[Call]]:
@@ -123,24 +126,25 @@ class Replay:
         original = target.forward
 
         def record(*args: Any, **kwargs: Any) -> Any:
-            calls.append(Call(*tree_map(_keep, (args, kwargs))))
+            calls.append(Call(*self._store.keep((args, kwargs))))
             if len(calls) == self._counts[unit]:
-                raise _Reached
+                raise Reached
             return original(*args, **kwargs)
 
         replaced = {name: _from_list(outputs[number]) for name, outputs in self._answers.items()}
         with _forwards(self._model, {**replaced, unit: record}):
             try:
                 call_model(self._model, self._batches[number])
-            except _Reached:
+            except Reached:
                 return calls
         raise ModelError(f"'{unit}' was called {len(calls)} times on batch {number} and {self._counts[unit]} on the first")
 
 
-def outputs_of(module: nn.Module, calls: Sequence[Sequence[Call]]) -> list[list[Any]]:
-    """The outputs of ``module`` for every call of every batch, without gradients."""
+def outputs_of(module: nn.Module, calls: Sequence[Sequence[Call]], store: Store | None = None) -> list[list[Any]]:
+    """The outputs of ``module`` for every call of every batch, without gradients; kept in ``store`` if there is one."""
+    keep: Callable[[Any], Any] = store.keep if store else lambda output: output
     with torch.no_grad():
-        return [[module(*tree_map(_keep, c.args), **tree_map(_keep, c.kwargs)) for c in batch] for batch in calls]
+        return [[keep(module(*tree_map(_keep, c.args), **tree_map(_keep, c.kwargs))) for c in batch] for batch in calls]
 
 
 def _keep(leaf: Any) -> Any:
