@@ -357,15 +357,29 @@ def test_an_input_that_does_not_fit_is_an_error_of_the_run() -> None:
     assert session.run(None, {"x": np.zeros((0, 32, 9, 9), np.float32)})[0].shape == (0, 16, 7, 7)
 
 
+def fuzzed_models() -> dict[str, tuple[onnx.ModelProto, np.ndarray]]:
+    """One model of each kind of node, with an input."""
+    rng = np.random.default_rng(8)
+    gemm, linear = random_weight(rng, "linear", (24, 40), "1:4"), random_weight(rng, "matmul", (40, 24), "2:32")
+    extra = {"B": np.ones(24, np.float32), "Z": np.ones((6, 24), np.float32)}
+    gemm_attributes = {"alpha": 0.5, "beta": 1.0, "transA": 0, "transB": 1}
+    x = rng.standard_normal((6, 40)).astype(np.float32)
+    return {
+        "Conv": (conv_model(["b", 32, "h", "w"]), rng.standard_normal((1, 32, 9, 9)).astype(np.float32)),
+        "Gemm": (layer("Gemm", gemm, ["t", 40], {"B": extra["B"]}, **gemm_attributes), x),
+        "LinearAdd": (layer("LinearAdd", linear, ["t", 40], extra), x),
+    }
+
+
 @needs_kernels
-def test_mutated_files_do_not_crash() -> None:
+@pytest.mark.parametrize("kind", ["Conv", "Gemm", "LinearAdd"])
+def test_mutated_files_do_not_crash(kind: str) -> None:
     """Files with flipped bytes and swapped numbers either load, and run, or are refused; NMCONVERT_FUZZ says how many."""
     rng = np.random.default_rng(8)
-    proto = conv_model(["b", 32, "h", "w"])
+    proto, x = fuzzed_models()[kind]
     plain = proto.SerializeToString()
-    x = rng.standard_normal((1, 32, 9, 9)).astype(np.float32)
     outcomes = {"ran": 0, "refused": 0}
-    for round_ in range(int(os.environ.get("NMCONVERT_FUZZ", "500"))):
+    for round_ in range(int(os.environ.get("NMCONVERT_FUZZ", "300"))):
         damaged = bytearray(plain)
         if round_ % 2:
             for at in rng.integers(0, len(damaged), rng.integers(1, 4)):
@@ -391,6 +405,8 @@ def mutated(proto: onnx.ModelProto, rng: np.random.Generator) -> onnx.ModelProto
     value = int(rng.choice([-1, 0, 1, 2, 3, 7, 255, 256, 2**20, 2**31 - 1, 2**31, 2**62, -(2**63)]))
     if attribute.ints:
         attribute.ints[int(rng.integers(len(attribute.ints)))] = value
+    elif attribute.type == onnx.AttributeProto.FLOAT:
+        attribute.f = value
     elif attribute.name not in ("stored", "compute"):
         attribute.i = value
     return copy

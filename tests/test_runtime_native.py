@@ -1,4 +1,4 @@
-"""The library outside of Python: the C++ example, built against the wheel's own shared library, and a sanitised build."""
+"""The library outside of Python: the C++ example, builds with sanitizers and without a compiler, libraries that do not fit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import onnxruntime
 import pytest
 from runtime_models import layer, random_weight
 
-from nmconvert import runtime
+from nmconvert import __version__, runtime
 
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
@@ -44,18 +46,119 @@ def test_a_cpp_program_needs_one_call(tmp_path: Path) -> None:
     assert "nowhere.so" in refused.stderr
 
 
-@needs_compiler
-@pytest.mark.skipif(not os.environ.get("NMCONVERT_SANITIZE"), reason="takes minutes: set NMCONVERT_SANITIZE=1")
-@pytest.mark.timeout(1800)
-def test_the_kernel_tests_pass_under_sanitizers(tmp_path: Path) -> None:
-    subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path, "-DNMCONVERT_SANITIZE=ON"], check=True)
-    subprocess.run(["cmake", "--build", tmp_path, "--parallel", "2"], check=True)
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment in which the tests run on a library with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    subprocess.run(["cmake", "-S", ROOT, "-B", folder, "-DNMCONVERT_SANITIZE=ON"], check=True)
+    subprocess.run(["cmake", "--build", folder, "--parallel", "2"], check=True)
     names = ("libasan.so", "libubsan.so")
     preload = [subprocess.check_output([str(COMPILER), f"-print-file-name={name}"], text=True).strip() for name in names]
-    environment = os.environ | {
+    return {
+        **os.environ,
         "LD_PRELOAD": " ".join(preload),
         "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",  # Python and onnxruntime own what they own
-        "NMCONVERT_KERNELS": str(next(tmp_path.glob("libnmconvert.*"))),
+        "NMCONVERT_KERNELS": str(next(folder.glob("libnmconvert.*"))),
     }
-    tests = [str(ROOT / "tests" / name) for name in ("test_runtime.py", "test_export_fuse.py")]
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "--timeout=0", *tests], env=environment, cwd=ROOT, check=True)
+
+
+SHARDS = {
+    "linear layers": ("test_runtime.py", "linear_layers"),
+    "convolutions": ("test_runtime.py", "convolutions"),
+    "mutated files": ("test_runtime.py", "mutated"),
+    "the rest": ("test_runtime.py", "not linear_layers and not convolutions and not mutated"),
+    "fused": ("test_export_fuse.py", ""),
+}
+
+
+@needs_compiler
+@pytest.mark.skipif(not os.environ.get("NMCONVERT_SANITIZE"), reason="takes minutes: set NMCONVERT_SANITIZE=1")
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("shard", SHARDS)
+def test_the_kernel_tests_pass_under_sanitizers(sanitized: dict[str, str], shard: str) -> None:
+    name, chosen = SHARDS[shard]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--timeout=0", str(ROOT / "tests" / name), "-k", chosen]
+    subprocess.run(command, env=sanitized, cwd=ROOT, check=True)
+
+
+def compiled(source: str, folder: Path) -> Path:
+    """A shared library of ``source``."""
+    (folder / "source.cpp").write_text(source)
+    library = folder / "libnmconvert.so"
+    subprocess.run([str(COMPILER), "-shared", "-fPIC", str(folder / "source.cpp"), "-o", str(library)], check=True)
+    return library
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("version", "isa", "says"),
+    [("0.0.9", "avx2", "is of version 0.0.9, nmconvert of"), (__version__, "", "no instruction set that they were written for")],
+)
+def test_a_library_that_does_not_fit_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, isa: str, says: str
+) -> None:
+    """Of another version, or on a CPU that it was not written for: a warning, and the functions serve."""
+    monkeypatch.delenv("NMCONVERT_ISA", raising=False)
+    names = {"NmconvertVersion": version, "NmconvertIsa": isa}
+    source = "".join(f'extern "C" const char* {name}() {{ return "{text}"; }}\n' for name, text in names.items())
+    monkeypatch.setenv("NMCONVERT_KERNELS", str(compiled(source, tmp_path)))
+    weight = random_weight(np.random.default_rng(1), "matmul", (32, 16), "2:4")
+    with pytest.warns(RuntimeWarning, match=says):
+        session = runtime.session(layer("MatMul", weight, ["t", 32]).SerializeToString())
+    x = np.ones((3, 32), np.float32)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weight.dense, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not runtime.kernels().path, reason="no library that could refuse")
+def test_the_library_registers_nothing_on_a_cpu_that_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = runtime.kernels().path
+    monkeypatch.setenv("NMCONVERT_ISA", "vax")
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library))
+    weight = random_weight(np.random.default_rng(2), "matmul", (32, 16), "2:4")
+    session = onnxruntime.InferenceSession(layer("MatMul", weight, ["t", 32]).SerializeToString(), options)
+    x = np.ones((3, 32), np.float32)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weight.dense, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(find_spec("scikit_build_core") is None, reason="building needs scikit-build-core: pip install it")
+def test_without_a_compiler_the_package_is_built_without_kernels(tmp_path: Path) -> None:
+    environment = {**os.environ, "CXX": "/bin/false", "CMAKE_ARGS": "-DCMAKE_CXX_COMPILER=/bin/false"}
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    settings = ["--config-settings", f"build-dir={tmp_path / 'build'}"]
+    subprocess.run([*build, *settings, str(ROOT)], env=environment, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "nmconvert/runtime/locate.py" in names
+    assert not [name for name in names if "libnmconvert" in name]
+
+
+@pytest.mark.skipif(not runtime.kernels().usable, reason=f"no native kernels: {runtime.kernels().reason}")
+@pytest.mark.skipif(
+    not os.environ.get("NMCONVERT_OTHER_ORT"),
+    reason="set NMCONVERT_OTHER_ORT to a folder (pip install --target) with another onnxruntime, for example 1.20.1",
+)
+def test_another_onnxruntime_gives_the_same_answers(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    onnx.save(layer("Conv", random_weight(rng, "conv", (16, 32, 3, 3), "2:4"), [1, 32, 9, 9]), tmp_path / "model.onnx")
+    program = """
+import sys, numpy, onnxruntime
+options = onnxruntime.SessionOptions()
+if sys.argv[2]: options.register_custom_ops_library(sys.argv[2])
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+x = numpy.random.default_rng(0).standard_normal((1, 32, 9, 9)).astype(numpy.float32)
+numpy.save(sys.argv[3], session.run(None, {"x": x})[0])
+print(onnxruntime.__version__)
+"""
+    outputs, versions = [], set()
+    for other in (os.environ["NMCONVERT_OTHER_ORT"], ""):
+        for library in (str(runtime.library()), ""):
+            command = [sys.executable, "-c", program, str(tmp_path / "model.onnx"), library, str(tmp_path / "y.npy")]
+            run = subprocess.run(
+                command, env={**os.environ, "PYTHONPATH": other}, cwd=tmp_path, capture_output=True, text=True, check=True
+            )
+            versions.add(run.stdout.strip())
+            outputs.append(np.load(tmp_path / "y.npy"))
+    assert len(versions) == 2
+    for output in outputs[1:]:
+        np.testing.assert_allclose(output, outputs[0], rtol=1e-4, atol=1e-5)
