@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -184,7 +185,7 @@ def test_batched_weights_broadcast_as_in_numpy(isa: str, shape: Any, x_shape: An
     assert_close(with_kernels(proto).run(None, {"x": x})[0], x.astype(np.float64) @ weight.dense)
 
 
-@pytest.mark.parametrize("stored", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 @pytest.mark.parametrize(
     ("compute", "tolerance"), [(TensorProto.FLOAT16, 2e-3), (TensorProto.FLOAT, 1e-5), (TensorProto.DOUBLE, 1e-12)]
 )
@@ -198,9 +199,22 @@ def test_types_of_storage_and_computation(isa: str, stored: Any, compute: int, t
     assert got.dtype == dtype
     assert_close(got, convolve(x, weight, pads=[1] * 4), tolerance)
     weight = random_weight(rng, "matmul", (32, 10), "1:4", dtype=stored)
-    x = rng.standard_normal((7, 32)).astype(dtype)
-    got = with_kernels(layer("MatMul", weight, [7, 32], kind=compute)).run(None, {"x": x})[0]
-    assert_close(got, x.astype(np.float64) @ weight.dense.astype(np.float64), tolerance)
+    session = with_kernels(layer("MatMul", weight, ["t", 32], kind=compute))
+    for tokens in (1, 2, 4, 7):
+        x = rng.standard_normal((tokens, 32)).astype(dtype)
+        got = session.run(None, {"x": x})[0]
+        assert_close(got, x.astype(np.float64) @ weight.dense.astype(np.float64), tolerance)
+
+
+@pytest.mark.parametrize("value", [6e-8, -3e-5, 65504.0, -np.inf, np.nan])
+@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16])
+def test_values_at_the_ends_of_16_bits(isa: str, stored: Any, value: float) -> None:
+    """Subnormal halves and the largest; what is not finite cannot be packed, but a file may hold it."""
+    weight = random_weight(np.random.default_rng(13), "matmul", (32, 20), "2:4", dtype=stored)
+    weight.packed.values[3] = value
+    proto, x = layer("MatMul", weight, ["t", 32]), np.ones((1, 32), np.float32)
+    got, expected = with_kernels(proto).run(None, {"x": x})[0], without(proto).run(None, {"x": x})[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_number_of_threads_changes_no_bit(isa: str) -> None:

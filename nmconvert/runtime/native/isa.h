@@ -33,9 +33,13 @@ struct StreamJob {
   float low, high;
 };
 
+// How the values of RowJob stand in memory. One token through a large layer is limited by the bytes that it reads.
+enum class Storage { kFloats, kHalves, kBrains };
+
 // Few tokens: lanes are output rows. Positions are nibbles, eight kept entries to a 32-bit lane.
 struct RowJob {
-  const float* values;        // [row block][word][8][width]
+  const void* values;         // [row block][word][8][width]
+  Storage storage;
   const uint32_t* positions;  // [row block][word][width]
   int64_t words;              // words of a row block
   int64_t first_block, last_block;

@@ -121,12 +121,29 @@ inline Vector select(const float* x, Ints position) {
 #endif
 }
 
-template <int Tokens, int BlocksPerWord, bool Wide>
+// W values as floats; those of 16 bits are finite. A half's bits, moved into place, are its value over 2^112.
+typedef int16_t Shorts __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+inline Ints extended(const int16_t* p) { return __builtin_convertvector(*reinterpret_cast<const Shorts*>(p), Ints); }
+
+template <Storage Stored>
+inline Vector stored_values(const void* values, int64_t index) {
+  const int16_t* shorts = static_cast<const int16_t*>(values) + index;
+  if (Stored == Storage::kFloats) return load(static_cast<const float*>(values) + index);
+  if (Stored == Storage::kBrains) return reinterpret_cast<Vector>(extended(shorts) << 16);
+#if NMC_WIDTH == 16
+  return _mm512_cvtph_ps(*reinterpret_cast<const __m256i_u*>(shorts));
+#else
+  return reinterpret_cast<Vector>((extended(shorts) << 13) & static_cast<int32_t>(0x8fffe000)) * 0x1p112f;
+#endif
+}
+
+template <int Tokens, int BlocksPerWord, bool Wide, Storage Stored>
 void row_blocks(const RowJob& job) {
   constexpr int kSums = Tokens == 1 ? 8 : Tokens == 2 ? 4 : 2;
   constexpr int kBlock = Wide ? 16 : W;
   for (int64_t block = job.first_block; block < job.last_block; ++block) {
-    const float* values = job.values + block * job.words * 8 * W;
+    int64_t values = block * job.words * 8 * W;
     const uint32_t* positions = job.positions + block * job.words * W;
     Vector sum[Tokens][kSums] = {};
     const float* x = job.x;
@@ -135,7 +152,7 @@ void row_blocks(const RowJob& job) {
       Ints position = *reinterpret_cast<const LooseInts*>(positions);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
-        const Vector value = load(values + i * W);
+        const Vector value = stored_values<Stored>(job.values, values + i * W);
 #pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) {
           const float* from = x + t * job.x_stride + (i * BlocksPerWord / 8) * kBlock;
@@ -167,22 +184,34 @@ void row_blocks(const RowJob& job) {
   }
 }
 
-template <int Tokens, bool Wide>
+template <int Tokens, bool Wide, Storage Stored>
 void rows_of(const RowJob& job) {
   switch (job.blocks_per_word) {
-    case 1: return row_blocks<Tokens, 1, Wide>(job);
-    case 2: return row_blocks<Tokens, 2, Wide>(job);
-    case 4: return row_blocks<Tokens, 4, Wide>(job);
-    default: return row_blocks<Tokens, 8, Wide>(job);
+    case 1: return row_blocks<Tokens, 1, Wide, Stored>(job);
+    case 2: return row_blocks<Tokens, 2, Wide, Stored>(job);
+    case 4: return row_blocks<Tokens, 4, Wide, Stored>(job);
+    default: return row_blocks<Tokens, 8, Wide, Stored>(job);
+  }
+}
+
+template <int Tokens, Storage Stored>
+void rows_stored(const RowJob& job) {
+  return job.wide && W != 16 ? rows_of<Tokens, W != 16, Stored>(job) : rows_of<Tokens, false, Stored>(job);
+}
+
+template <int Tokens>
+void rows_for(const RowJob& job) {
+  switch (job.storage) {
+    case Storage::kHalves: return rows_stored<Tokens, Storage::kHalves>(job);
+    case Storage::kBrains: return rows_stored<Tokens, Storage::kBrains>(job);
+    default: return rows_stored<Tokens, Storage::kFloats>(job);
   }
 }
 
 // `tokens` is 1, 2 or 4.
 void rows(const RowJob& job) {
-  const bool wide = job.wide && W != 16;
-  if (job.tokens == 1) return wide ? rows_of<1, true>(job) : rows_of<1, false>(job);
-  if (job.tokens == 2) return wide ? rows_of<2, true>(job) : rows_of<2, false>(job);
-  return wide ? rows_of<4, true>(job) : rows_of<4, false>(job);
+  if (job.tokens == 1) return rows_for<1>(job);
+  return job.tokens == 2 ? rows_for<2>(job) : rows_for<4>(job);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

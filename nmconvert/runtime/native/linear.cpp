@@ -23,7 +23,8 @@ void run_few(const Isa* isa, const RowPlan& plan, int64_t rows, int64_t columns,
     RowJob job{};
     job.first_block = task * per_task;
     job.last_block = std::min(plan.blocks, job.first_block + per_task);
-    job.values = plan.values.data() + group * plan.blocks * plan.words * 8 * isa->width;
+    job.values = plan.values(group * plan.blocks * plan.words * 8 * isa->width);
+    job.storage = plan.storage;
     job.positions = plan.positions.data() + group * plan.blocks * plan.words * isa->width;
     job.words = plan.words;
     job.rows = rows;

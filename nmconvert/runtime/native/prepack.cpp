@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <numeric>
 
+#include "elements.h"
+#include "ort_abi.h"
+
 namespace nmconvert {
 namespace {
 
@@ -110,10 +113,21 @@ int64_t padded_entries(int64_t entries) {
   return entries > 2 ? 4 : entries;
 }
 
+// How the values are kept: those of 16 bits as they are, if the loops can widen them.
+Storage storage_of(const Constant& values, float scale) {
+  if (scale != 1 || (values.type != ort::kFloat16 && values.type != ort::kBfloat16)) return Storage::kFloats;
+  const uint16_t* bits = static_cast<const uint16_t*>(values.data);
+  const uint16_t infinity = values.type == ort::kFloat16 ? 0x7c00 : 0x7f80;
+  for (int64_t i = 0; i < values.size(); ++i)
+    if ((bits[i] & infinity) == infinity) return Storage::kFloats;
+  return values.type == ort::kFloat16 ? Storage::kHalves : Storage::kBrains;
+}
+
 }  // namespace
 
-RowPlan plan_rows(const SparseRows& matrix, const float* values, float scale, int64_t groups, int width) {
+RowPlan plan_rows(const SparseRows& matrix, const Constant& values, float scale, int64_t groups, int width) {
   RowPlan plan;
+  plan.storage = storage_of(values, scale);
   const int64_t narrow = padded_entries(most_in_block(matrix, width));
   int64_t entries = narrow, size = width;
   if (width < 16) {
@@ -130,19 +144,28 @@ RowPlan plan_rows(const SparseRows& matrix, const float* values, float scale, in
   plan.words = column_blocks * entries / 8;
   plan.blocks = ceil_div(rows, width);
 
-  float* out = plan.values.at_least(groups * plan.blocks * plan.words * 8 * width);
-  uint32_t* positions = plan.positions.at_least(groups * plan.blocks * plan.words * width);
-  for (int64_t row = 0; row < matrix.rows; ++row) {
-    const int64_t block = row / rows * plan.blocks + row % rows / width, lane = row % rows % width;
-    int64_t next = 0, current = -1;
-    for (uint32_t i = matrix.starts[row]; i < matrix.starts[row + 1]; ++i) {
-      const int64_t here = matrix.column[i] / size;
-      next = here == current ? next + 1 : here * entries;
-      current = here;
-      const int64_t word = block * plan.words + next / 8;
-      out[(word * 8 + next % 8) * width + lane] = values[matrix.value_index(i)] * scale;
-      positions[word * width + lane] |= static_cast<uint32_t>(matrix.column[i] % size) << (4 * (next % 8));
+  const int64_t size_of_all = groups * plan.blocks * plan.words * 8 * width;
+  uint32_t* positions = plan.positions.at_least(size_of_all / 8);
+  const auto place_all = [&](auto* out, auto value) {
+    for (int64_t row = 0; row < matrix.rows; ++row) {
+      const int64_t block = row / rows * plan.blocks + row % rows / width, lane = row % rows % width;
+      int64_t next = 0, current = -1;
+      for (uint32_t i = matrix.starts[row]; i < matrix.starts[row + 1]; ++i) {
+        const int64_t here = matrix.column[i] / size;
+        next = here == current ? next + 1 : here * entries;
+        current = here;
+        const int64_t word = block * plan.words + next / 8;
+        out[(word * 8 + next % 8) * width + lane] = value(matrix.value_index(i));
+        positions[word * width + lane] |= static_cast<uint32_t>(matrix.column[i] % size) << (4 * (next % 8));
+      }
     }
+  };
+  if (plan.storage == Storage::kFloats) {
+    std::vector<float> widened;
+    const float* floats = widen(values, widened);
+    place_all(plan.floats.at_least(size_of_all), [&](uint32_t i) { return floats[i] * scale; });
+  } else {
+    place_all(plan.shorts.at_least(size_of_all), [&](uint32_t i) { return static_cast<const uint16_t*>(values.data)[i]; });
   }
   return plan;
 }

@@ -34,8 +34,15 @@ struct RowPlan {
   int blocks_per_word = 1;
   bool wide = false;
   int64_t padded_columns = 0;
-  Buffer<float> values;
+  Storage storage = Storage::kFloats;
+  Buffer<float> floats;
+  Buffer<uint16_t> shorts;  // where the file stores 16 bits
   Buffer<uint32_t> positions;
+
+  // The values from `index` on.
+  const void* values(int64_t index) const {
+    return storage == Storage::kFloats ? static_cast<const void*>(floats.data() + index) : shorts.data() + index;
+  }
 };
 
 struct Hint {
@@ -47,6 +54,6 @@ int64_t chunk_columns(int64_t columns, int64_t panel_width, Hint hint);
 
 StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scale, int64_t groups, Tile tile, int64_t panel_width,
                        Hint hint);
-RowPlan plan_rows(const SparseRows& matrix, const float* values, float scale, int64_t groups, int width);
+RowPlan plan_rows(const SparseRows& matrix, const Constant& values, float scale, int64_t groups, int width);
 
 }  // namespace nmconvert

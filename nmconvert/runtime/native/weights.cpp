@@ -54,8 +54,7 @@ const RowPlan& Weights::few(const Packed& packed, const Isa& isa) {
   meet(few_.count(&isa) != 0);
   std::unique_ptr<RowPlan>& plan = few_[&isa];
   if (!plan) {
-    std::vector<float> widened;
-    plan = std::make_unique<RowPlan>(plan_rows(take(packed), widen(packed.values, widened), scale_, groups_, isa.width));
+    plan = std::make_unique<RowPlan>(plan_rows(take(packed), packed.values, scale_, groups_, isa.width));
   }
   return *plan;
 }
