@@ -1,7 +1,8 @@
 """The real data of the benchmarks, from the folder that NMCONVERT_DATA names, in the formats that nmconvert reads.
 
-    python benchmarks/data.py cifar10 OUT.npz
-    python benchmarks/data.py coco128|bccd|nuclei|multi30k|tinystories|tinyshakespeare|g2p OUT_FOLDER
+    python benchmarks/data.py cifar10|cifar10_choice OUT.npz
+    python benchmarks/data.py coco128|coco128_halves|bccd|nuclei|multi30k|tinyshakespeare|g2p OUT_FOLDER
+    python -m benchmarks.data tinystories|tinystories_told OUT_FOLDER
 
 Each function below makes one of them, and says where nmconvert's own figures for it come from. Boxes are [x, y, width,
 height] in pixels, masks are uncompressed COCO RLE, both as the COCO format has them.
@@ -26,12 +27,26 @@ ROOT = Path(os.environ.get("NMCONVERT_DATA", Path(__file__).parents[2] / "shared
 
 def cifar10(out: Path) -> None:
     """``train_images``, ``train_labels``, ``val_images``, ``val_labels``: all 50,000 and 10,000 images, RGB."""
-    arrays = {}
-    for split, name in (("train", "train"), ("test", "val")):
-        files = sorted((ROOT / "cifar10" / split).glob("*.webp"))
-        tiles = [np.asarray(Image.open(f).convert("RGB")).reshape(25, 32, 25, 32, 3) for f in files]
-        arrays[f"{name}_images"] = np.concatenate([t.swapaxes(1, 2).reshape(-1, 32, 32, 3) for t in tiles])
-        arrays[f"{name}_labels"] = np.load(ROOT / "cifar10" / f"labels_{split}.npy")
+    images, labels = _cifar("train")
+    val_images, val_labels = _cifar("test")
+    _save(out, train_images=images, train_labels=labels, val_images=val_images, val_labels=val_labels)
+
+
+def cifar10_choice(out: Path) -> None:
+    """The same names, of the training images alone, to choose settings by: the first 15,000, and the last 5,000 as ``val``."""
+    images, labels = _cifar("train")
+    images, held_out, labels, its_labels = images[:15000], images[-5000:], labels[:15000], labels[-5000:]
+    _save(out, train_images=images, train_labels=labels, val_images=held_out, val_labels=its_labels)
+
+
+def _cifar(split: str) -> tuple[np.ndarray, np.ndarray]:
+    files = sorted((ROOT / "cifar10" / split).glob("*.webp"))
+    tiles = [np.asarray(Image.open(f).convert("RGB")).reshape(25, 32, 25, 32, 3) for f in files]
+    images = np.concatenate([t.swapaxes(1, 2).reshape(-1, 32, 32, 3) for t in tiles])
+    return images, np.load(ROOT / "cifar10" / f"labels_{split}.npy")
+
+
+def _save(out: Path, **arrays: np.ndarray) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     np.savez(out, **arrays)
 
@@ -56,6 +71,15 @@ def coco128(out: Path) -> None:
     panoptic = json.loads((folder / "panoptic_val2017.json").read_text())
     things = {c["id"]: c["name"] for c in panoptic["categories"] if c["isthing"]}
     _coco128_masks(out, folder, {entry["id"]: entry for entry in images}, panoptic, things)
+
+
+def coco128_halves(out: Path) -> None:
+    """The same boxes in two parts: ``train.json``, the first 64 images, to learn from, and ``val.json``, the others."""
+    coco128(out)
+    whole = json.loads((out / "val.json").read_text())
+    for part, images in (("train", whole["images"][:64]), ("val", whole["images"][64:])):
+        ids = {image["id"] for image in images}
+        _write(out / f"{part}.json", images, [a for a in whole["annotations"] if a["image_id"] in ids], whole["categories"])
 
 
 def _coco128_masks(out: Path, folder: Path, images: dict[int, Any], panoptic: Any, things: dict[int, str]) -> None:
@@ -115,7 +139,19 @@ def tinystories(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with np.load(ROOT / "text" / "tinystories_sample_tok512.npz") as stored:
         np.savez(out / "test.npz", ids=stored["ids"], lengths=stored["lengths"])
-    _unpack(ROOT / "text" / "tinystories_sample.txt.gz", out / "test.txt")
+
+
+def tinystories_told(out: Path) -> None:
+    """The same, and ``train.npz``: 384 stories that stories260K tells itself, a minute's work.
+
+    Its training text is not to be had here, and a teacher needs none (Liu et al. 2023, "LLM-QAT: data-free quantization aware
+    training for large language models").
+    """
+    from benchmarks.models.llama import told
+
+    tinystories(out)
+    stories = told(ROOT / "checkpoints" / "stories260K.pt", count=384, length=256)
+    np.savez(out / "train.npz", ids=np.concatenate(stories), lengths=np.array([len(story) for story in stories]))
 
 
 def tinyshakespeare(out: Path) -> None:
@@ -182,7 +218,11 @@ def _unpack(source: Path, target: Path) -> None:
     target.write_bytes(gzip.decompress(source.read_bytes()))
 
 
-SETS = {f.__name__: f for f in (cifar10, coco128, bccd, nuclei, multi30k, tinystories, tinyshakespeare, g2p)}
+MADE = (
+    cifar10, cifar10_choice, coco128, coco128_halves, bccd, nuclei, multi30k, tinystories, tinystories_told, tinyshakespeare,
+    g2p,
+)  # fmt: skip
+SETS = {function.__name__: function for function in MADE}
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in SETS:

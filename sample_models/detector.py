@@ -43,7 +43,7 @@ class Detector(nn.Module):
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """The raw maps [B, ?, H/4, W/4]: ``logits``, and ``box``, the distances from the point to its four sides / 16."""
         features = self.body(self.stem(images * 2 - 1))
-        return {name: branch(features) for name, branch in self.head.items()}
+        return {name: branch(features).float() for name, branch in self.head.items()}  # pixels need more than bf16 has
 
     def forward(
         self,

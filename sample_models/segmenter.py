@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sample_models.detector import Detector, at, block, centres
+from sample_models.detector import STRIDE, Detector, at, block, centres
 
 PROTOTYPES = 16
 
@@ -29,8 +29,8 @@ class Segmenter(Detector):
         fine = self.stem[:2](images * 2 - 1)
         features = self.body(self.stem[2](fine))
         wide = F.interpolate(features, scale_factor=2.0, mode="nearest")
-        found = {name: branch(features) for name, branch in self.head.items()}
-        return found | {"prototypes": self.draw(torch.cat([wide, fine], 1))}
+        found = {name: branch(features).float() for name, branch in self.head.items()}
+        return found | {"prototypes": self.draw(torch.cat([wide, fine], 1)).float()}
 
     def decode(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """The detector's, and ``masks`` [B, D, H, W]."""
@@ -41,13 +41,14 @@ class Segmenter(Detector):
         return detections | {"masks": masks * inside(detections["boxes"], masks.shape[2], masks.shape[3])}
 
     def losses(self, found: dict[str, Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The detector's, and the cross entropy of each mask within its box."""
+        """The detector's, and the cross entropy of each mask within its box; the masks may be coarser than the image."""
         images, points, boxes = centres(targets, *found["logits"].shape[2:])
         mix = at(found["mix"], points[:, None], images)[:, 0]
         planes = torch.einsum("np,nphw->nhw", mix, found["prototypes"][images])
         goal = torch.cat([t["masks"] for t in targets]).to(planes.dtype)
         masks = F.interpolate(planes[:, None], goal.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-        within = inside(boxes[None], *goal.shape[-2:])[0]
+        scale = goal.shape[-1] / (STRIDE * found["logits"].shape[-1])
+        within = inside(boxes[None] * scale, *goal.shape[-2:])[0]
         wrong = F.binary_cross_entropy_with_logits(masks, goal, reduction="none") * within
         each = wrong.sum((1, 2)) / within.sum((1, 2)).clamp(min=1)
         return super().losses(found, targets) | {"masks": 2 * each.sum() / max(len(boxes), 1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,9 +22,20 @@ class Attention(nn.Module):
             linear(source).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for linear, source in ((self.query, x), (self.key, memory), (self.value, memory))
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        found: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        found: Tensor = self.out(mixed(q, k, v, mask, causal).transpose(1, 2).flatten(2))
         return found
+
+
+def mixed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Scaled dot-product attention [B, heads, T, size]; in bf16 on a CPU, torch's own is four times slower on short rows."""
+    if not torch.is_autocast_enabled("cpu"):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 class Layer(nn.Module):
@@ -43,5 +55,5 @@ class Layer(nn.Module):
         x = x + self.attention(self.norm(x), mask=None if self.causal else mask, causal=self.causal)
         if self.cross is not None and self.cross_norm is not None:
             x = x + self.cross(self.cross_norm(x), memory, mask=mask)
-        mixed: Tensor = x + self.mlp(x)
-        return mixed
+        found: Tensor = x + self.mlp(x)
+        return found

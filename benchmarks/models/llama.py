@@ -6,8 +6,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 
@@ -89,3 +93,18 @@ class Llama(nn.Module):
 def stories260k() -> Llama:
     """The module of ``stories260K.pt``."""
     return Llama(vocab_size=512, width=64, hidden=172, depth=5, heads=8, kv_heads=4)
+
+
+@torch.inference_mode()
+def told(checkpoint: Path, count: int, length: int) -> list[NDArray[np.int64]]:
+    """``count`` stories of at most ``length`` ids that the model of ``checkpoint`` tells, drawn at temperature 1, seed 0.
+
+    A story begins with id 1, and ends before the next one.
+    """
+    model, generator = stories260k().eval(), torch.Generator().manual_seed(0)
+    model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+    ids = torch.ones(count, 1, dtype=torch.int64)
+    while ids.shape[1] < length:
+        chances = torch.cat([model(part)[:, -1].softmax(-1) for part in ids.split(64)])
+        ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
+    return [row[: [*row[1:], 1].index(1) + 1] for row in ids.numpy()]
