@@ -35,7 +35,8 @@ def mixed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) ->
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1).to(v.dtype) @ v
+    found: Tensor = scores.softmax(-1).to(v.dtype) @ v
+    return found
 
 
 class Layer(nn.Module):
