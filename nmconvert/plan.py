@@ -54,7 +54,7 @@ def make_plan(
     for glob in [*(g for g, _ in layers), *include, *exclude]:
         if not any(fnmatchcase(name, glob) for name in names):
             raise UsageError(f"'{glob}' matches no tensor of the checkpoint; `nmconvert inspect` lists their names")
-    last = output_matrix([(info.name, info.shape) for info in tensors if not info.secondary])
+    last = output_matrix([(info.name, info.shape) for info in tensors if not info.secondary and info.reason is None])
     choices = _Choices(pattern, axis, tuple(layers), tuple(include), tuple(exclude), target, last)
     rows: dict[str, Row] = {}
     for info in tensors:

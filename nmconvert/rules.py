@@ -18,6 +18,7 @@ _POSITION = re.compile(
     r"(^|[._])pos(ition(al)?)?([._]|$)|pos_?(embed|enc)|relative_(position|attention)|rope|rotary|freqs_(cis|cos|sin)|anchors?"
 )
 _NORM = re.compile(r"(^|[._])(bn|norm|layernorm|ln|batchnorm|groupnorm)\d*([._]|$)|layer_norm|running_(mean|var)")
+_RECURRENT = re.compile(r"(^|\.)weight_[ih]h_l\d+(_reverse)?$")  # torch's RNN, GRU and LSTM
 _OUTPUT = re.compile(
     r"^(fc|linear|classifier|head|heads|lm_head|output|out|score|logits|predictions|cls|qa_outputs|proj_out|final)$"
 )
@@ -41,8 +42,10 @@ def output_matrix(tensors: Sequence[tuple[str, Sequence[int]]]) -> str | None:
     """The name of the network's output layer: the last matrix, if one part of its name says that it is one.
 
     A listing in alphabetical order (safetensors) does not say what is last: there it is the one whose first part says so.
+    Embeddings and recurrent layers are none, wherever they stand.
     """
-    matrices = [(name, _own_parts(name, tensors)) for name, shape in tensors if len(shape) == 2]
+    found = [name for name, shape in tensors if len(shape) == 2 and not (is_embedding(name) or _RECURRENT.search(name))]
+    matrices = [(name, _own_parts(name, tensors)) for name in found]
     if not matrices:
         return None
     last, parts = matrices[-1]
@@ -73,6 +76,8 @@ def rule_against(name: str, shape: Sequence[int], kind: Kind | None, *, is_outpu
             return "an embedding, by its name"
         if _NORM.search(lower):
             return "a norm, by its name"
+        if _RECURRENT.search(lower):
+            return "a recurrent layer, by its name: no runtime is faster with its zeros"
         if len(shape) == 2 and 1 in shape:
             return "a vector"
     if len(shape) >= 3 and kind in (None, "conv", "conv_transpose"):

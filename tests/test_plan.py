@@ -129,6 +129,15 @@ MODELS: dict[str, dict[str, tuple[tuple[int, ...], str | None]]] = {
         "encoder.block.0.layer.1.DenseReluDense.wi.weight": ((2048, 512), None),
         "lm_head.weight": ((32128, 512), "the output layer"),
     },
+    "g2p": {
+        "fc.weight": ((74, 256), "the output layer"),
+        "encoder.embedding.weight": ((29, 256), "an embedding"),
+        "encoder.gru.weight_ih_l0": ((768, 256), "a recurrent layer"),
+        "encoder.gru.weight_hh_l0": ((768, 256), "a recurrent layer"),
+        "decoder.embedding.weight": ((74, 256), "an embedding"),
+        "decoder.gru.weight_ih_l0": ((768, 256), "a recurrent layer"),
+        "decoder.gru.weight_hh_l0_reverse": ((768, 256), "a recurrent layer"),
+    },
     "unet": {
         "inc.double_conv.0.weight": ((64, 3, 3, 3), "the first layer"),
         "down1.conv.weight": ((128, 64, 3, 3), None),
