@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.calibration import PLAIN
 from nmconvert.calibrate.driver import DEFAULT
-from nmconvert.calibrate.stage import module_solver
+from nmconvert.calibrate.stage import Calibration
 from nmconvert.cli.calibration import calibration_batches
 from nmconvert.model import build
 from nmconvert.pattern import Pattern
@@ -42,20 +42,19 @@ def pruned_by(start: str, work: Path, network: str, pattern: str, axis: Any) -> 
     criterion = "magnitude" if start == "dense" else start
     output = work / f"{network}.{pattern.replace(':', '-')}.{axis}.{criterion}.th"
     if not output.exists():
-        name, solver, model = f"{MODELS}:{network}", None, None
+        model, calibration = f"{MODELS}:{network}", None
         if criterion in RECIPES:
-            model = build(name, {}, trust=False)
             batches = calibration_batches(str(work / "cifar10.npz"), "classification", {}, 512, 32, 0)
-            solver = module_solver(model, batches, RECIPES[criterion])
+            calibration = Calibration(batches, RECIPES[criterion])
         prune(
             ROOT / "checkpoints" / CHECKPOINTS[network],
             Pattern.parse(pattern),
             axis,
             output=output,
             criterion=criterion,
-            model=model,
-            solver=solver,
-            settings={"model": name},
+            model=build(model, {}, trust=False),
+            calibration=calibration,
+            settings={"model": model},
         )
     return output
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("report",),
-    ("verify", "inspect", "bench"),
+    ("report", "plot"),
+    ("verify", "inspect", "bench", "pace"),
     ("export",),
     ("train",),
     ("evaluate",),

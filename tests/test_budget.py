@@ -2,7 +2,10 @@
 
 import copy
 import json
+from dataclasses import replace
+from functools import partial
 from itertools import product
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -17,12 +20,13 @@ from nmconvert.calibrate.driver import Recipe
 from nmconvert.cli import group
 from nmconvert.errors import UsageError
 from nmconvert.pattern import Pattern
+from nmconvert.plot import sensitivities_svg
 
 NO_CORRECTION = Recipe(criterion="exact", block_steps=0, model_steps=0, copies=1)
 
 
-def never(plan):
-    raise AssertionError("only top1-drop measures")
+def never(*plan):
+    raise AssertionError("is measured for another budget only")
 
 
 @pytest.mark.parametrize(
@@ -75,9 +79,39 @@ def two_layers():
 
 
 def test_the_fragile_layer_stays_dense_where_the_budget_allows_it():
-    assert meet(Budget("size", 0.71), two_layers(), never) == {"b": (Pattern(1, 4), "channel")}
-    assert meet(Budget("size", 0.4), two_layers(), never) == {"a": (Pattern(1, 4), "channel"), "b": (Pattern(1, 4), "channel")}
-    assert meet(Budget("speedup", 1.6), two_layers(), never) == {"b": (Pattern(2, 4), "channel")}
+    one = (Pattern(1, 4), "channel")
+    assert meet(Budget("size", 0.71), two_layers(), never, never) == {"b": one}
+    assert meet(Budget("size", 0.4), two_layers(), never, never) == {"a": one, "b": one}
+
+
+def test_what_is_not_pruned_counts_against_the_size():
+    halves = [replace(s, options=tuple(replace(o, size=o.size / 2) for o in s.options)) for s in two_layers()]
+    one = (Pattern(1, 4), "channel")
+    assert meet(Budget("size", 0.701), halves, never, never) == {"a": one, "b": one}
+    with pytest.raises(UsageError, match=r"size<=0\.69 cannot be met: the smallest patterns give 0\.700, of which 0\.500"):
+        meet(Budget("size", 0.69), halves, never, never)
+
+
+class Stopwatch:
+    """Layer "a" has no kernel; "b" takes 8 of 10 seconds, half of that with 2:4; only the whole model shows the ``loss``."""
+
+    def __init__(self, loss=0.0):
+        self.loss = loss
+
+    def layers(self, plan):
+        return {"b": (8.0, 8.0 * plan["b"][0].density)} if "b" in plan else {}
+
+    def speedup(self, plan):
+        return 10 / (2 + 8 * (plan["b"][0].density if "b" in plan else 1) + self.loss)
+
+
+def test_the_speedup_is_that_of_the_whole_model_and_layers_that_gain_nothing_stay_dense():
+    assert meet(Budget("speedup", 1.6), two_layers(), never, Stopwatch) == {"b": (Pattern(2, 4), "channel")}
+    assert meet(Budget("speedup", 2.0), two_layers(), never, Stopwatch) == {"b": (Pattern(1, 4), "channel")}
+    slower = partial(Stopwatch, loss=0.5)
+    assert meet(Budget("speedup", 1.6), two_layers(), never, slower) == {"b": (Pattern(1, 4), "channel")}
+    with pytest.raises(UsageError, match=r"speedup>=2\.5 cannot be met: the fastest patterns give 2\.22 on this machine"):
+        meet(Budget("speedup", 2.5), two_layers(), never, slower)
 
 
 def test_the_drop_is_measured_and_held():
@@ -88,8 +122,8 @@ def test_the_drop_is_measured_and_held():
         asked.append(set(plan))
         return drops[frozenset(plan)]
 
-    assert set(meet(Budget("top1-drop", 2.0), two_layers(), drop)) == {"b"}
-    assert meet(Budget("top1-drop", 0.5), two_layers(), drop) == {}
+    assert set(meet(Budget("top1-drop", 2.0), two_layers(), drop, never)) == {"b"}
+    assert meet(Budget("top1-drop", 0.5), two_layers(), drop, never) == {}
     assert {"a", "b"} in asked
 
 
@@ -114,7 +148,8 @@ def test_sensitivities_grow_with_what_is_pruned_and_leave_the_model_alone():
         losses = [option.loss for option in layer.options]
         assert losses == sorted(losses)
         assert losses[0] == 0 < losses[1]
-    assert sum(layer.options[0].size for layer in found) == pytest.approx(1)
+    planned, whole = 16 * 8 * 9 + 256 * 4, sum(p.numel() for p in model.parameters())
+    assert sum(layer.options[0].size for layer in found) == pytest.approx(planned / whole)
     conv, linear = (layer.options[0].work for layer in found)
     assert conv / linear == pytest.approx(16 * 16 * 8 * 9 / (256 * 4))
 
@@ -204,11 +239,28 @@ def test_prune_under_a_budget_mixes_patterns_within_it(project):
     assert kept / sum(dense[n].numel() for n in names) <= 0.4
 
 
-def test_sensitivity_shows_every_layer(project):
-    output = invoke("sensitivity", "net.pt", "--nm", "2:4,1:4", *project)
+def test_sensitivity_shows_and_draws_every_layer(project):
+    output = invoke("sensitivity", "net.pt", "--nm", "2:4,1:4", *project, "--plot", "net.svg")
     assert "4.weight" in output
     assert "1:4" in output
     assert "█" in output
+    titles = [title.text for title in ElementTree.parse("net.svg").iter("{http://www.w3.org/2000/svg}title")]
+    assert [title.split(":")[0] for title in titles if title.startswith("4.weight")] == ["4.weight 2", "4.weight 1"]
+    assert len(titles) == 2 * output.count(".weight")
+
+
+def test_longer_bars_are_larger_losses_and_a_loss_of_zero_is_drawn():
+    svg = ElementTree.fromstring(sensitivities_svg([*two_layers(), fragile_by(0.0)]))
+    bars = [float(bar.get("width")) for bar in svg.iter("{http://www.w3.org/2000/svg}rect") if bar.find("*") is not None]
+    assert len(bars) == 6
+    assert bars[0] < bars[1]
+    assert bars[2] < bars[3] < bars[0]
+    assert bars[4] == 0
+
+
+def fragile_by(loss):
+    first = two_layers()[0]
+    return replace(first, options=(first.options[0], *(replace(o, loss=loss) for o in first.options[1:])))
 
 
 def test_a_criterion_without_data_is_refused(project):

@@ -2,8 +2,9 @@
 
 Every layer is pruned alone, to every pattern of a list, and the error of the model's outputs is measured on calibration
 data; that error is the layer's *loss* for the pattern. The choice then takes losses to be additive, and minimises their sum
-under the budget by dynamic programming (a multiple-choice knapsack). The budget ``top1-drop`` is not additive: there the
-smallest size is searched whose choice, pruned as a whole and measured, keeps the drop.
+under the budget by dynamic programming (a multiple-choice knapsack). The budgets ``top1-drop`` and ``speedup`` are not
+additive: there the smallest size, or the longest time of single layers, is searched whose choice, measured as a whole, holds
+the budget.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -29,16 +30,19 @@ from nmconvert.pattern import Axis, Pattern
 PATTERNS = tuple(Pattern.parse(text) for text in ("2:4", "1:4", "4:8", "2:8", "1:8", "1:16"))
 _STEPS = 4000  # costs are rounded up to this share of the budget
 _MEASURED = 4  # batches that losses are measured on
-_SEARCHES = 5  # bisections of the size for top1-drop: to 1/32 of the range
+_SEARCHES = 5  # bisections for top1-drop and speedup: to 1/32 of the range
+_LAYER_BYTES = 1280  # of a compressed ONNX file, beside the weights: a layer's call, its entry in the manifest, its function
 
 Goal = Literal["size", "speedup", "top1-drop"]
+Chosen = Mapping[str, tuple[Pattern, Axis]]
+"""Parameter → its pattern and axis; what is left out stays dense."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """``size``: share of the dense bytes of the planned layers; ``speedup``: dense over kept multiplications, in them;
-    ``top1-drop``: points of agreement with the dense model's first choice that may be lost (an upper bound of the accuracy
-    that may be lost, for which no labels are needed).
+    """``size``: bytes of the compressed file over those of the dense weights, all of them; ``speedup``: dense time over time
+    on the native kernels, of the whole model on this machine; ``top1-drop``: points of agreement with the dense model's
+    first choice that may be lost (an upper bound of the accuracy that may be lost, for which no labels are needed).
     """
 
     goal: Goal
@@ -63,7 +67,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to treat one layer: its pattern (None: dense), bytes and multiplications relative to the whole, and loss."""
+    """One way to treat one layer: its pattern (None: dense), loss, and bytes relative to the whole model.
+
+    ``work`` is its multiplications relative to those of all planned layers.
+    """
 
     pattern: Pattern | None
     size: float
@@ -78,6 +85,16 @@ class Sensitivity:
     name: str
     axis: Axis
     options: tuple[Option, ...]
+
+
+class Clock(Protocol):
+    """What measures speed; `nmconvert.pace.Pace` does."""
+
+    def layers(self, plan: Chosen) -> Mapping[str, tuple[float, float]]:
+        """Seconds of each planned layer that a pattern can make faster, dense and pruned."""
+
+    def speedup(self, plan: Chosen) -> float:
+        """Dense time ÷ pruned time of the whole model."""
 
 
 def packed_share(pattern: Pattern, columns: int, bits: int = 32) -> float:
@@ -101,15 +118,15 @@ def measure(
     moments = _moments(model, batches, sites)
     held = [[as_call(batch)] for batch in batches[-_MEASURED:]]
     targets = outputs_of(model, held)
-    bytes_dense = {site.name: model.get_parameter(site.name).numel() for site in sites}
+    whole = sum(tensor.nbytes for tensor in model.state_dict().values())
     work_dense = _work(model, batches[0], sites)
     found = []
     for site in sites:
-        size, work = bytes_dense[site.name] / sum(bytes_dense.values()), work_dense[site.name] / sum(work_dense.values())
+        size, work = model.get_parameter(site.name).nbytes / whole, work_dense[site.name] / sum(work_dense.values())
         options = [Option(None, size, work, 0.0)]
         for pattern in patterns:
             share, loss = _alone(model, site, moments[site.name], pattern, lambda: held_out_error(model, held, targets))
-            options.append(Option(pattern, size * share, work * pattern.density, loss))
+            options.append(Option(pattern, size * share + _LAYER_BYTES / whole, work * pattern.density, loss))
         found.append(Sensitivity(site.name, site.axis, tuple(options)))
         progress(f"{site.name}  " + "  ".join(f"{o.pattern} {o.loss:.4f}" for o in options[1:]))
     return found
@@ -190,30 +207,73 @@ def choose(costs: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], 
 def meet(
     budget: Budget,
     sensitivities: Sequence[Sensitivity],
-    drop: Callable[[Mapping[str, tuple[Pattern, Axis]]], float],
+    drop: Callable[[Chosen], float],
+    clock: Callable[[], Clock],
 ) -> dict[str, tuple[Pattern, Axis]]:
     """The plan with the least loss that meets ``budget``: parameter → pattern and axis; dense layers are left out.
 
-    ``drop`` measures a plan, in points; only ``top1-drop`` calls it.
+    ``drop`` measures a plan, in points, and is called for ``top1-drop`` only; ``clock`` is made for ``speedup`` only.
 
     Raises:
         UsageError: no choice of the options meets it.
     """
     if budget.goal == "speedup":
-        return _choice(sensitivities, [[o.work for o in s.options] for s in sensitivities], 1 / budget.limit)
+        return _fast_enough(budget.limit, sensitivities, clock())
     sizes = [[o.size for o in s.options] for s in sensitivities]
-    if budget.goal == "size":
-        return _choice(sensitivities, sizes, budget.limit)
-    low, high = sum(min(layer) for layer in sizes), 1.0
+    if budget.goal == "top1-drop":
+        return _good_enough(budget.limit, sensitivities, sizes, drop)
+    others = 1 - sum(s.options[0].size for s in sensitivities)
+    least = others + sum(min(layer) for layer in sizes)
+    if least > budget.limit:
+        raise UsageError(
+            f"size<={budget.limit:g} cannot be met: the smallest patterns give {least:.3f}, of which {others:.3f} is not pruned"
+        )
+    return _choice(sensitivities, sizes, budget.limit - others)
+
+
+def _good_enough(
+    limit: float, sensitivities: Sequence[Sensitivity], sizes: Sequence[Sequence[float]], drop: Callable[[Chosen], float]
+) -> dict[str, tuple[Pattern, Axis]]:
+    """The smallest plan whose ``drop`` is at most ``limit``."""
+    low, high = sum(min(layer) for layer in sizes), sum(max(layer) for layer in sizes)
     best: dict[str, tuple[Pattern, Axis]] = {}
     for _ in range(_SEARCHES):
         middle = (low + high) / 2
         plan = _choice(sensitivities, sizes, middle)
-        if drop(plan) <= budget.limit:
+        if drop(plan) <= limit:
             best, high = plan, middle
         else:
             low = middle
     return best
+
+
+def _fast_enough(limit: float, sensitivities: Sequence[Sensitivity], clock: Clock) -> dict[str, tuple[Pattern, Axis]]:
+    """The plan that leaves its layers the most time and is ``limit`` times faster as a whole."""
+    seconds = _seconds(sensitivities, clock)
+    low, high = sum(min(layer) for layer in seconds), sum(layer[0] for layer in seconds)
+    best = _choice(sensitivities, seconds, low) if high else {}
+    if (fastest := clock.speedup(best)) < limit:
+        raise UsageError(f"speedup>={limit:g} cannot be met: the fastest patterns give {fastest:.2f} on this machine")
+    for _ in range(_SEARCHES):
+        middle = (low + high) / 2
+        plan = _choice(sensitivities, seconds, middle)
+        if clock.speedup(plan) >= limit:
+            best, low = plan, middle
+        else:
+            high = middle
+    return best
+
+
+def _seconds(sensitivities: Sequence[Sensitivity], clock: Clock) -> list[list[float]]:
+    """Of each layer's options; all 0 where no pattern makes a layer faster, so that it stays dense."""
+    patterns = {option.pattern for s in sensitivities for option in s.options if option.pattern is not None}
+    times = {p: clock.layers({s.name: (p, s.axis) for s in sensitivities}) for p in sorted(patterns)}
+    table = []
+    for s in sensitivities:
+        pruned = [times[o.pattern].get(s.name, (0.0, 0.0)) for o in s.options if o.pattern is not None]
+        dense = max(seconds for seconds, _ in pruned)
+        table.append([dense, *(min(fast, dense) for _, fast in pruned)])
+    return table
 
 
 def _choice(
@@ -224,15 +284,13 @@ def _choice(
     return {s.name: (pattern, s.axis) for s, pattern in chosen if pattern is not None}
 
 
-def top1_drop(
-    model: nn.Module, batches: Sequence[Batch], recipe: Recipe
-) -> Callable[[Mapping[str, tuple[Pattern, Axis]]], float]:
+def top1_drop(model: nn.Module, batches: Sequence[Batch], recipe: Recipe) -> Callable[[Chosen], float]:
     """Measures plans: prune a copy on all but the last quarter of ``batches``; in points, how often its first choice on
     that quarter is not the dense model's.
     """
     cut = len(batches) - max(1, len(batches) // 4)
 
-    def drop(plan: Mapping[str, tuple[Pattern, Axis]]) -> float:
+    def drop(plan: Chosen) -> float:
         dense = [_first(model, batch) for batch in batches[cut:]]
         copy = deepcopy(model)
         if plan:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from glob import escape
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from nmconvert.calibrate.budget import PATTERNS, Budget, Sensitivity, measure, meet, top1_drop
+from nmconvert.calibrate.budget import PATTERNS, Budget, Clock, Sensitivity, measure, meet, top1_drop
 from nmconvert.calibrate.driver import DEFAULT, Recipe, prune_model
 from nmconvert.calibrate.onnx_driver import prune_onnx
 from nmconvert.calibrate.permute import Permutation, permute_model
@@ -53,6 +54,7 @@ class Calibration:
         budget: chooses a pattern for each layer; None: the plan's own patterns.
         permute: put channels into a better order first (:mod:`nmconvert.calibrate.permute`).
         progress: called with one line for each layer.
+        clock: measures a model that is called with such a batch; needed for a budget of speed (`nmconvert.pace.Pace`).
     """
 
     batches: Sequence[Batch]
@@ -60,6 +62,7 @@ class Calibration:
     budget: Budget | None = None
     permute: bool = False
     progress: Progress = lambda line: None
+    clock: Callable[[nn.Module, Batch], Clock] | None = None
 
     def choose(self, checkpoint: Checkpoint, plan: Plan, model: nn.Module | None) -> list[tuple[str, Pattern | None]]:
         """The pattern (None: dense) of each tensor that ``plan`` prunes, by its checkpoint's name, so that the budget is met.
@@ -72,9 +75,14 @@ class Calibration:
         model = _needed(model, "--budget", checkpoint)
         found = sensitivities(model, checkpoint, plan, self.batches, PATTERNS, self.progress)
         drop = top1_drop(model, self.batches, Recipe(criterion="exact", block_steps=0, model_steps=0, copies=1))
-        chosen = meet(self.budget, found, drop)
+        chosen = meet(self.budget, found, drop, partial(self._clock, model))
         names = _filled(model, checkpoint, plan)
         return [(escape(row.name), chosen.get(names[row.name], (None, None))[0]) for row in plan.pruned if row.name in names]
+
+    def _clock(self, model: nn.Module) -> Clock:
+        if self.clock is None:
+            raise UsageError("a speedup is measured: give Calibration a clock, for example nmconvert.pace.Pace")
+        return self.clock(model, self.batches[0])
 
     def solve(self, checkpoint: Checkpoint, plan: Plan, model: nn.Module | None, resume: Path) -> Changes:
         """What changes, computed in float32.

@@ -17,8 +17,8 @@ from nmconvert.pattern import AXES, Axis, Pattern
 @click.option("--nm", metavar="N:M", help="Keep N of every M weights, for example 2:4. M is at most 32.")
 @click.option(
     "--budget", metavar="BUDGET",
-    help="Instead of --nm, a pattern for each layer: 'size<=0.35', 'speedup>=1.5' (both of the pruned layers), or "
-    "'top1-drop<=0.5' (points of agreement with the dense model). Needs --model and --calib.",
+    help="Instead of --nm, a pattern for each layer: 'size<=0.35' (of the compressed file), 'speedup>=1.5' (measured on this "
+    "machine's kernels), or 'top1-drop<=0.5' (points of agreement with the dense model). Needs --model and --calib.",
 )  # fmt: skip
 @click.option(
     "--axis", type=click.Choice(AXES), default="channel", show_default=True,
@@ -73,11 +73,12 @@ def command(
         from nmconvert.calibrate.budget import Budget
         from nmconvert.calibrate.driver import Recipe
         from nmconvert.calibrate.stage import Calibration
+        from nmconvert.pace import Pace
 
         wanted = None if budget is None else Budget.parse(budget)
         batches = calibration_batches(calib, task, settings, samples, batch_size, seed)
         recipe = Recipe(criterion=criterion or "auto", seed=seed)
-        calibration = Calibration(batches, recipe, wanted, permute, teller(quiet))
+        calibration = Calibration(batches, recipe, wanted, permute, teller(quiet), Pace)
     said = {"model": model, "model_arguments": model_arguments or None, "calib": calib, "budget": budget}
     result = prune(
         checkpoint, pattern, axis, output=output, layers=layers, include=include, exclude=exclude, target=target,

@@ -26,12 +26,14 @@ _BAR = 24  # characters
     "--nm", "patterns", default="2:4,1:4,4:8,2:8,1:8,1:16", show_default=True, metavar="N:M,…", help="Patterns to try."
 )
 @click.option("--axis", type=click.Choice(AXES), default="channel", show_default=True, help="As in prune.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the table into this SVG file, too.")
 @calibration_options
 @model_options
 @output_options
 def command(
-    checkpoint: Path, patterns: str, axis: Axis, calib: str | None, task: str, settings: dict[str, str], samples: int,
-    batch_size: int, seed: int, model: str | None, model_arguments: dict[str, str], trust: bool, as_json: bool, quiet: bool,
+    checkpoint: Path, patterns: str, axis: Axis, plot: Path | None, calib: str | None, task: str, settings: dict[str, str],
+    samples: int, batch_size: int, seed: int, model: str | None, model_arguments: dict[str, str], trust: bool, as_json: bool,
+    quiet: bool,
 ) -> None:  # fmt: skip
     """Prune each layer of CHECKPOINT alone, to each pattern, and show what that does to the model's outputs.
 
@@ -50,6 +52,10 @@ def command(
     plan = plan_for(opened, chosen[0], axis, built)
     batches = calibration_batches(calib, task, settings, samples, batch_size, seed)
     found = sensitivities(built, opened, plan, batches, chosen, teller(quiet))
+    if plot is not None:
+        from nmconvert.plot import write_sensitivities
+
+        write_sensitivities(plot, found)
     show({"layers": [as_dict(s) for s in found]}, as_json=as_json, quiet=quiet, render=lambda: table(found))
 
 
