@@ -220,8 +220,9 @@ def export_report(result: ExportResult) -> RenderableType:
         lines.append(f"{len(packed.layers)} weights packed: {saved}; the file has {size(result.nbytes)}.")
     else:
         lines.append(f"The file has {size(result.nbytes)}; its sparse weights are zeros in place.")
+    graph = ", the folded graph" if result.folded else ""
     lines.append(
-        "Checked: the ONNX checker, a run in stock onnxruntime, every weight bit for bit, the folded graph; "
+        f"Checked: the ONNX checker, a run in stock onnxruntime, every weight bit for bit{graph}; "
         f"outputs within {result.difference.relative:.1e} of the model's."
     )
     parts: list[RenderableType] = [table, Text()] if packed.layers else []
@@ -243,6 +244,7 @@ def export_json(result: ExportResult) -> Mapping[str, Any]:
         "dense": dict(result.compressed.dense),
         "max_output_difference": result.difference.absolute,
         "notes": list(result.notes),
+        "folded": result.folded,
     }
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from onnxruntime import InferenceSession
 
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model
 from nmconvert.detect import Array, as_array, digest, satisfies, tightest
 from nmconvert.errors import ExportError, NmconvertError, UsageError
 from nmconvert.export.calls import PackedLayer, inlined_layers, packed_layers
-from nmconvert.export.check import compare, first_line, run, stock_session
+from nmconvert.export.check import compare, first_line, free_memory, memory_to_fold, run, stock_session
 from nmconvert.export.trace import run_module
 from nmconvert.inputs import InputSpec, example_feed
 from nmconvert.manifest import Layer, Manifest
@@ -68,7 +69,7 @@ def verify(
     manifest = _manifest(checkpoint)
     checks = list(_own_checks(checkpoint, manifest))
     if isinstance(checkpoint, OnnxCheckpoint):
-        checks += _onnx_checks(path, manifest, inputs)
+        checks += _onnx_checks(checkpoint, manifest, inputs)
     if against is not None:
         other = open_checkpoint(against, trust=trust)
         checks += _comparison(checkpoint, other, manifest, model, model_arguments, inputs, trust=trust)
@@ -143,11 +144,19 @@ class _Weights:
         return as_array(self.checkpoint.read(name))
 
 
-def _onnx_checks(path: Path, manifest: Manifest | None, inputs: Sequence[InputSpec]) -> Iterator[Check]:
+def _session(checkpoint: OnnxCheckpoint) -> InferenceSession:
+    """Stock onnxruntime; where there is no room to fold all packed weights at once, they are unpacked as it runs."""
+    manifest = _manifest(checkpoint)
+    layers = manifest.layers if manifest else ()
+    return stock_session(checkpoint.path, fold=memory_to_fold(checkpoint.model, layers) <= free_memory())
+
+
+def _onnx_checks(checkpoint: OnnxCheckpoint, manifest: Manifest | None, inputs: Sequence[InputSpec]) -> Iterator[Check]:
+    path = checkpoint.path
     yield _attempt("ONNX checker", lambda: onnx.checker.check_model(str(path), full_check=True), "accepts the file")
 
     def run_it() -> None:
-        outputs = run(stock_session(path), _feed(path, manifest, inputs))
+        outputs = run(_session(checkpoint), _feed(path, manifest, inputs))
         if not all(np.isfinite(output).all() for output in outputs if output.dtype.kind == "f"):
             raise ExportError("an output holds NaN or infinite values for a random input")
 
@@ -186,7 +195,7 @@ def _comparison(
 
     def outputs(side: Checkpoint) -> list[Array]:
         if isinstance(side, OnnxCheckpoint):
-            return run(stock_session(side.path), feed)
+            return run(_session(side), feed)
         spec = model or next((s["model"] for s in settings if s.get("model")), None)
         if spec is None and side.path.is_dir():
             spec = str(side.path)

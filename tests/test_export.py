@@ -306,6 +306,31 @@ def test_a_body_that_is_not_folded_is_refused(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "b.onnx").exists()
 
 
+@pytest.mark.parametrize("flavour", ["compressed", "inlined"])
+def test_without_memory_to_fold_it_is_checked_unfolded_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: str
+) -> None:
+    """As for a model of some gigabytes: the outputs are compared all the same, and verify can look at the file."""
+    from nmconvert import verify
+    from nmconvert.export import check
+
+    monkeypatch.setattr("nmconvert.export.free_memory", lambda: 0.0)
+    monkeypatch.setattr(verify, "free_memory", lambda: 0.0)
+    monkeypatch.setattr(check, "check_folded", lambda *_: pytest.fail("the folded graph was asked for"))
+    result = exported(conv_net(), tmp_path, flavour)
+    assert not result.folded
+    assert result.difference.accepted
+    assert result.notes == ("the folded graph was not looked at: 0 GB were free",)
+    assert not verify.verify(result.output, tmp_path / "source.onnx").failed
+
+
+def test_dense_files_need_no_memory_to_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nmconvert.export.free_memory", lambda: 0.0)
+    result = exported(conv_net(), tmp_path, "dense")
+    assert result.folded
+    assert result.notes == ()
+
+
 def test_a_model_that_onnxruntime_cannot_run(tmp_path: Path) -> None:
     model = model_of([make("MatMul", ["X", "W"], ["Y"])], {"W": sparse_weight("matmul", (64, 64), "2:4")}, ["n", 32])
     with pytest.raises(ExportError, match=r"source\.onnx: onnxruntime"):

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 _ALIGNMENT = 4096  # of addresses, offsets and sizes; no block device asks for more
-BUFFER = 4 << 20  # bytes at a time; a file that is smaller is written in the ordinary way
+BUFFER = 16 << 20  # bytes at a time; a file that is smaller is written in the ordinary way
 
 
 class Appender:

@@ -12,7 +12,7 @@ flavour         sparse weights are
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from onnx import ModelProto
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model, save_model
 from nmconvert.errors import ExportError, UsageError
-from nmconvert.export.check import Difference, check_export, compare, run, stock_session
+from nmconvert.export.check import Difference, check_export, compare, free_memory, memory_to_fold, run, stock_session
 from nmconvert.export.compress import Compressed, compress
 from nmconvert.export.find import patterns_found, sparse_layers
 from nmconvert.export.functions import DOMAIN, FIRST_OPSET, IR_VERSION, OPSET
@@ -39,6 +39,7 @@ from nmconvert.onnx_graph import graphs, opset
 from nmconvert.pattern import Axis, Pattern
 
 FLAVOURS = ("compressed", "dense", "inlined")
+_WORTH_A_NOTE = 4 << 30  # bytes of memory to load a file
 DYNAMIC_BATCH: Mapping[int, str] = {0: "batch"}
 
 
@@ -53,6 +54,7 @@ class ExportResult:
     compressed: Compressed
     difference: Difference
     notes: tuple[str, ...]
+    folded: bool = True  # whether the graph that stock onnxruntime makes of it was looked at
 
 
 @dataclass(frozen=True)
@@ -209,13 +211,26 @@ def _write(source: Path, output: Path, flavour: str, loaded: _Source, values: st
     )
     differences: list[Difference] = []
     layers = manifest.layers if flavour == "compressed" else ()
+    needed, free = memory_to_fold(model, manifest.layers), free_memory()
+    fold = needed <= free
 
     def check(path: Path) -> None:
         try:
-            differences.append(check_export(path, loaded.feed, loaded.outputs, layers))
+            differences.append(check_export(path, loaded.feed, loaded.outputs, layers, fold=fold))
         except ExportError as error:  # the file does not have its name yet
             raise ExportError(str(error).replace(str(path), str(output)).replace(path.name, output.name)) from error
 
     save_model(model, output, manifest=manifest.to_json, check=check)
     nbytes = output.stat().st_size + sum(path.stat().st_size for path in output.parent.glob(f"{output.name}*.data"))
-    return ExportResult(source, output, flavour, nbytes, compressed, differences[0], loaded.notes)
+    notes = (*loaded.notes, *_memory_notes(needed, free))
+    return ExportResult(source, output, flavour, nbytes, compressed, differences[0], notes, fold)
+
+
+def _memory_notes(needed: int, free: float) -> Iterator[str]:
+    if needed > _WORTH_A_NOTE:
+        yield (
+            f"a stock onnxruntime needs about {needed / 1e9:.0f} GB of memory for a moment when it loads this file; "
+            "a session on nmconvert's kernels does not, nor does the dense flavour"
+        )
+    if needed > free:
+        yield f"the folded graph was not looked at: {free / 1e9:.0f} GB were free"

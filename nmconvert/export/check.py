@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from onnx import ModelProto
 from nmconvert.checkpoint.onnx_file import read_model, read_whole_model
 from nmconvert.detect import digest
 from nmconvert.errors import ExportError, NmconvertError
-from nmconvert.export.calls import packed_layers
+from nmconvert.export.calls import packed_layers, values_name
 from nmconvert.export.functions import DOMAIN
 from nmconvert.manifest import Layer
 from nmconvert.onnx_graph import graphs
@@ -25,6 +25,7 @@ from nmconvert.onnx_graph import graphs
 Arrays = Mapping[str, npt.NDArray[Any]]
 _TOLERANCE = {"float16": 2e-2, "float32": 1e-3, "float64": 1e-9}  # of the largest output; sums run in another order
 _ROUNDED = {"float16": 5e-3, "bfloat16": 4e-2}  # where the weights alone were rounded to these
+_FOLDING = 13  # times the dense bytes: what each operator of a body gives is kept until all bodies are folded
 _OURS_ALONE = ("CumSum", "ScatterElements")  # operators that only an unfolded body would leave behind
 
 
@@ -47,14 +48,18 @@ class Difference:
         return self.relative <= self.tolerance
 
 
-def stock_session(path: Path, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+def stock_session(path: Path, optimized: Path | None = None, *, fold: bool = True) -> onnxruntime.InferenceSession:
     """An onnxruntime session with nothing of ours registered; ``optimized`` is where the graph that it runs is written.
+
+    Without ``fold``, packed weights are unpacked one after the other as it runs: slow, but in little memory.
 
     Raises:
         ExportError: onnxruntime cannot load the model.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    if not fold:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", optimized.name + ".data")
@@ -62,6 +67,21 @@ def stock_session(path: Path, optimized: Path | None = None) -> onnxruntime.Infe
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common base
         raise ExportError(f"{path.name}: onnxruntime cannot load it: {first_line(error)}") from error
+
+
+def memory_to_fold(model: ModelProto, layers: Iterable[Layer]) -> int:
+    """Bytes that a stock onnxruntime needs for a moment to load ``model``, in which some of ``layers`` are packed."""
+    names = {tensor.name for tensor in model.graph.initializer}
+    return _FOLDING * sum(layer.info.nbytes for layer in layers if values_name(layer.name) in names)
+
+
+def free_memory() -> float:
+    """Bytes that can be had without swapping; without limit where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+    except OSError:
+        return float("inf")
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), float("inf"))
 
 
 def run(session: onnxruntime.InferenceSession, feed: Arrays) -> list[npt.NDArray[Any]]:
@@ -97,8 +117,12 @@ def compare(found: npt.NDArray[Any], expected: npt.NDArray[Any], stored: str | N
     return Difference(float(np.abs(wide[0] - wide[1])[finite].max()), float(np.abs(wide[1][finite]).max()), tolerance)
 
 
-def check_export(path: Path, feed: Arrays, expected: Sequence[npt.NDArray[Any]], layers: Sequence[Layer]) -> Difference:
+def check_export(
+    path: Path, feed: Arrays, expected: Sequence[npt.NDArray[Any]], layers: Sequence[Layer], *, fold: bool = True
+) -> Difference:
     """Hold the file at ``path`` against what it was made from; returns the largest difference of its outputs.
+
+    Without ``fold``, for which there may be no memory (:func:`memory_to_fold`), the folded graph is not looked at.
 
     Raises:
         ExportError: it fails the checker, does not load or run, is not folded, or computes something else.
@@ -108,10 +132,7 @@ def check_export(path: Path, feed: Arrays, expected: Sequence[npt.NDArray[Any]],
     except Exception as error:  # the checker and shape inference raise classes of their own
         raise ExportError(f"{path.name}: the ONNX checker rejects it: {first_line(error)}") from error
     check_weights(path, layers)
-    with tempfile.TemporaryDirectory(prefix="nmconvert-") as folder:
-        optimized = Path(folder) / "optimized.onnx"
-        session = stock_session(path, optimized)
-        check_folded(path, read_model(path), read_model(optimized))
+    session = _folded_session(path) if fold else stock_session(path, fold=False)
     outputs = run(session, feed)
     if len(outputs) != len(expected):
         raise ExportError(f"{path.name}: it has {len(outputs)} outputs, the model {len(expected)}")
@@ -122,6 +143,15 @@ def check_export(path: Path, feed: Arrays, expected: Sequence[npt.NDArray[Any]],
             f"{path.name}: its output differs from the model's by {worst.absolute:.3g} (largest value {worst.scale:.3g})"
         )
     return worst
+
+
+def _folded_session(path: Path) -> onnxruntime.InferenceSession:
+    """A session whose optimised graph was looked at."""
+    with tempfile.TemporaryDirectory(prefix="nmconvert-") as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        session = stock_session(path, optimized)
+        check_folded(path, read_model(path), read_model(optimized))
+    return session
 
 
 def check_weights(path: Path, layers: Sequence[Layer]) -> None:
