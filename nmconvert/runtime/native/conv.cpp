@@ -141,7 +141,7 @@ void Run::operator()(const Task& task) const {
     const int64_t column = chunk * plan.chunk, columns = std::min(plan.chunk, plan.columns - column);
     fill_panel(isa, source, base, offsets + column, columns, segments, found, panel, width);
     const bool first = chunk == 0, last = chunk + 1 == plan.chunks;
-    job.starts = plan.start(task.group, chunk, task.row / kTiles[choice.tile].rows);
+    job.starts = plan.start(task.group, chunk, task.row / choice.shape().rows);
     job.bias = first && image.bias ? image.bias + channel : nullptr;
     job.in = first ? nullptr : sums;
     job.in_stride = width;
@@ -151,7 +151,7 @@ void Run::operator()(const Task& task) const {
     const bool clips = last && (direct || !image.residual);
     job.low = clips ? epilogue.low : -__builtin_inff();
     job.high = clips ? epilogue.high : __builtin_inff();
-    isa->stream[choice.tile](job);
+    choice.shape().stream(job);
   }
   if (!direct) return scatter(task, sums, width);
   for (int64_t r = 0; r < task.rows; ++r) isa->activate(image.y + at + r * size, width, epilogue.activation);
@@ -219,7 +219,7 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
   const int64_t width = choice.panel_width(), panels = ceil_div(pixels, width);
   const int64_t wanted = ceil_div(wanted_tasks() / 2, panels * attributes.groups);
   const int64_t useful = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(plan.rows) * weights.density() / 32));
-  const int64_t per_task = ceil_div(ceil_div(plan.rows, std::min(wanted, useful)), 16) * 16;
+  const int64_t per_task = ceil_div(ceil_div(plan.rows, std::min(wanted, useful)), choice.row_unit()) * choice.row_unit();
   const int64_t splits = ceil_div(plan.rows, per_task);
   parallel(attributes.groups * panels * splits, [&](int64_t index) {
     const int64_t row = index % splits * per_task, panel = index / splits % panels, first = panel * width;

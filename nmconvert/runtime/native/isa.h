@@ -8,14 +8,6 @@ namespace nmconvert {
 
 enum class Activation { kNone, kClip, kSilu, kGelu, kGeluTanh };
 
-// A tile holds `vectors` accumulators for each of `rows` output rows that advance in lockstep.
-struct Tile {
-  int vectors;
-  int rows;
-};
-constexpr Tile kTiles[] = {{1, 8}, {2, 4}, {4, 2}, {7, 1}, {8, 1}, {13, 1}};
-constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
-
 constexpr int kStep = 4;  // kept entries that are read at once: four values, and four 16-bit offsets in one word
 
 // One chunk of one panel: out[r] = clip(in[r] + bias[r] + sum over kept entries of value * panel[offset]).
@@ -35,6 +27,14 @@ struct StreamJob {
 
 // How the values of RowJob stand in memory. One token through a large layer is limited by the bytes that it reads.
 enum class Storage { kFloats, kHalves, kBrains };
+
+// A tile holds `vectors` accumulators for each of `rows` output rows that advance in lockstep.
+struct Tile {
+  int vectors;
+  int rows;
+  void (*stream)(const StreamJob&);
+};
+constexpr int kTileCount = 6;
 
 // Few tokens: lanes are output rows. Positions are nibbles, eight kept entries to a 32-bit lane.
 struct RowJob {
@@ -65,8 +65,7 @@ struct Segment {
 struct Isa {
   const char* name;
   int width;      // floats in a vector
-  int registers;  // vector registers
-  void (*stream[kTileCount])(const StreamJob&);
+  Tile tiles[kTileCount];
   void (*rows)(const RowJob&);
   // x [tokens][x_stride] → panel [columns][panel_width], zero where there is no token.
   void (*pack_tokens)(const float* x, int64_t x_stride, int64_t tokens, int64_t columns, float* panel, int64_t panel_width);

@@ -31,6 +31,28 @@ inline Vector splat(float x) {
 #endif
 }
 
+// Four floats, repeated through the vector; and one of the four in every lane. A load for each value would cost a load slot,
+// which the panel needs; the permutation runs where nothing else does.
+inline Vector four(const float* p) {
+#if NMC_WIDTH == 16
+  return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+#elif NMC_WIDTH == 8
+  return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+#else
+  return load(p);
+#endif
+}
+template <int I>
+inline Vector one_of(Vector four) {
+#if NMC_WIDTH == 16
+  return _mm512_permute_ps(four, 0x55 * I);
+#elif NMC_WIDTH == 8
+  return _mm256_permute_ps(four, 0x55 * I);
+#else
+  return __builtin_shuffle(four, Ints{I, I, I, I});
+#endif
+}
+
 // NaN in `v` survives both, as in the standard operators.
 inline Vector clip(Vector v, Vector low, Vector high) {
 #if NMC_WIDTH == 16
@@ -45,6 +67,39 @@ inline Vector clip(Vector v, Vector low, Vector high) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Streaming: a kept entry is a value and the offset of its row in the panel, whatever N, M and the axis are.
+
+// sum += value · panel row, for the I-th of four kept entries.
+template <int I, int N>
+inline void accumulate(Vector (&sum)[N], const char* panel, Vector values, uint64_t offsets) {
+  const float* source = reinterpret_cast<const float*>(panel + ((offsets >> (16 * I)) & 0xffff));
+  const Vector value = one_of<I>(values);
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n) sum[n] += value * *reinterpret_cast<const Vector*>(source + n * W);
+}
+
+// One step of R rows. Rows inside entries, so that a sum is not needed again at once, where the registers suffice.
+template <int N, int R>
+inline void step(Vector (&sum)[R][N], const char* panel, const float* values, const uint16_t* offsets) {
+  constexpr int kTogether = (N + 1) * R + 5 <= NMC_REGISTERS ? R : 1;
+#pragma GCC unroll 8
+  for (int first = 0; first < R; first += kTogether) {
+    Vector quads[kTogether];
+    uint64_t words[kTogether];
+#pragma GCC unroll 8
+    for (int r = 0; r < kTogether; ++r) {
+      quads[r] = four(values + (first + r) * kStep);
+      words[r] = *reinterpret_cast<const Word*>(offsets + (first + r) * kStep);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kTogether; ++r) accumulate<0>(sum[first + r], panel, quads[r], words[r]);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTogether; ++r) accumulate<1>(sum[first + r], panel, quads[r], words[r]);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTogether; ++r) accumulate<2>(sum[first + r], panel, quads[r], words[r]);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTogether; ++r) accumulate<3>(sum[first + r], panel, quads[r], words[r]);
+  }
+}
 
 template <int N, int R>
 void stream(const StreamJob& job) {
@@ -63,20 +118,10 @@ void stream(const StreamJob& job) {
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) sum[r][n] = job.in ? load(in + n * W) + bias : bias;
     }
-    for (uint32_t step = job.starts[block]; step < job.starts[block + 1]; ++step) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const uint64_t word = *reinterpret_cast<const Word*>(offsets);
-#pragma GCC unroll 4
-        for (int i = 0; i < kStep; ++i) {
-          const float* source = reinterpret_cast<const float*>(panel + ((word >> (16 * i)) & 0xffff));
-          const Vector value = splat(values[i]);
-#pragma GCC unroll 16
-          for (int n = 0; n < N; ++n) sum[r][n] += value * *reinterpret_cast<const Vector*>(source + n * W);
-        }
-        values += kStep;
-        offsets += kStep;
-      }
+    for (uint32_t i = job.starts[block]; i < job.starts[block + 1]; ++i) {
+      step(sum, panel, values, offsets);
+      values += R * kStep;
+      offsets += R * kStep;
     }
     for (int r = 0; r < R; ++r) {
       if (r >= valid) break;
@@ -352,11 +397,22 @@ void gather(const float* from, const int64_t* offsets, int64_t columns, const Se
 
 #include "prune.inl"
 
+template <int N, int R>
+constexpr Tile tile() {
+  return {N, R, stream<N, R>};
+}
+
+// Eight sums or more cover the latency of a product; more rows than one halve what their ends cost.
+#if NMC_REGISTERS >= 32
+#define NMC_TILES {tile<1, 8>(), tile<2, 8>(), tile<4, 4>(), tile<6, 3>(), tile<7, 3>(), tile<8, 2>()}
+#else
+#define NMC_TILES {tile<1, 8>(), tile<2, 4>(), tile<4, 2>(), tile<7, 1>(), tile<8, 1>(), tile<13, 1>()}
+#endif
+
 constexpr Isa kIsa = {
     NMC_NAME,
     W,
-    NMC_REGISTERS,
-    {stream<1, 8>, stream<2, 4>, stream<4, 2>, stream<7, 1>, stream<8, 1>, stream<13, 1>},
+    NMC_TILES,
     rows,
     pack_tokens,
     unpack_tokens,

@@ -63,10 +63,10 @@ void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group,
                      std::min(part, columns - column), packed + (panel * columns + column) * width, width);
   });
 
-  const int64_t tile_rows = kTiles[choice.tile].rows;
+  const int64_t unit = choice.row_unit();
   const double row_work = static_cast<double>(columns * width) * density;
   int64_t per_task = std::max(ceil_div(rows * panels, wanted_tasks()), static_cast<int64_t>(kSmallestTask / row_work));
-  per_task = std::max<int64_t>(16, std::min(ceil_div(per_task, 16) * 16, ceil_div(rows, 16) * 16));
+  per_task = std::max(unit, ceil_div(std::min(per_task, rows), unit) * unit);
   const int64_t splits = ceil_div(rows, per_task);
   parallel(panels * splits, [&](int64_t task) {
     const int64_t panel = task / splits, row = task % splits * per_task, count = std::min(per_task, rows - row);
@@ -80,11 +80,11 @@ void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group,
     job.low = -__builtin_inff();
     job.high = __builtin_inff();
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-      job.starts = plan.start(group, chunk, row / tile_rows);
+      job.starts = plan.start(group, chunk, row / choice.shape().rows);
       job.panel = packed + (panel * columns + chunk * plan.chunk) * width;
       job.in = chunk ? sums : nullptr;
       job.bias = chunk || !tokens.bias ? nullptr : tokens.bias + row;
-      isa->stream[choice.tile](job);
+      choice.shape().stream(job);
     }
     const int64_t token = panel * width, valid = std::min(width, tokens.tokens - token), at = token * rows + row;
     isa->unpack_tokens(sums, width, count, valid, tokens.residual ? tokens.residual + at : nullptr, tokens.y + at, rows, epilogue.low,

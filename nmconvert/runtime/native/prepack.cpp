@@ -34,14 +34,14 @@ int64_t chunk_columns(int64_t columns, int64_t panel_width, Hint hint) {
   return std::min(ceil_div(even, unit) * unit, most / unit * unit);
 }
 
-StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scale, int64_t groups, Tile tile, int64_t panel_width,
+StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scale, int64_t groups, int tile_rows, int64_t panel_width,
                        Hint hint) {
   StreamPlan plan;
   plan.rows = matrix.rows / groups;
   plan.columns = matrix.columns;
   plan.chunk = chunk_columns(matrix.columns, panel_width, hint);
   plan.chunks = ceil_div(matrix.columns, plan.chunk);
-  plan.blocks = ceil_div(plan.rows, tile.rows);
+  plan.blocks = ceil_div(plan.rows, tile_rows);
   plan.starts.resize(groups * plan.chunks * (plan.blocks + 1));
 
   // Where each row's entries of each chunk begin.
@@ -62,7 +62,7 @@ StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scal
       for (int64_t block = 0; block < plan.blocks; ++block) {
         start[block] = static_cast<uint32_t>(step);
         uint32_t most = 0;
-        for (int64_t r = block * tile.rows; r < std::min(plan.rows, (block + 1) * tile.rows); ++r) {
+        for (int64_t r = block * tile_rows; r < std::min(plan.rows, (block + 1) * tile_rows); ++r) {
           const uint32_t* bound = &bounds[(group * plan.rows + r) * (plan.chunks + 1) + chunk];
           most = std::max(most, bound[1] - bound[0]);
         }
@@ -72,16 +72,16 @@ StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scal
     }
   if (step > UINT32_MAX) throw InvalidNode("the weight is too large");
 
-  float* out = plan.values.at_least(step * tile.rows * kStep);
-  uint16_t* offset = plan.offsets.at_least(step * tile.rows * kStep);
+  float* out = plan.values.at_least(step * tile_rows * kStep);
+  uint16_t* offset = plan.offsets.at_least(step * tile_rows * kStep);
   for (int64_t group = 0; group < groups; ++group)
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
       for (int64_t r = 0; r < plan.rows; ++r) {
         const uint32_t* bound = &bounds[(group * plan.rows + r) * (plan.chunks + 1) + chunk];
-        const int64_t first = *plan.start(group, chunk, r / tile.rows);
+        const int64_t first = *plan.start(group, chunk, r / tile_rows);
         for (uint32_t i = 0; i < bound[1] - bound[0]; ++i) {
           const uint32_t entry = bound[0] + i;
-          const int64_t to = ((first + i / kStep) * tile.rows + r % tile.rows) * kStep + i % kStep;
+          const int64_t to = ((first + i / kStep) * tile_rows + r % tile_rows) * kStep + i % kStep;
           out[to] = values[matrix.value_index(entry)] * scale;
           offset[to] = static_cast<uint16_t>((matrix.column[entry] - chunk * plan.chunk) * panel_width * 4);
         }

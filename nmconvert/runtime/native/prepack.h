@@ -52,7 +52,7 @@ struct Hint {
 // Columns of a chunk for panels of `panel_width` floats.
 int64_t chunk_columns(int64_t columns, int64_t panel_width, Hint hint);
 
-StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scale, int64_t groups, Tile tile, int64_t panel_width,
+StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scale, int64_t groups, int tile_rows, int64_t panel_width,
                        Hint hint);
 RowPlan plan_rows(const SparseRows& matrix, const Constant& values, float scale, int64_t groups, int width);
 

@@ -42,9 +42,9 @@ const StreamPlan& Weights::stream(const Packed& packed, const Isa& isa, int inde
   std::unique_ptr<StreamPlan>& plan = streams_[{&isa, index}];
   if (!plan) {
     std::vector<float> widened;
-    const int64_t panel_width = int64_t{kTiles[index].vectors} * isa.width;
+    const Tile& tile = isa.tiles[index];
     plan = std::make_unique<StreamPlan>(
-        plan_stream(take(packed), widen(packed.values, widened), scale_, groups_, kTiles[index], panel_width, hint_));
+        plan_stream(take(packed), widen(packed.values, widened), scale_, groups_, tile.rows, tile.vectors * isa.width, hint_));
   }
   return *plan;
 }
@@ -63,10 +63,10 @@ namespace {
 
 constexpr double kLine = 16;  // floats in a cache line
 
-// Cycles of one kept entry against a tile, as measured: with 512-bit vectors a load costs more than half a cycle.
-double entry_cycles(const Isa& isa, Tile tile) {
-  const double loads = isa.width == 16 ? 0.8 * tile.vectors + 0.2 : 0.55 * tile.vectors + 0.4;
-  return std::max(loads, 4.0 / tile.rows) + 12 / kLine;  // a sum waits four cycles for itself; six bytes of weight stream in
+// Cycles of one kept entry against a tile, as measured on Zen 5.
+double entry_cycles(const Isa& isa, const Tile& tile) {
+  const double products = isa.width == 16 ? 0.58 * tile.vectors + 0.3 : 0.57 * tile.vectors + 0.1;
+  return std::max(products, 4.0 / tile.rows) + 4 / kLine;  // a sum waits four cycles for itself; six bytes of weight stream in
 }
 
 }  // namespace
@@ -77,13 +77,12 @@ TileChoice choose_tile(const Isa* isa, const Weights& weights, int64_t width, do
   for (const Isa* candidate : {isa, narrower(isa)}) {
     if (!candidate) continue;
     for (int tile = 0; tile < kTileCount; ++tile) {
-      const auto [vectors, rows] = kTiles[tile];
-      if (vectors * rows + 2 > candidate->registers) continue;
+      const int vectors = candidate->tiles[tile].vectors;
       const int64_t panel_width = int64_t{vectors} * candidate->width;
       const int64_t chunk = chunk_columns(weights.columns(), panel_width, weights.hint());
       const double chunks = static_cast<double>(ceil_div(weights.columns(), chunk));
       const double panels = static_cast<double>(ceil_div(width, panel_width));
-      const double row = static_cast<double>(weights.columns()) * weights.density() * entry_cycles(*candidate, kTiles[tile]) +
+      const double row = static_cast<double>(weights.columns()) * weights.density() * entry_cycles(*candidate, candidate->tiles[tile]) +
                          chunks * (4.0 * static_cast<double>(panel_width) / kLine + 8);
       const double cost = panels * (static_cast<double>(weights.rows()) * row + fill * vectors * static_cast<double>(weights.columns()));
       if (least == 0 || cost < least) {

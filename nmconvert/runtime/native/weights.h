@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <utility>
 
 #include "parallel.h"
@@ -50,7 +51,9 @@ class Weights {
 struct TileChoice {
   const Isa* isa;
   int tile;
-  int64_t panel_width() const { return int64_t{kTiles[tile].vectors} * isa->width; }
+  const Tile& shape() const { return isa->tiles[tile]; }
+  int64_t row_unit() const { return std::lcm<int64_t>(16, shape().rows); }  // what rows are split into multiples of
+  int64_t panel_width() const { return int64_t{shape().vectors} * isa->width; }
 };
 
 // The tile that takes the fewest estimated cycles for `width` tokens or pixels; `fill` is the cost of bringing one vector of
