@@ -145,6 +145,39 @@ def test_convolutions(isa: str, seed: int, pattern: str, axis: Any, rank: int, d
     assert_close(got, convolve(x, weight, bias, **attributes))
 
 
+# Widths that fill vectors with whole rows, halves and quarters of rows; tails below and beside; strides and dilations.
+@pytest.mark.parametrize(
+    ("size", "kernel", "attributes"),
+    [
+        ((56, 56), (3, 3), {}),
+        ((28, 28), (3, 3), {"strides": [2, 2]}),
+        ((14, 14), (3, 3), {"dilations": [2, 2], "pads": [2] * 4}),
+        ((7, 7), (3, 3), {}),
+        ((15, 9), (5, 2), {"strides": [3, 1], "dilations": [2, 1], "group": 2}),
+        ((17, 30), (7, 7), {"strides": [2, 3], "pads": [3] * 4}),
+        ((13, 21), (3, 1), {"strides": [2, 2], "pads": [1, 0, 1, 0]}),
+        ((9, 40), (1, 1), {"strides": [2, 2], "pads": [0] * 4}),
+        ((7, 7), (1, 1), {"pads": [0] * 4}),
+    ],
+)
+@pytest.mark.parametrize(("batch", "pattern"), [(1, "1:4"), (3, "2:4"), (1, "1:16")])
+def test_convolutions_of_the_sizes_of_networks(
+    isa: str, size: Any, kernel: Any, attributes: Any, batch: int, pattern: str
+) -> None:
+    rng = np.random.default_rng(5)
+    attributes = {"pads": [1] * 4, **attributes}
+    groups = attributes.get("group", 1)
+    weight = random_weight(rng, "conv", (50, 96 // groups, *kernel), pattern)
+    x = rng.standard_normal((batch, 96, *size)).astype(np.float32)
+    bias = rng.standard_normal(50).astype(np.float32)
+    expected = convolve(x, weight, bias, **attributes)
+    residual = rng.standard_normal(expected.shape).astype(np.float32)
+    plain = layer("ConvRelu", weight, list(x.shape), {"B": bias}, **attributes)
+    assert_close(with_kernels(plain, 2).run(None, {"x": x})[0], np.maximum(expected, 0))
+    added = layer("ConvAddRelu", weight, list(x.shape), {"B": bias, "Z": residual}, **attributes)
+    assert_close(with_kernels(added).run(None, {"x": x})[0], np.maximum(expected + residual, 0))
+
+
 @pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])
 def test_auto_pad_is_that_of_the_body(isa: str, mode: str) -> None:
     rng = np.random.default_rng(0)
@@ -227,6 +260,7 @@ def test_the_number_of_threads_changes_no_bit(isa: str) -> None:
         (layer("MatMul", linear, ["t", 640]), (1, 640)),
         (layer("MatMul", linear, ["t", 640]), (70, 640)),
         (layer("Conv", conv, [1, 32, 30, 30], pads=[1] * 4), (1, 32, 30, 30)),
+        (layer("Conv", conv, [3, 32, 7, 7], pads=[1] * 4), (3, 32, 7, 7)),
     ):
         x = rng.standard_normal(shape).astype(np.float32)
         first, *others = (with_kernels(proto, threads).run(None, {"x": x})[0].tobytes() for threads in (1, 2, 4))

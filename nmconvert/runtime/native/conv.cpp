@@ -2,135 +2,175 @@
 
 #include <algorithm>
 
+#include "source.h"
+
 namespace nmconvert {
 namespace {
 
-constexpr double kFill = 1.6;  // cycles to gather one vector of a panel
+int64_t pixels_of(const Image& image) { return image.batch * volume(image.out); }
 
-int64_t volume(const Triple& t) { return t[0] * t[1] * t[2]; }
-
-// Where pixels stand: the input itself, or a copy with zeros around it, whose columns are sorted by their remainder modulo the
-// stride, so that whatever a kernel position reads from one output row is contiguous.
-struct Source {
-  const float* data;
-  int64_t image, channel, slice, row;  // strides
-  int64_t phase;                       // floats between remainders
-  bool padded;
-};
-
-// A 1×1 convolution without stride or pads takes an image for one long row. Says whether this is one.
-bool flatten_pointwise(const ConvAttributes& attributes, Image& image) {
-  if (volume(attributes.kernel) != 1 || volume(attributes.strides) != 1) return false;
-  for (int d = 0; d < 3; ++d)
-    if (attributes.before[d] || attributes.after[d]) return false;
-  image.in = image.out = {1, 1, volume(image.in)};
-  return true;
+// Columns where there is one row or one kernel row: strips would hold no less.
+bool takes_strips(const ConvAttributes& attributes, const Image& image) {
+  return attributes.kernel[1] > 1 && image.out[1] > 1 && image.in[0] * attributes.kernel[0] * image.out[0] == 1 &&
+         attributes.before[0] + attributes.after[0] == 0;
 }
 
-Source make_source(const ConvAttributes& attributes, const Image& image, const Parallel& parallel) {
-  const int64_t stride = attributes.strides[2], channels = attributes.groups * attributes.inputs;
-  const Triple& in = image.in;
-  bool pads = stride > 1;
-  for (int d = 0; d < 3; ++d) pads = pads || attributes.before[d] || attributes.after[d];
-  if (!pads) return {image.x, channels * volume(in), volume(in), in[1] * in[2], in[2], 0, false};
+// What moving costs, in cycles a vector: columns are gathered by runs of output rows, strips by pieces.
+double column_fill(const ConvAttributes& attributes, const Image& image, int64_t width) {
+  return volume(attributes.kernel) == 1 && image.out[1] == 1 ? 2.0 : 3.5 + 2.0 * static_cast<double>(width / (image.out[2] + 1));
+}
+double strip_fill(int64_t pieces) { return pieces == 1 ? 1.4 : 1.2 * static_cast<double>(pieces); }
 
-  Triple extent;
-  for (int d = 0; d < 3; ++d) extent[d] = in[d] + attributes.before[d] + attributes.after[d];
-  const int64_t phase = ceil_div(extent[2], stride), row = phase * stride, slice = row * extent[1], channel = slice * extent[0];
-  if (static_cast<double>(channel) * static_cast<double>(channels * image.batch) > 1e11) throw std::bad_alloc();
-  float* copy = Scratch::mine().shared_input.at_least(channel * channels * image.batch);
-  parallel(channels * image.batch, [&](int64_t plane) {
-    float* to = copy + plane * channel;
-    const float* from = image.x + plane * volume(in);
-    std::fill_n(to, channel, 0.0f);
-    for (int64_t z = 0; z < in[0]; ++z)
-      for (int64_t y = 0; y < in[1]; ++y, from += in[2]) {
-        float* line = to + (z + attributes.before[0]) * slice + (y + attributes.before[1]) * row;
-        if (stride == 1) {
-          std::copy_n(from, in[2], line + attributes.before[2]);
-          continue;
-        }
-        int64_t at = attributes.before[2] / stride, remainder = attributes.before[2] % stride;
-        for (int64_t x = 0; x < in[2]; ++x) {
-          line[remainder * phase + at] = from[x];
-          if (++remainder == stride) remainder = 0, ++at;
-        }
-      }
-  });
-  return {copy, channel * channels, channel, slice, row, phase, true};
+// Panels that the output is cut into.
+int64_t count_panels(const TileChoice& choice, const Image& image) {
+  if (!choice.layout.strips) return ceil_div(pixels_of(image), choice.panel_width());
+  const int64_t rows = ceil_div(image.out[1], choice.shape().vectors), columns = ceil_div(image.out[2], choice.isa->width / choice.pieces);
+  return ceil_div(image.batch * rows * columns, choice.pieces);
 }
 
-// For every column of the weight, in the file's order, where it reads relative to the pixel.
-const int64_t* column_offsets(const ConvAttributes& a, const Source& source, const std::vector<uint32_t>& order) {
-  int64_t* offsets = Scratch::mine().shared_offsets.at_least(static_cast<int64_t>(order.size()));
+double cycles(const TileChoice& choice, const ConvAttributes& attributes, const Image& image, const Weights& weights) {
+  const bool strips = choice.layout.strips, direct = !strips && volume(image.out) % choice.panel_width() == 0;
+  const double fill = strips ? strip_fill(choice.pieces) : column_fill(attributes, image, choice.isa->width);
+  const double finish = direct ? 0.5 : 2.0 + static_cast<double>(choice.pieces);
+  const double moved = fill * static_cast<double>(choice.layout.lines() * choice.layout.height) +
+                       finish * static_cast<double>(weights.rows() * choice.shape().vectors);
+  return static_cast<double>(count_panels(choice, image)) * (panel_cycles(choice, weights) + moved);
+}
+
+// The choice with the fewest estimated cycles.
+TileChoice choose_panels(const Isa* isa, const Weights& weights, const ConvAttributes& attributes, const Image& image) {
+  TileChoice best{};
+  double least = 0;
+  const auto consider = [&](const TileChoice& choice) {
+    const double cost = cycles(choice, attributes, image, weights);
+    if (least == 0 || cost < least) least = cost, best = choice;
+  };
+  const Kernel kernel{attributes.kernel[1], attributes.kernel[2], attributes.dilations[1], attributes.strides[1]};
+  for (const Isa* candidate : {isa, narrower(isa)})
+    for (int tile = 0; candidate && tile < kTileCount; ++tile) {
+      const int64_t vectors = candidate->tiles[tile].vectors, width = candidate->width;
+      consider({candidate, tile, column_layout(weights.columns(), weights.density(), weights.hint(), vectors, width)});
+      if (!takes_strips(attributes, image)) continue;
+      const Layout strips = strip_layout(attributes.inputs, kernel, weights.density(), weights.hint(), vectors, width);
+      for (int64_t pieces = 1; strips.fits() && pieces <= 4; pieces *= 2) consider({candidate, tile, strips, pieces});
+    }
+  return best;
+}
+
+// For every line of a panel, where it reads relative to the pixel.
+const int64_t* line_offsets(const ConvAttributes& a, const Layout& layout, const Source& source, const std::vector<uint32_t>& order) {
+  int64_t* offsets = Scratch::mine().shared_offsets.at_least(layout.lines());
+  if (layout.strips) {
+    int64_t* next = offsets;
+    for (int64_t channel = 0; channel < a.inputs; ++channel)
+      for (int64_t remainder = 0; remainder < layout.kernel.remainders(); ++remainder)
+        for (int64_t x = 0; x < a.kernel[2]; ++x)
+          *next++ = channel * source.channel + remainder * layout.kernel.remainder_step() * source.row +
+                    source.column(x * a.dilations[2], a.strides[2]);
+    return offsets;
+  }
   for (size_t i = 0; i < order.size(); ++i) {
     int64_t rest = order[i];
     const int64_t x = rest % a.kernel[2] * a.dilations[2];
     rest /= a.kernel[2];
     const int64_t y = rest % a.kernel[1] * a.dilations[1];
     rest /= a.kernel[1];
-    const int64_t z = rest % a.kernel[0] * a.dilations[0];
-    const int64_t channel = rest / a.kernel[0];
-    offsets[i] = channel * source.channel + z * source.slice + y * source.row + x % a.strides[2] * source.phase + x / a.strides[2];
+    const int64_t z = rest % a.kernel[0] * a.dilations[0], channel = rest / a.kernel[0];
+    offsets[i] = channel * source.channel + z * source.slice + y * source.row + source.column(x, a.strides[2]);
   }
   return offsets;
 }
 
-// The runs of the output pixels [first, first + count) of the whole batch.
-int64_t find_segments(const ConvAttributes& a, const Image& image, const Source& source, int64_t first, int64_t count, Segment* segments) {
-  const Triple& out = image.out;
-  int64_t found = 0;
-  for (int64_t done = 0; done < count;) {
-    int64_t rest = first + done;
-    const int64_t x = rest % out[2];
-    rest /= out[2];
-    const int64_t y = rest % out[1];
-    rest /= out[1];
-    const int64_t z = rest % out[0], n = rest / out[0];
-    const int64_t length = std::min(count - done, out[2] - x);
-    segments[found++] = {n * source.image + z * a.strides[0] * source.slice + y * a.strides[1] * source.row + x, done, length};
-    done += length;
-  }
-  return found;
-}
-
-void fill_panel(const Isa* isa, const Source& source, const float* base, const int64_t* offsets, int64_t columns, const Segment* segments,
-                int64_t count, float* panel, int64_t width) {
-  if (source.padded) return isa->gather(base, offsets, columns, segments, count, panel, width);  // the copy has room beyond runs
-  for (int64_t column = 0; column < columns; ++column, panel += width)
-    for (int64_t s = 0; s < count; ++s) std::memcpy(panel + segments[s].to, base + offsets[column] + segments[s].from, segments[s].count * 4);
-}
-
 // One panel of pixels and a range of output channels.
 struct Task {
-  int64_t group, first, count, row, rows;
+  int64_t group, panel, row, rows;
+};
+
+// What a panel is filled from, and where its sums go: `to` counts from the first pixel of a channel, `from` floats of a row of sums.
+struct Window {
+  Segment *reads, *writes;
+  int64_t read_count = 0, write_count = 0;
 };
 
 struct Run {
-  const Isa* isa;
-  TileChoice choice;
+  const TileChoice& choice;
   const StreamPlan& plan;
   const ConvAttributes& attributes;
   const Image& image;
   const Source& source;
-  const int64_t* offsets;
+  const int64_t* lines;
   const Epilogue& epilogue;
 
   void operator()(const Task& task) const;
-  void scatter(const Task& task, const float* sums, int64_t width) const;
+  void find_columns(int64_t panel, Window& window) const;
+  void find_strips(int64_t panel, Window& window) const;
+  void fill_columns(const float* base, const int64_t* offsets, int64_t count, const Window& window, float* panel) const;
 };
 
+// The runs of output rows that the pixels of a panel lie in.
+void Run::find_columns(int64_t panel, Window& window) const {
+  const Triple& out = image.out;
+  const int64_t size = volume(out), width = choice.panel_width(), first = panel * width;
+  const int64_t count = std::min(width, pixels_of(image) - first);
+  for (int64_t done = 0, length; done < count; done += length) {
+    const int64_t n = (first + done) / size, pixel = (first + done) % size;
+    const int64_t x = pixel % out[2], y = pixel / out[2] % out[1], z = pixel / out[2] / out[1];
+    length = std::min(count - done, out[2] - x);
+    const int64_t row = z * attributes.strides[0] * source.slice + y * attributes.strides[1] * source.row;
+    window.reads[window.read_count++] = {n * source.image + row + x, done, length};
+  }
+  for (int64_t done = 0, length; done < count; done += length) {
+    const int64_t n = (first + done) / size, pixel = (first + done) % size;
+    length = std::min(count - done, size - pixel);
+    window.writes[window.write_count++] = {done, n * attributes.outputs * size + pixel, length};
+  }
+}
+
+// The pieces that share the vectors of a panel; where there are none left, the first once more.
+void Run::find_strips(int64_t panel, Window& window) const {
+  const Triple& out = image.out;
+  const int64_t vectors = choice.shape().vectors, width = choice.isa->width, lanes = width / choice.pieces;
+  const int64_t across = ceil_div(out[2], lanes), down = ceil_div(out[1], vectors);
+  for (int64_t piece = 0; piece < choice.pieces; ++piece) {
+    const int64_t index = panel * choice.pieces + piece, n = index / across / down;
+    if (n >= image.batch) {
+      window.reads[window.read_count++] = window.reads[0];
+      continue;
+    }
+    const int64_t y = index / across % down * vectors, x = index % across * lanes;
+    window.reads[window.read_count++] = {n * source.image + y * attributes.strides[1] * source.row + x, piece * lanes, lanes};
+    for (int64_t v = 0; v < std::min(vectors, out[1] - y); ++v)
+      window.writes[window.write_count++] = {v * width + piece * lanes,
+                                             n * attributes.outputs * volume(out) + (y + v) * out[2] + x, std::min(lanes, out[2] - x)};
+  }
+}
+
+// Whole vectors, but for the last lines, where that would read beyond the end of the input.
+void Run::fill_columns(const float* base, const int64_t* offsets, int64_t count, const Window& window, float* panel) const {
+  const int64_t width = choice.panel_width();
+  int64_t end = 0, whole = count;
+  for (int64_t s = 0; s < window.read_count; ++s) end = std::max(end, window.reads[s].from + window.reads[s].count + choice.isa->width);
+  while (whole > 0 && base - source.data + offsets[whole - 1] + end > source.size) --whole;
+  choice.isa->gather(base, offsets, whole, window.reads, window.read_count, panel, width);
+  for (int64_t line = whole; line < count; ++line)
+    for (int64_t s = 0; s < window.read_count; ++s) {
+      const Segment& read = window.reads[s];
+      std::memcpy(panel + line * width + read.to, base + offsets[line] + read.from, read.count * 4);
+    }
+}
+
 void Run::operator()(const Task& task) const {
-  const int64_t width = choice.panel_width(), size = volume(image.out);
+  const Layout& layout = choice.layout;
+  const int64_t width = choice.panel_width(), size = volume(image.out), channel = task.group * plan.rows + task.row;
   Scratch& scratch = Scratch::mine();
-  float* panel = scratch.own_panel.at_least((plan.chunk + 1) * width);
+  float* panel = scratch.own_panel.at_least(layout.chunk_size() + width);
   float* sums = scratch.own_sums.at_least(task.rows * width);
-  Segment* segments = scratch.own_segments.at_least(width);
-  const int64_t found = find_segments(attributes, image, source, task.first, task.count, segments);
+  Segment* segments = scratch.own_segments.at_least(2 * width);
+  Window window{segments, segments + width};
+  layout.strips ? find_strips(task.panel, window) : find_columns(task.panel, window);
   const float* base = source.data + task.group * attributes.inputs * source.channel;
-  const int64_t channel = task.group * plan.rows + task.row, n = task.first / size, pixel = task.first % size;
-  const int64_t at = (n * attributes.outputs + channel) * size + pixel;
-  const bool direct = task.count == width && pixel + width <= size;
+  const int64_t at = channel * size + window.writes[0].to;
+  const bool direct = !layout.strips && window.writes[0].count == width;
 
   StreamJob job{};
   job.values = plan.values.data();
@@ -138,8 +178,13 @@ void Run::operator()(const Task& task) const {
   job.rows = task.rows;
   job.panel = panel;
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-    const int64_t column = chunk * plan.chunk, columns = std::min(plan.chunk, plan.columns - column);
-    fill_panel(isa, source, base, offsets + column, columns, segments, found, panel, width);
+    const int64_t line = chunk * layout.chunk_lines(), count = std::min(layout.chunk_lines(), layout.lines() - line);
+    if (layout.strips) {
+      const int64_t step = attributes.strides[1] * source.row;
+      choice.isa->gather_strips(base, lines + line, count, window.reads, choice.pieces, layout.height, step, panel);
+    } else {
+      fill_columns(base, lines + line, count, window, panel);
+    }
     const bool first = chunk == 0, last = chunk + 1 == plan.chunks;
     job.starts = plan.start(task.group, chunk, task.row / choice.shape().rows);
     job.bias = first && image.bias ? image.bias + channel : nullptr;
@@ -148,37 +193,36 @@ void Run::operator()(const Task& task) const {
     if (first && direct && image.residual) job.in = image.residual + at, job.in_stride = size;
     job.out = last && direct ? image.y + at : sums;
     job.out_stride = last && direct ? size : width;
-    const bool clips = last && (direct || !image.residual);
-    job.low = clips ? epilogue.low : -__builtin_inff();
-    job.high = clips ? epilogue.high : __builtin_inff();
+    job.low = last && direct ? epilogue.low : -__builtin_inff();
+    job.high = last && direct ? epilogue.high : __builtin_inff();
     choice.shape().stream(job);
   }
-  if (!direct) return scatter(task, sums, width);
-  for (int64_t r = 0; r < task.rows; ++r) isa->activate(image.y + at + r * size, width, epilogue.activation);
+  if (direct) {
+    for (int64_t r = 0; r < task.rows; ++r) choice.isa->activate(image.y + at + r * size, width, epilogue.activation);
+    return;
+  }
+  const float* residual = image.residual ? image.residual + channel * size : nullptr;
+  choice.isa->finish({sums, width, task.rows, window.writes, window.write_count, residual, image.y + channel * size, size, epilogue.low,
+                      epilogue.high, epilogue.activation});
 }
 
-// A panel that is not full, or lies in several images.
-void Run::scatter(const Task& task, const float* sums, int64_t width) const {
-  const int64_t size = volume(image.out), channel = task.group * plan.rows + task.row;
-  for (int64_t done = 0; done < task.count;) {
-    const int64_t n = (task.first + done) / size, pixel = (task.first + done) % size;
-    const int64_t count = std::min(task.count - done, size - pixel);
-    for (int64_t r = 0; r < task.rows; ++r) {
-      const int64_t at = (n * attributes.outputs + channel + r) * size + pixel;
-      const float* from = sums + r * width + done;
-      if (image.residual) {
-        for (int64_t i = 0; i < count; ++i) {
-          float y = from[i] + image.residual[at + i];
-          y = y < epilogue.low ? epilogue.low : y;
-          image.y[at + i] = y > epilogue.high ? epilogue.high : y;
-        }
-      } else {
-        std::memcpy(image.y + at, from, count * 4);
-      }
-      isa->activate(image.y + at, count, epilogue.activation);
-    }
-    done += count;
-  }
+// Floats beyond the padded input that strips read where the output's rows do not fill the last panel.
+int64_t strip_slack(const TileChoice& choice, const ConvAttributes& a, const Image& image) {
+  if (!choice.layout.strips) return 0;
+  const int64_t vectors = choice.shape().vectors, beyond = choice.layout.height - vectors;
+  const int64_t last = (ceil_div(image.out[1], vectors) * vectors + beyond) * a.strides[1];
+  const int64_t rows = std::max<int64_t>(0, last - image.in[1] - a.before[1] - a.after[1]) + 1;
+  return rows * (image.in[2] + a.before[2] + a.after[2] + a.strides[2]) + 2 * choice.isa->width;
+}
+
+// Whether every image is a single pixel of a 1×1 convolution: a linear layer.
+bool is_product(const ConvAttributes& a, const Image& image) {
+  return a.groups == 1 && volume(image.out) == 1 && volume(image.in) == 1 && volume(a.kernel) == 1;
+}
+
+Streaming stream_image(const Isa* isa, Weights& weights, const Packed& packed, const ConvAttributes& attributes, const Image& image) {
+  const Size size{image.batch, image.in[0], image.in[1], image.in[2]};
+  return weights.stream(packed, size, [&] { return choose_panels(isa, weights, attributes, image); });
 }
 
 }  // namespace
@@ -204,26 +248,24 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
               const Epilogue& epilogue, const Parallel& parallel) {
   ConvAttributes attributes = given;
   Image image = given_image;
-  const bool pointwise = flatten_pointwise(attributes, image);
-  const int64_t pixels = image.batch * volume(image.out);
-  if (pixels == 0) return;
-  if (pointwise && attributes.groups == 1 && volume(image.in) == 1)
+  if (pixels_of(image) == 0) return;
+  if (flatten_pointwise(attributes, image)) image.x = subsample(given, given_image, parallel);
+  if (is_product(attributes, image))
     return run_linear(isa, weights, packed, 0, {image.x, image.batch, image.bias, image.residual, image.y}, epilogue, parallel);
-  const TileChoice choice = choose_tile(isa, weights, pixels, kFill);
-  const StreamPlan& plan = weights.stream(packed, *choice.isa, choice.tile);
-  const Source source = make_source(attributes, image, parallel);
-  const int64_t* offsets = column_offsets(attributes, source, weights.order());
-  const Run run{choice.isa, choice, plan, attributes, image, source, offsets, epilogue};
+  const auto [choice, plan] = stream_image(isa, weights, packed, attributes, image);
+  const Source source = make_source(attributes, image, strip_slack(choice, attributes, image), parallel);
+  const int64_t* lines = line_offsets(attributes, choice.layout, source, weights.order());
+  const Run run{choice, *plan, attributes, image, source, lines, epilogue};
 
   // Splitting the rows gathers every panel once more: worth it only where there are few panels and many rows.
-  const int64_t width = choice.panel_width(), panels = ceil_div(pixels, width);
+  const int64_t rows = plan->rows, panels = count_panels(choice, image);
   const int64_t wanted = ceil_div(wanted_tasks() / 2, panels * attributes.groups);
-  const int64_t useful = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(plan.rows) * weights.density() / 32));
-  const int64_t per_task = ceil_div(ceil_div(plan.rows, std::min(wanted, useful)), choice.row_unit()) * choice.row_unit();
-  const int64_t splits = ceil_div(plan.rows, per_task);
+  const int64_t useful = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(rows) * weights.density() / 32));
+  const int64_t per_task = ceil_div(ceil_div(rows, std::min(wanted, useful)), choice.row_unit()) * choice.row_unit();
+  const int64_t splits = ceil_div(rows, per_task);
   parallel(attributes.groups * panels * splits, [&](int64_t index) {
-    const int64_t row = index % splits * per_task, panel = index / splits % panels, first = panel * width;
-    run({index / splits / panels, first, std::min(width, pixels - first), row, std::min(per_task, plan.rows - row)});
+    const int64_t row = index % splits * per_task;
+    run({index / splits / panels, index / splits % panels, row, std::min(per_task, rows - row)});
   });
 }
 
@@ -233,11 +275,9 @@ void prepare_conv(const Isa* isa, Weights& weights, const Packed& packed, const 
   double likely = static_cast<double>(batch);
   for (int64_t size : image.out) likely *= static_cast<double>(size);
   if (likely == 0 || likely > 1e10) return;  // what cannot run is not prepared for
-  const int64_t pixels = batch * volume(image.out);
-  if (flatten_pointwise(attributes, image) && attributes.groups == 1 && volume(image.in) == 1)
-    return prepare_linear(isa, weights, packed, batch);
-  const TileChoice choice = choose_tile(isa, weights, pixels, kFill);
-  weights.stream(packed, *choice.isa, choice.tile);
+  flatten_pointwise(attributes, image);
+  if (is_product(attributes, image)) return prepare_linear(isa, weights, packed, batch);
+  stream_image(isa, weights, packed, attributes, image);
 }
 
 }  // namespace nmconvert

@@ -57,9 +57,23 @@ struct RowJob {
   float low, high;
 };
 
-// A run of output pixels that reads contiguous input at every kernel position.
+// A run of floats that stand together where they are read and where they are written.
 struct Segment {
   int64_t from, to, count;
+};
+
+// Sums on their way out: row r of y [rows][y_stride], segment by segment, is activation(clip(sums + residual)).
+struct FinishJob {
+  const float* sums;  // [rows][sums_stride]
+  int64_t sums_stride;
+  int64_t rows;
+  const Segment* segments;
+  int64_t count;
+  const float* residual;  // strides of y, or null
+  float* y;
+  int64_t y_stride;
+  float low, high;
+  Activation activation;
 };
 
 struct Isa {
@@ -77,6 +91,10 @@ struct Isa {
   // beyond each run: runs are in rising order, so that the next one overwrites it.
   void (*gather)(const float* from, const int64_t* offsets, int64_t columns, const Segment* segments, int64_t count, float* panel,
                  int64_t panel_width);
+  // Lines of `height` vectors, each of `pieces` equal parts; vector v of a line reads v · step further on.
+  void (*gather_strips)(const float* from, const int64_t* offsets, int64_t lines, const Segment* segments, int64_t pieces, int64_t height,
+                        int64_t step, float* panel);
+  void (*finish)(const FinishJob& job);
   // For float, half, bfloat16 and double: weights [rows][columns], pruned in place to the n largest of every m; energy[0] and
   // [1] are the sums of squares before and after. False where one of them is NaN or infinite.
   bool (*prune[4])(void* weights, int64_t rows, int64_t columns, int n, int m, double* energy);

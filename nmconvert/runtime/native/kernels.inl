@@ -383,14 +383,89 @@ void activate(float* y, int64_t count, Activation activation) {
   for (int64_t j = 0; j < count - i; ++j) y[i + j] = rest[j];
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Convolutions: pixels into panels, sums into images.
+
+constexpr int kAhead = 8;  // lines: channels lie too far apart for the processor to foresee
+
 void gather(const float* from, const int64_t* offsets, int64_t columns, const Segment* segments, int64_t count, float* panel,
             int64_t panel_width) {
   for (int64_t column = 0; column < columns; ++column, panel += panel_width) {
     const float* source = from + offsets[column];
+    const float* ahead = from + offsets[column + kAhead < columns ? column + kAhead : columns - 1];
     for (int64_t s = 0; s < count; ++s) {
       const float* read = source + segments[s].from;
       float* write = panel + segments[s].to;
-      for (int64_t i = 0; i < segments[s].count; i += W) store(write + i, load(read + i));
+      for (int64_t i = 0; i < segments[s].count; i += W) {
+        __builtin_prefetch(ahead + segments[s].from + i);
+        store(write + i, load(read + i));
+      }
+    }
+  }
+}
+
+template <int Lanes>
+struct Part {
+  typedef float Floats __attribute__((vector_size(4 * Lanes), aligned(4), may_alias));
+};
+
+template <int Pieces>
+void gather_pieces(const float* from, const int64_t* offsets, int64_t lines, const Segment* segments, int64_t height, int64_t step,
+                   float* panel) {
+  typedef typename Part<W / Pieces>::Floats Floats;
+  for (int64_t line = 0; line < lines; ++line, panel += height * W)
+#pragma GCC unroll 4
+    for (int piece = 0; piece < Pieces; ++piece) {
+      const float* read = from + offsets[line] + segments[piece].from;
+      float* write = panel + piece * (W / Pieces);
+      for (int64_t v = 0; v < height; ++v, read += step, write += W)
+        *reinterpret_cast<Floats*>(write) = *reinterpret_cast<const Floats*>(read);
+    }
+}
+
+void gather_strips(const float* from, const int64_t* offsets, int64_t lines, const Segment* segments, int64_t pieces, int64_t height,
+                   int64_t step, float* panel) {
+  if (pieces == 1) return gather_pieces<1>(from, offsets, lines, segments, height, step, panel);
+  if (pieces == 2) return gather_pieces<2>(from, offsets, lines, segments, height, step, panel);
+  return gather_pieces<4>(from, offsets, lines, segments, height, step, panel);
+}
+
+// The first `count` lanes, fewer than a vector.
+inline Vector load_part(const float* p, int64_t count) {
+#if NMC_WIDTH == 16
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#else
+  Vector v = {};
+  for (int i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+inline void store_part(float* p, Vector v, int64_t count) {
+#if NMC_WIDTH == 16
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+#else
+  for (int i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
+void finish(const FinishJob& job) {
+  const Vector low = splat(job.low), high = splat(job.high);
+  const float* sums = job.sums;
+  for (int64_t r = 0; r < job.rows; ++r, sums += job.sums_stride) {
+    float* y = job.y + r * job.y_stride;
+    const float* residual = job.residual ? job.residual + r * job.y_stride : nullptr;
+    for (int64_t s = 0; s < job.count; ++s) {
+      const Segment segment = job.segments[s];
+      const float* from = sums + segment.from;
+      int64_t i = 0;
+      for (; i + W <= segment.count; i += W) {
+        const Vector v = residual ? load(from + i) + load(residual + segment.to + i) : load(from + i);
+        store(y + segment.to + i, activated(clip(v, low, high), job.activation));
+      }
+      const int64_t rest = segment.count - i;
+      if (rest == 0) continue;
+      const Vector v = residual ? load(from + i) + load_part(residual + segment.to + i, rest) : load(from + i);
+      store_part(y + segment.to + i, activated(clip(v, low, high), job.activation), rest);
     }
   }
 }
@@ -418,6 +493,8 @@ constexpr Isa kIsa = {
     unpack_tokens,
     activate,
     gather,
+    gather_strips,
+    finish,
     {prune_rows<Single>, prune_rows<Half>, prune_rows<Brain>, prune_rows<Double>},
 };
 

@@ -7,7 +7,6 @@ namespace {
 
 constexpr int64_t kSmallestTask = 1 << 14;  // multiplications
 constexpr int64_t kFew = 4;                 // tokens
-constexpr double kFill = 1.0;               // cycles to transpose one vector into a panel
 
 // Up to four tokens: lanes are output rows, and every weight is read once.
 void run_few(const Isa* isa, const RowPlan& plan, int64_t rows, int64_t columns, int64_t group, const Tokens& tokens,
@@ -52,7 +51,7 @@ void run_few(const Isa* isa, const RowPlan& plan, int64_t rows, int64_t columns,
 void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group, const Tokens& tokens, const Epilogue& epilogue,
                 double density, const Parallel& parallel) {
   const Isa* isa = choice.isa;
-  const int64_t width = choice.panel_width(), columns = plan.columns, rows = plan.rows;
+  const int64_t width = choice.panel_width(), columns = choice.layout.columns, rows = plan.rows;
   const int64_t panels = ceil_div(tokens.tokens, width);
   float* packed = Scratch::mine().shared_input.at_least(panels * columns * width);
   const int64_t part = std::max<int64_t>(64, ceil_div(ceil_div(kSmallestTask, width), 16) * 16);
@@ -81,7 +80,7 @@ void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group,
     job.high = __builtin_inff();
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
       job.starts = plan.start(group, chunk, row / choice.shape().rows);
-      job.panel = packed + (panel * columns + chunk * plan.chunk) * width;
+      job.panel = packed + (panel * columns + chunk * choice.layout.chunk) * width;
       job.in = chunk ? sums : nullptr;
       job.bias = chunk || !tokens.bias ? nullptr : tokens.bias + row;
       choice.shape().stream(job);
@@ -93,6 +92,10 @@ void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group,
   });
 }
 
+Streaming stream_tokens(const Isa* isa, Weights& weights, const Packed& packed, int64_t tokens) {
+  return weights.stream(packed, {tokens, 0, 0, 0}, [&] { return choose_tile(isa, weights, tokens); });
+}
+
 }  // namespace
 
 void run_linear(const Isa* isa, Weights& weights, const Packed& packed, int64_t group, const Tokens& tokens, const Epilogue& epilogue,
@@ -100,8 +103,8 @@ void run_linear(const Isa* isa, Weights& weights, const Packed& packed, int64_t 
   if (tokens.tokens == 0) return;
   if (tokens.tokens <= kFew)
     return run_few(isa, weights.few(packed, *isa), weights.rows(), weights.columns(), group, tokens, epilogue, parallel);
-  const TileChoice choice = choose_tile(isa, weights, tokens.tokens, kFill);
-  run_stream(choice, weights.stream(packed, *choice.isa, choice.tile), group, tokens, epilogue, weights.density(), parallel);
+  const Streaming streaming = stream_tokens(isa, weights, packed, tokens.tokens);
+  run_stream(streaming.choice, *streaming.plan, group, tokens, epilogue, weights.density(), parallel);
 }
 
 void prepare_linear(const Isa* isa, Weights& weights, const Packed& packed, int64_t tokens) {
@@ -109,8 +112,7 @@ void prepare_linear(const Isa* isa, Weights& weights, const Packed& packed, int6
     weights.few(packed, *isa);
     return;
   }
-  const TileChoice choice = choose_tile(isa, weights, tokens, kFill);
-  weights.stream(packed, *choice.isa, choice.tile);
+  stream_tokens(isa, weights, packed, tokens);
 }
 
 }  // namespace nmconvert

@@ -1,7 +1,5 @@
 #include "prepack.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <numeric>
 
@@ -11,81 +9,62 @@
 namespace nmconvert {
 namespace {
 
-// Three quarters of the L1 data cache: the rest is for the weights and the sums that stream by.
-int64_t panel_budget() {
-#ifdef _SC_LEVEL1_DCACHE_SIZE
-  static const int64_t l1 = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-#else
-  static const int64_t l1 = 0;
-#endif
-  return std::clamp<int64_t>(l1, 32 << 10, 64 << 10) / 4 * 3;
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Kept entries of every row in every chunk.
+std::vector<uint32_t> count_entries(const SparseRows& matrix, const std::vector<Layout::Place>& places, int64_t chunks) {
+  std::vector<uint32_t> counts(matrix.rows * chunks);
+  for (int64_t row = 0; row < matrix.rows; ++row)
+    for (uint32_t entry = matrix.starts[row]; entry < matrix.starts[row + 1]; ++entry)
+      ++counts[row * chunks + places[matrix.column[entry]].chunk];
+  return counts;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Fills plan.starts, a block being as long as the longest of its rows; returns the steps in all.
+uint64_t place_blocks(StreamPlan& plan, const std::vector<uint32_t>& counts, int64_t groups, int tile_rows) {
+  uint64_t step = 0;
+  auto start = plan.starts.begin();
+  for (int64_t group = 0; group < groups; ++group)
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      for (int64_t block = 0; block < plan.blocks; ++block) {
+        *start++ = static_cast<uint32_t>(step);
+        uint32_t most = 0;
+        for (int64_t row = block * tile_rows; row < std::min(plan.rows, (block + 1) * tile_rows); ++row)
+          most = std::max(most, counts[(group * plan.rows + row) * plan.chunks + chunk]);
+        step += ceil_div(most, kStep);
+      }
+      *start++ = static_cast<uint32_t>(step);
+    }
+  if (step > UINT32_MAX) throw InvalidNode("the weight is too large");
+  return step;
+}
 
 }  // namespace
 
-int64_t chunk_columns(int64_t columns, int64_t panel_width, Hint hint) {
-  const int64_t most = std::max<int64_t>(1, panel_budget() / (panel_width * 4));
-  int64_t unit = hint.m * (kStep / std::gcd(hint.n, int64_t{kStep}));
-  if (unit > most) unit = hint.m;
-  if (unit > most) unit = 1;
-  const int64_t even = ceil_div(columns, ceil_div(columns, most));
-  return std::min(ceil_div(even, unit) * unit, most / unit * unit);
-}
-
-StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scale, int64_t groups, int tile_rows, int64_t panel_width,
-                       Hint hint) {
+StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scale, int64_t groups, int tile_rows,
+                       const Layout& layout) {
   StreamPlan plan;
   plan.rows = matrix.rows / groups;
-  plan.columns = matrix.columns;
-  plan.chunk = chunk_columns(matrix.columns, panel_width, hint);
-  plan.chunks = ceil_div(matrix.columns, plan.chunk);
+  plan.chunks = layout.chunks();
   plan.blocks = ceil_div(plan.rows, tile_rows);
   plan.starts.resize(groups * plan.chunks * (plan.blocks + 1));
+  const std::vector<Layout::Place> places = layout.places(matrix.order);
+  const uint64_t steps = place_blocks(plan, count_entries(matrix, places, plan.chunks), groups, tile_rows);
 
-  // Where each row's entries of each chunk begin.
-  std::vector<uint32_t> bounds(matrix.rows * (plan.chunks + 1));
+  float* out = plan.values.at_least(steps * tile_rows * kStep);
+  uint16_t* offset = plan.offsets.at_least(steps * tile_rows * kStep);
+  std::vector<uint32_t> next(plan.chunks);
   for (int64_t row = 0; row < matrix.rows; ++row) {
-    uint32_t entry = matrix.starts[row];
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-      bounds[row * (plan.chunks + 1) + chunk] = entry;
-      while (entry < matrix.starts[row + 1] && matrix.column[entry] < (chunk + 1) * plan.chunk) ++entry;
+    const int64_t group = row / plan.rows, in_group = row % plan.rows;
+    std::fill(next.begin(), next.end(), 0);
+    for (uint32_t entry = matrix.starts[row]; entry < matrix.starts[row + 1]; ++entry) {
+      const Layout::Place place = places[matrix.column[entry]];
+      const int64_t first = *plan.start(group, place.chunk, in_group / tile_rows), i = next[place.chunk]++;
+      const int64_t to = ((first + i / kStep) * tile_rows + in_group % tile_rows) * kStep + i % kStep;
+      out[to] = values[matrix.value_index(entry)] * scale;
+      offset[to] = place.offset;
     }
-    bounds[row * (plan.chunks + 1) + plan.chunks] = matrix.starts[row + 1];
   }
-
-  uint64_t step = 0;
-  for (int64_t group = 0; group < groups; ++group)
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-      uint32_t* start = plan.starts.data() + (group * plan.chunks + chunk) * (plan.blocks + 1);
-      for (int64_t block = 0; block < plan.blocks; ++block) {
-        start[block] = static_cast<uint32_t>(step);
-        uint32_t most = 0;
-        for (int64_t r = block * tile_rows; r < std::min(plan.rows, (block + 1) * tile_rows); ++r) {
-          const uint32_t* bound = &bounds[(group * plan.rows + r) * (plan.chunks + 1) + chunk];
-          most = std::max(most, bound[1] - bound[0]);
-        }
-        step += ceil_div(most, kStep);
-      }
-      start[plan.blocks] = static_cast<uint32_t>(step);
-    }
-  if (step > UINT32_MAX) throw InvalidNode("the weight is too large");
-
-  float* out = plan.values.at_least(step * tile_rows * kStep);
-  uint16_t* offset = plan.offsets.at_least(step * tile_rows * kStep);
-  for (int64_t group = 0; group < groups; ++group)
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
-      for (int64_t r = 0; r < plan.rows; ++r) {
-        const uint32_t* bound = &bounds[(group * plan.rows + r) * (plan.chunks + 1) + chunk];
-        const int64_t first = *plan.start(group, chunk, r / tile_rows);
-        for (uint32_t i = 0; i < bound[1] - bound[0]; ++i) {
-          const uint32_t entry = bound[0] + i;
-          const int64_t to = ((first + i / kStep) * tile_rows + r % tile_rows) * kStep + i % kStep;
-          out[to] = values[matrix.value_index(entry)] * scale;
-          offset[to] = static_cast<uint16_t>((matrix.column[entry] - chunk * plan.chunk) * panel_width * 4);
-        }
-      }
   return plan;
 }
 

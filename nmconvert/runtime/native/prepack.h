@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "layout.h"
 #include "matrix.h"
 #include "memory.h"
 
@@ -12,11 +13,9 @@ namespace nmconvert {
 
 // For Isa::stream. Rows come in blocks of the tile's rows, columns in chunks whose panel stays in the L1 cache.
 struct StreamPlan {
-  int64_t rows = 0;     // of one group
-  int64_t columns = 0;
-  int64_t chunk = 0;    // columns of a chunk
+  int64_t rows = 0;    // of one group
   int64_t chunks = 0;
-  int64_t blocks = 0;   // row blocks of a group
+  int64_t blocks = 0;  // row blocks of a group
   std::vector<uint32_t> starts;  // [groups][chunks][blocks + 1]
   Buffer<float> values;
   Buffer<uint16_t> offsets;
@@ -45,15 +44,8 @@ struct RowPlan {
   }
 };
 
-struct Hint {
-  int64_t n = 1, m = 1;  // the pattern: chunks that hold whole steps of it are not padded
-};
-
-// Columns of a chunk for panels of `panel_width` floats.
-int64_t chunk_columns(int64_t columns, int64_t panel_width, Hint hint);
-
-StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scale, int64_t groups, int tile_rows, int64_t panel_width,
-                       Hint hint);
+StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scale, int64_t groups, int tile_rows,
+                       const Layout& layout);
 RowPlan plan_rows(const SparseRows& matrix, const Constant& values, float scale, int64_t groups, int width);
 
 }  // namespace nmconvert

@@ -1,10 +1,13 @@
 #include "weights.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "elements.h"
 
 namespace nmconvert {
+
+constexpr size_t kMostSizes = 256;  // that choices are kept for
 
 Weights::Weights(const Packed& packed, const std::vector<bool>& is_row, int64_t groups, Hint hint, float scale)
     : is_row_(is_row), groups_(groups), hint_(hint), scale_(scale), decoded_(new SparseRows(decode(packed, is_row))) {
@@ -31,22 +34,23 @@ void Weights::ready() {
 void Weights::meet(bool known) {
   if (guessed_ && !known) {
     streams_.clear();
+    chosen_.clear();
     few_.clear();
   }
   guessed_ = false;
 }
 
-const StreamPlan& Weights::stream(const Packed& packed, const Isa& isa, int index) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  meet(streams_.count({&isa, index}) != 0);
-  std::unique_ptr<StreamPlan>& plan = streams_[{&isa, index}];
+Streaming Weights::choose_and_plan(const Packed& packed, const Size& size, const TileChoice& choice) {
+  const Plan key{choice.isa, choice.tile, choice.layout.strips};
+  meet(streams_.count(key) != 0);
+  std::unique_ptr<StreamPlan>& plan = streams_[key];
   if (!plan) {
     std::vector<float> widened;
-    const Tile& tile = isa.tiles[index];
-    plan = std::make_unique<StreamPlan>(
-        plan_stream(take(packed), widen(packed.values, widened), scale_, groups_, tile.rows, tile.vectors * isa.width, hint_));
+    const float* values = widen(packed.values, widened);
+    plan = std::make_unique<StreamPlan>(plan_stream(take(packed), values, scale_, groups_, choice.shape().rows, choice.layout));
   }
-  return *plan;
+  if (chosen_.size() >= kMostSizes) chosen_.clear();
+  return chosen_[size] = {choice, plan.get()};
 }
 
 const RowPlan& Weights::few(const Packed& packed, const Isa& isa) {
@@ -61,34 +65,39 @@ const RowPlan& Weights::few(const Packed& packed, const Isa& isa) {
 
 namespace {
 
-constexpr double kLine = 16;  // floats in a cache line
+constexpr double kTranspose = 1.5;  // cycles to bring one vector of tokens into a panel
+constexpr double kReturn = 2;       // and one vector of sums out of it
 
-// Cycles of one kept entry against a tile, as measured on Zen 5.
-double entry_cycles(const Isa& isa, const Tile& tile) {
-  const double products = isa.width == 16 ? 0.58 * tile.vectors + 0.3 : 0.57 * tile.vectors + 0.1;
-  return std::max(products, 4.0 / tile.rows) + 4 / kLine;  // a sum waits four cycles for itself; six bytes of weight stream in
+// Cycles of one kept entry against a tile, as measured on Zen 5. A sum waits four cycles for itself.
+double entry_cycles(const TileChoice& choice) {
+  const Tile& tile = choice.shape();
+  const double products = choice.isa->width == 16 ? 0.58 * tile.vectors + 0.3 : 0.57 * tile.vectors + 0.1;
+  return std::max(products, 4.0 / tile.rows) + 0.2;
 }
 
 }  // namespace
 
-TileChoice choose_tile(const Isa* isa, const Weights& weights, int64_t width, double fill) {
-  TileChoice best{isa, 0};
+double panel_cycles(const TileChoice& choice, const Weights& weights) {
+  const Tile& tile = choice.shape();
+  const Layout& layout = choice.layout;
+  const double entries = static_cast<double>(layout.columns) / static_cast<double>(layout.channels) * weights.density();
+  const auto padded = [&](int64_t channels) { return kStep * std::ceil(static_cast<double>(channels) * entries / kStep - 1e-9); };
+  const int64_t rest = layout.channels % layout.chunk;
+  const double kept = static_cast<double>(layout.channels / layout.chunk) * padded(layout.chunk) + padded(rest);
+  const double ends = static_cast<double>(layout.chunks()) * (1.5 * tile.vectors + 8.0 / tile.rows);
+  return static_cast<double>(ceil_div(weights.rows(), tile.rows) * tile.rows) * (kept * entry_cycles(choice) + ends);
+}
+
+TileChoice choose_tile(const Isa* isa, const Weights& weights, int64_t tokens) {
+  TileChoice best{};
   double least = 0;
   for (const Isa* candidate : {isa, narrower(isa)}) {
-    if (!candidate) continue;
-    for (int tile = 0; tile < kTileCount; ++tile) {
+    for (int tile = 0; candidate && tile < kTileCount; ++tile) {
       const int vectors = candidate->tiles[tile].vectors;
-      const int64_t panel_width = int64_t{vectors} * candidate->width;
-      const int64_t chunk = chunk_columns(weights.columns(), panel_width, weights.hint());
-      const double chunks = static_cast<double>(ceil_div(weights.columns(), chunk));
-      const double panels = static_cast<double>(ceil_div(width, panel_width));
-      const double row = static_cast<double>(weights.columns()) * weights.density() * entry_cycles(*candidate, candidate->tiles[tile]) +
-                         chunks * (4.0 * static_cast<double>(panel_width) / kLine + 8);
-      const double cost = panels * (static_cast<double>(weights.rows()) * row + fill * vectors * static_cast<double>(weights.columns()));
-      if (least == 0 || cost < least) {
-        least = cost;
-        best = {candidate, tile};
-      }
+      TileChoice choice{candidate, tile, column_layout(weights.columns(), weights.density(), weights.hint(), vectors, candidate->width)};
+      const double moved = vectors * (kTranspose * static_cast<double>(weights.columns()) + kReturn * static_cast<double>(weights.rows()));
+      const double cost = static_cast<double>(ceil_div(tokens, choice.panel_width())) * (panel_cycles(choice, weights) + moved);
+      if (least == 0 || cost < least) least = cost, best = std::move(choice);
     }
   }
   return best;

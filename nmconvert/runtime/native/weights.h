@@ -1,24 +1,50 @@
 // One node's weight: decoded once, prepacked for each tile that its inputs turn out to need.
 #pragma once
 
+#include <array>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
-#include <utility>
+#include <tuple>
 
 #include "parallel.h"
 #include "prepack.h"
 
 namespace nmconvert {
 
+// The inner loop that a product runs through, and what it finds in its panels.
+struct TileChoice {
+  const Isa* isa;
+  int tile;
+  Layout layout;
+  int64_t pieces = 1;  // strips: output rows that share a vector
+  const Tile& shape() const { return isa->tiles[tile]; }
+  int64_t row_unit() const { return std::lcm<int64_t>(16, shape().rows); }  // what rows are split into multiples of
+  int64_t panel_width() const { return int64_t{shape().vectors} * isa->width; }
+};
+
+struct Streaming {
+  TileChoice choice;
+  const StreamPlan* plan;
+};
+
+// Tokens, or the batch and extent of images.
+using Size = std::array<int64_t, 4>;
+
 class Weights {
  public:
   // Decodes `packed`, whose row dimensions are `is_row`, and checks it. Throws InvalidNode.
   Weights(const Packed& packed, const std::vector<bool>& is_row, int64_t groups, Hint hint, float scale);
 
-  // The plan for tile `index` on `isa`; `packed` is read where it has to be made.
-  const StreamPlan& stream(const Packed& packed, const Isa& isa, int index);
+  // The tile for inputs of a size, which `choose()` finds where the size is new, and its plan, made from `packed`.
+  template <typename Choose>
+  Streaming stream(const Packed& packed, const Size& size, Choose choose) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto known = chosen_.find(size);
+    if (known != chosen_.end()) return guessed_ = false, known->second;
+    return choose_and_plan(packed, size, choose());
+  }
   const RowPlan& few(const Packed& packed, const Isa& isa);
   // The session is made: what follows are runs, and the first decides whether plans made so far, on a guess, are kept.
   void ready();
@@ -30,8 +56,9 @@ class Weights {
   const std::vector<uint32_t>& order() const { return order_; }
 
  private:
-  using Plan = std::pair<const Isa*, int>;
+  using Plan = std::tuple<const Isa*, int, bool>;
   SparseRows take(const Packed& packed);
+  Streaming choose_and_plan(const Packed& packed, const Size& size, const TileChoice& choice);
   void meet(bool known);
 
   std::vector<bool> is_row_;
@@ -43,22 +70,15 @@ class Weights {
   std::mutex mutex_;
   std::unique_ptr<SparseRows> decoded_;  // until the first plan is made, or the session
   bool guessed_ = false;                 // the plans are those of a likely input, and nothing has run yet
+  std::map<Size, Streaming> chosen_;
   std::map<Plan, std::unique_ptr<StreamPlan>> streams_;
   std::map<const Isa*, std::unique_ptr<RowPlan>> few_;
 };
 
-// The inner loop that a product runs through.
-struct TileChoice {
-  const Isa* isa;
-  int tile;
-  const Tile& shape() const { return isa->tiles[tile]; }
-  int64_t row_unit() const { return std::lcm<int64_t>(16, shape().rows); }  // what rows are split into multiples of
-  int64_t panel_width() const { return int64_t{shape().vectors} * isa->width; }
-};
-
-// The tile that takes the fewest estimated cycles for `width` tokens or pixels; `fill` is the cost of bringing one vector of
-// the panel in.
-TileChoice choose_tile(const Isa* isa, const Weights& weights, int64_t width, double fill);
+// Estimated cycles of all rows of `weights` for one panel.
+double panel_cycles(const TileChoice& choice, const Weights& weights);
+// The tile that takes the fewest cycles for `tokens`.
+TileChoice choose_tile(const Isa* isa, const Weights& weights, int64_t tokens);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -1,0 +1,83 @@
+#include "layout.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "isa.h"
+
+namespace nmconvert {
+namespace {
+
+// Three quarters of the L1 data cache: the rest is for the weights and the sums that stream by.
+int64_t panel_budget() {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const int64_t l1 = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#else
+  static const int64_t l1 = 0;
+#endif
+  return std::clamp<int64_t>(l1, 32 << 10, 64 << 10) / 4 * 3;
+}
+
+// The size of chunks that takes the fewest steps, of `channels` that keep `entries` each; a chunk costs a row one step more.
+int64_t best_chunk(int64_t channels, double entries, int64_t unit, int64_t most) {
+  most = std::clamp<int64_t>(most, 1, channels);
+  if (unit > most) unit = 1;
+  const auto steps = [&](int64_t count) { return std::ceil(static_cast<double>(count) * entries / kStep - 1e-9) + 1; };
+  int64_t best = unit;
+  double least = 0;
+  for (int64_t size = unit; size <= most; size += unit) {
+    const double cost = static_cast<double>(channels / size) * steps(size) + (channels % size ? steps(channels % size) : 0);
+    if (least == 0 || cost <= least) least = cost, best = size;
+  }
+  return best;
+}
+
+void choose_chunk(Layout& layout, double density, Hint hint) {
+  const int64_t bytes = layout.channel_lines * layout.height * layout.width * 4;
+  const double entries = static_cast<double>(layout.columns) / static_cast<double>(layout.channels) * density;
+  layout.chunk = best_chunk(layout.channels, entries, hint.m, panel_budget() / bytes);
+}
+
+}  // namespace
+
+Layout column_layout(int64_t columns, double density, Hint hint, int64_t vectors, int64_t width) {
+  Layout layout;
+  layout.columns = layout.channels = columns;
+  layout.height = vectors;
+  layout.width = width;
+  choose_chunk(layout, density, hint);
+  return layout;
+}
+
+Layout strip_layout(int64_t channels, const Kernel& kernel, double density, Hint hint, int64_t vectors, int64_t width) {
+  Layout layout;
+  layout.strips = true;
+  layout.columns = channels * kernel.rows * kernel.columns;
+  layout.channels = channels;
+  layout.height = vectors + (kernel.rows - 1) * kernel.dilation / kernel.stride;
+  layout.width = width;
+  layout.kernel = kernel;
+  layout.channel_lines = kernel.columns * kernel.remainders();
+  choose_chunk(layout, density, hint);
+  return layout;
+}
+
+std::vector<Layout::Place> Layout::places(const std::vector<uint32_t>& order) const {
+  std::vector<Place> places(order.size());
+  for (size_t column = 0; column < order.size(); ++column) {
+    int64_t channel = static_cast<int64_t>(column), line = 0, down = 0;
+    if (strips) {
+      const int64_t x = order[column] % kernel.columns, y = order[column] / kernel.columns % kernel.rows * kernel.dilation;
+      channel = order[column] / (kernel.columns * kernel.rows);
+      line = y % kernel.stride / kernel.remainder_step() * kernel.columns + x;
+      down = y / kernel.stride;
+    }
+    const int64_t at = (channel % chunk * channel_lines + line) * height + down;
+    places[column] = {static_cast<uint32_t>(channel / chunk), static_cast<uint16_t>(at * width * 4)};
+  }
+  return places;
+}
+
+}  // namespace nmconvert
