@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nmconvert.calibrate.correct import augment, held_out_error, keep_if_better, reconstruct, reestimate_norms
+from nmconvert.calibrate.answers import answer_of, heads
+from nmconvert.calibrate.correct import augment, held_out_error, is_images, keep_if_better, reconstruct, reestimate_norms
 from nmconvert.calibrate.driver import Recipe, prune_model
 from nmconvert.calibrate.moments import Moments, find_followers, find_sites, inputs_seen
 from nmconvert.calibrate.replay import Call, Replay, as_call, find_units, outputs_of, trace
@@ -407,7 +408,7 @@ def test_reconstruction_keeps_masks_and_reaches_the_dense_block():
     batches = images(4)
     pairs = [(Call((b.reshape(-1, 8),), {}), dense(b.reshape(-1, 8)).detach()) for b in batches]
     before = held_out_error(model, [[pairs[0][0]]], [[pairs[0][1]]])
-    reconstruct(model, lambda step: pairs[step % 4], {"weight": mask}, steps=300, rate=0.02)
+    reconstruct(model, model, lambda step: pairs[step % 4], {"weight": mask}, steps=300, rate=0.02)
     assert not model.weight[~mask].any()
     assert held_out_error(model, [[pairs[0][0]]], [[pairs[0][1]]]) < 1e-3 * before
 
@@ -434,3 +435,61 @@ def test_augmented_images_are_flipped_and_shifted_ones():
     for image, original in zip(changed, batch, strict=True):
         candidates = [F.pad(x, [2] * 4, mode="reflect") for x in (original, original.flip(2))]
         assert any(torch.equal(image, c[:, y : y + 16, x : x + 16]) for c in candidates for y in range(5) for x in range(5))
+
+
+def test_images_in_a_list_may_differ_in_size():
+    batch = ([torch.rand(3, 16, 24), torch.rand(3, 8, 8)],)
+    assert is_images(batch)
+    (changed,) = augment(batch, torch.Generator().manual_seed(0))
+    assert [image.shape for image in changed] == [image.shape for image in batch[0]]
+    assert not any(torch.equal(a, b) for a, b in zip(changed, batch[0], strict=True))
+    assert not is_images((batch[0][0],))
+    assert not is_images(([torch.zeros(2, 3)],))
+
+
+# ── models that choose ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Points(Net):
+    """As a detector: the best of its points, in the order of their scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.score, self.box = nn.Conv2d(8, 2, 1), nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+
+    def maps(self, images):
+        features = self.body(self.stem(torch.stack(images)))
+        return self.score(features), self.box(features)
+
+    def forward(self, images):
+        heat, sides = self.maps(images)
+        scores, places = heat.flatten(1).sigmoid_().topk(12)
+        boxes = sides.flatten(2).mT.gather(1, (places % 64)[..., None].expand(-1, -1, 4))
+        return [{"scores": s, "labels": p // 64, "boxes": b} for s, p, b in zip(scores, places, boxes, strict=True)]
+
+
+def test_a_model_that_chooses_is_judged_by_what_it_chooses_from():
+    torch.manual_seed(0)
+    model, batch = Points().eval(), ([*images(1)[0]],)
+    assert heads(model, batch) == {"score": 1, "box.2": 1}
+    answer = answer_of(model, batch)
+    for said, expected in zip(answer(*batch), model.maps(*batch), strict=True):
+        torch.testing.assert_close(said, expected)
+    assert not any(parameter.grad_fn or parameter.grad is not None for parameter in model.parameters())
+    net = small_net()
+    assert answer_of(net, images(1)[0]) is net
+
+
+def test_a_model_that_chooses_keeps_its_points_apart():
+    torch.manual_seed(0)
+    dense = Points().eval()
+    batches = [([*batch],) for batch in images(9)]
+    plan = {n: (NM, "channel") for n, p in dense.named_parameters() if p.dim() == 4 and ("body" in n or "box" in n)}
+    errors = []
+    for steps in (0, 120):
+        model = copy.deepcopy(dense)
+        prune_model(model, batches[:8], plan, Recipe(block_steps=0, model_steps=steps, model_rate=3e-3))
+        with torch.no_grad():
+            said, expected = model.maps(*batches[8])[1], dense.maps(*batches[8])[1]
+        errors.append(float((said - expected).square().mean() / (expected - expected.mean((0, 2, 3), True)).square().mean()))
+    assert errors[1] < errors[0] < 0.5

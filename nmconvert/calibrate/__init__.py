@@ -9,6 +9,7 @@
 ``unfold``          convolutions as matrix products, in the order of the matrix views
 ``moments``         layer inputs → the statistics that the solvers need
 ``correct``         norms, biases and reconstruction, each kept only if held-out samples say that it helps
+``answers``         what a whole model is judged by
 ``axes, permute``   which input channels may be put in another order, and which order keeps more
 ``budget``          which pattern for which layer, under a budget of accuracy, size or speed
 ``resume``          where an interrupted run goes on

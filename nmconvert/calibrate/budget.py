@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nmconvert.calibrate.answers import answer_of
 from nmconvert.calibrate.correct import held_out_error
 from nmconvert.calibrate.driver import Recipe, prune_model
 from nmconvert.calibrate.moments import Moments, Site, find_sites, inputs_seen, solve_rows
@@ -111,13 +112,15 @@ def measure(
 ) -> list[Sensitivity]:
     """The sensitivities of the parameters ``axes`` of ``model``, each pruned alone by the solver ``exact``.
 
-    The model is as it was when this returns. Losses are relative squared errors of the outputs on the last four batches.
+    The model is as it was when this returns. Losses are relative squared errors of the outputs (of the last layers, where
+    :mod:`nmconvert.calibrate.answers` takes these) on the last four batches.
     """
     model.eval()
     sites = find_sites(model, {name: (Pattern(1, 1), axis) for name, axis in axes.items()})
     moments = _moments(model, batches, sites)
     held = [[as_call(batch)] for batch in batches[-_MEASURED:]]
-    targets = outputs_of(model, held)
+    answer = answer_of(model, batches[0])
+    targets = outputs_of(answer, held)
     whole = sum(tensor.nbytes for tensor in model.state_dict().values())
     work_dense = _work(model, batches[0], sites)
     found = []
@@ -125,7 +128,7 @@ def measure(
         size, work = model.get_parameter(site.name).nbytes / whole, work_dense[site.name] / sum(work_dense.values())
         options = [Option(None, size, work, 0.0)]
         for pattern in patterns:
-            share, loss = _alone(model, site, moments[site.name], pattern, lambda: held_out_error(model, held, targets))
+            share, loss = _alone(model, site, moments[site.name], pattern, lambda: held_out_error(answer, held, targets))
             options.append(Option(pattern, size * share + _LAYER_BYTES / whole, work * pattern.density, loss))
         found.append(Sensitivity(site.name, site.axis, tuple(options)))
         progress(f"{site.name}  " + "  ".join(f"{o.pattern} {o.loss:.4f}" for o in options[1:]))

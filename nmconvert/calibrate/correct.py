@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
+from nmconvert.calibrate.answers import Answer
 from nmconvert.calibrate.replay import Call, outputs_of
 
 Pair = tuple[Call, Any]
@@ -34,9 +35,9 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def held_out_error(module: nn.Module, calls: Sequence[Sequence[Call]], targets: Sequence[Sequence[Any]]) -> float:
-    """:func:`output_error` of ``module`` over batches of calls."""
-    errors = [output_error(a, b) for a, b in zip(outputs_of(module, calls), targets, strict=True)]
+def held_out_error(answer: Answer, calls: Sequence[Sequence[Call]], targets: Sequence[Sequence[Any]]) -> float:
+    """:func:`output_error` of ``answer`` over batches of calls."""
+    errors = [output_error(a, b) for a, b in zip(outputs_of(answer, calls), targets, strict=True)]
     return float(torch.stack(errors).mean())
 
 
@@ -104,6 +105,7 @@ def batch_statistics(module: nn.Module, calls: Sequence[Sequence[Call]]) -> list
 
 def reconstruct(
     module: nn.Module,
+    answer: Answer,
     pairs: Callable[[int], Pair],
     masks: Mapping[str, Tensor],
     *,
@@ -112,7 +114,8 @@ def reconstruct(
 ) -> None:
     """Fit the kept weights, biases and norms of ``module`` to the dense answers: Adam, cosine rate, masks fixed.
 
-    ``pairs(step)`` gives the call and target of a step; ``masks`` are by parameter name, in the parameter's shape.
+    ``answer`` is the module, or what it is judged by (:mod:`nmconvert.calibrate.answers`). ``pairs(step)`` gives the call and
+    target of a step; ``masks`` are by parameter name, in the parameter's shape.
     The module stays in evaluation mode: norms use their running statistics. (The block reconstruction of BRECQ, Li et
     al. 2021, with N:M masks in place of rounding.)
     """
@@ -128,7 +131,7 @@ def reconstruct(
             call, target = pairs(step)
             call = Call(*tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs)))
             optimizer.zero_grad(set_to_none=True)
-            output_error(module(*call.args, **call.kwargs), target).backward()
+            output_error(answer(*call.args, **call.kwargs), target).backward()
             optimizer.step()
             with torch.no_grad():
                 for name, mask in masks.items():
@@ -139,16 +142,20 @@ def reconstruct(
 
 
 def is_images(batch: Any) -> bool:
-    """Whether a batch is one tensor of images [B, C, H, W], which may be flipped and shifted."""
+    """Whether a batch is a tensor of images [B, C, H, W], or a list of images [C, H, W], which may be flipped and shifted."""
+    if isinstance(batch, tuple | list) and len(batch) == 1 and isinstance(batch[0], list):
+        return all(isinstance(image, Tensor) and is_images(image[None]) for image in batch[0])
     return isinstance(batch, Tensor) and batch.dim() == 4 and batch.is_floating_point() and batch.shape[1] <= 4
 
 
-def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image of ``batch`` [B, C, H, W] flipped left to right with probability ½ and shifted by up to an eighth."""
+def augment(batch: Any, generator: torch.Generator) -> Any:
+    """Each image of ``batch`` (see :func:`is_images`) mirrored with probability ½ and shifted by up to an eighth."""
+    if not isinstance(batch, Tensor):
+        return ([augment(image[None], generator)[0] for image in batch[0]],)
     size = len(batch)
     flip = torch.rand(size, generator=generator) < 0.5
     batch = torch.where(flip[:, None, None, None], batch.flip(3), batch)
-    reach = max(1, batch.shape[-1] // 8)
+    reach = max(1, min(batch.shape[2:]) // 8)
     padded = nn.functional.pad(batch, [reach] * 4, mode="reflect")
     offsets = torch.randint(0, 2 * reach + 1, (size, 2), generator=generator).tolist()
     height, width = batch.shape[2:]

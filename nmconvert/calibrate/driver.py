@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nmconvert.calibrate.answers import Answer, answer_of
 from nmconvert.calibrate.correct import augment, held_out_error, is_images, keep_if_better, norms, reconstruct, reestimate_norms
 from nmconvert.calibrate.moments import Moments, Site, find_followers, find_sites, inputs_seen, solve_rows
-from nmconvert.calibrate.replay import Batch, Call, Replay, as_call, call_model, find_units, outputs_of, trace
+from nmconvert.calibrate.replay import Batch, Call, Replay, as_call, find_units, outputs_of, trace
 from nmconvert.calibrate.resume import Done, fingerprint, read, write
 from nmconvert.calibrate.store import LIMIT, Store
 from nmconvert.errors import DataError, ModelError
@@ -136,6 +137,7 @@ class _Run:
     ):
         self.model, self.recipe, self.progress = model, recipe, progress
         self.dense = deepcopy(model).requires_grad_(False)
+        self.answer, self.answer_dense = (answer_of(m, batches[0]) for m in (model, self.dense))
         self.sites = find_sites(model, plan)
         held = max(1, round(len(batches) * recipe.held_out))
         generator = torch.Generator().manual_seed(recipe.seed)
@@ -296,10 +298,13 @@ class _Run:
         inputs: list[list[Call]],
         targets: list[list[Any]],
     ) -> None:
-        module = self.model.get_submodule(unit)
-        before, after = keep_if_better(module, change, lambda: held_out_error(module, inputs, targets))
+        answer = self._answer(unit)
+        before, after = keep_if_better(self.model.get_submodule(unit), change, lambda: held_out_error(answer, inputs, targets))
         self.result.corrections.append(Correction(unit, what, before, after))
         self.progress(f"{unit or 'model'}: {what}  {before:.4f} -> {after:.4f}")
+
+    def _answer(self, unit: str) -> Answer:
+        return self.model.get_submodule(unit) if unit else self.answer
 
     def _reconstruct(self, unit: str, inputs: list[list[Call]], targets: list[list[Any]]) -> None:
         module = self.model.get_submodule(unit)
@@ -311,14 +316,14 @@ class _Run:
             return inputs[order[step]][0], targets[order[step]][0]
 
         def change() -> None:
-            reconstruct(module, pair, masks, steps=self.recipe.block_steps, rate=self.recipe.block_rate)
+            reconstruct(module, self._answer(unit), pair, masks, steps=self.recipe.block_steps, rate=self.recipe.block_rate)
 
         self._correct(unit, "reconstruction", change, inputs[self.train :], targets[self.train :])
 
     def _whole(self) -> None:
         """The model as a whole, as one more block."""
         held = [[as_call(batch)] for batch in self.batches[self.train :]]
-        targets = outputs_of(self.dense, held)
+        targets = outputs_of(self.answer_dense, held)
         if self.recipe.reestimate and norms(self.model):
             train = [[as_call(batch)] for batch in self.fresh]
             self._correct("", "norms", lambda: reestimate_norms(self.model, self.dense, train, train), held, targets)
@@ -330,14 +335,14 @@ class _Run:
         def pair(step: int) -> tuple[Call, Any]:
             batch = self.fresh[order[step]]
             batch = augment(batch, self.generator) if images else batch
-            with torch.no_grad():
-                return as_call(batch), call_model(self.dense, batch)
+            call = as_call(batch)
+            return call, outputs_of(self.answer_dense, [[call]])[0][0]
 
-        error = held_out_error(self.model, held, targets)
+        error = held_out_error(self.answer, held, targets)
         rate = self.recipe.model_rate * min(1.0, (error / _LARGE) ** 0.5)  # a good model is spoilt by large steps
 
         def change() -> None:
-            reconstruct(self.model, pair, self.masks, steps=self.recipe.model_steps, rate=rate)
+            reconstruct(self.model, self.answer, pair, self.masks, steps=self.recipe.model_steps, rate=rate)
 
         self._correct("", "reconstruction", change, held, targets)
 

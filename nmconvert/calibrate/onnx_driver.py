@@ -101,7 +101,7 @@ def _fit(walk: _Walk, feeds: Known, held: int, rows: Mapping[str, Row]) -> str:
     order = [n for _ in range(-(-steps // (count - held))) for n in torch.randperm(count - held, generator=generator).tolist()]
 
     def change() -> None:
-        reconstruct(module, lambda step: (calls[order[step]], targets[order[step]]), masks, steps=steps, rate=rate)
+        reconstruct(module, module, lambda step: (calls[order[step]], targets[order[step]]), masks, steps=steps, rate=rate)
 
     split = count - held
     before, after = keep_if_better(

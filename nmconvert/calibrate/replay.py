@@ -140,7 +140,7 @@ class Replay:
         raise ModelError(f"'{unit}' was called {len(calls)} times on batch {number} and {self._counts[unit]} on the first")
 
 
-def outputs_of(module: nn.Module, calls: Sequence[Sequence[Call]], store: Store | None = None) -> list[list[Any]]:
+def outputs_of(module: Callable[..., Any], calls: Sequence[Sequence[Call]], store: Store | None = None) -> list[list[Any]]:
     """The outputs of ``module`` for every call of every batch, without gradients; kept in ``store`` if there is one."""
     keep: Callable[[Any], Any] = store.keep if store else lambda output: output
     with torch.no_grad():
