@@ -92,6 +92,31 @@ class MatrixView:
         weight: Array = _transpose(matrix.reshape(self.permuted), self.inverse_perm).reshape(self.shape)
         return weight
 
+    def group_spacing(self, strides: Sequence[int], m: int) -> int | None:
+        """How far apart the entries of each group of ``m`` lie in the memory of a weight with these ``strides``.
+
+        None where that is not the same for all of them, a group is short, or the memory has gaps.
+        """
+        strides = self._split_strides(strides)
+        if not is_dense(self.split, strides):
+            return None
+        length, spacing = 1, 1
+        for dim in reversed(self.perm):  # the grouped axis: the last dimension, and those that go on where it ends
+            if self.split[dim] == 1:
+                continue
+            if length > 1 and strides[dim] != length * spacing:
+                return None
+            spacing = strides[dim] if length == 1 else spacing
+            length *= self.split[dim]
+            if length % m == 0 or length >= self.columns:
+                break
+        return spacing if length % m == 0 and self.columns % m == 0 else None
+
+    def _split_strides(self, strides: Sequence[int]) -> tuple[int, ...]:
+        if len(self.split) == len(self.shape):
+            return tuple(strides)
+        return (self.split[1] * strides[0], *strides)  # only the first dimension is ever split, in two
+
     def before_transpose(self, perm: Sequence[int]) -> MatrixView:
         """The view of the tensor ``base``, given that ``base.transpose(perm)`` is the weight that this view is of."""
         parts = _parts(self.shape, self.split)  # per dimension of the weight, the split dimensions that make it up
@@ -109,6 +134,16 @@ class MatrixView:
 def _transpose(array: Array, perm: tuple[int, ...]) -> Array:
     transposed: Array = array.permute(perm) if hasattr(array, "permute") else array.transpose(perm)
     return transposed
+
+
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a tensor fills its memory without gaps and without overlap."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _parts(shape: tuple[int, ...], split: tuple[int, ...]) -> list[list[int]]:

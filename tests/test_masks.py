@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import DTYPES, naive_mask, patterns, random_weight
+from strategies import DTYPES, layouts, naive_mask, patterns, random_weight
 
-from nmconvert.masks import as_integers, keep_largest, magnitude, magnitude_order, nm_mask
-from nmconvert.pattern import Pattern
+from nmconvert.masks import _ranks, as_integers, keep_largest, magnitude, magnitude_mask, magnitude_order, nm_mask
+from nmconvert.matrix import Kind, MatrixView
+from nmconvert.pattern import Axis, Pattern
 from nmconvert.runtime import kernels
 from nmconvert.runtime.locate import LIBRARY_VARIABLE
 from nmconvert.runtime.magnitude import keep_largest as native_keep_largest
@@ -68,6 +69,46 @@ def test_large_matrices_are_done_in_chunks_with_the_same_result(monkeypatch: pyt
     whole = nm_mask(scores, Pattern(3, 8))
     monkeypatch.setattr("nmconvert.masks._CHUNK", 100)
     assert torch.equal(nm_mask(scores, Pattern(3, 8)), whole)
+
+
+@given(layouts(), st.sampled_from(["channel", "kernel"]), patterns(), st.sampled_from(DTYPES), st.integers(0, 2**32), st.data())
+def test_a_mask_in_any_memory_layout(
+    layout: tuple[Kind, tuple[int, ...], int], axis: Axis, pattern: Pattern, dtype: torch.dtype, seed: int, data: st.DataObject
+) -> None:
+    """In place where groups are evenly spaced, moved where not, the mask is that of the matrix, and lies as the weight does."""
+    kind, shape, groups = layout
+    view = MatrixView.of(kind, shape, axis, groups)
+    order = data.draw(st.permutations(range(len(shape))))
+    weight = random_weight(shape, seed, dtype, ties=True)
+    weight = weight.permute(order).contiguous().permute([order.index(d) for d in range(len(shape))])
+    if data.draw(st.booleans()):
+        weight = torch.cat([weight, weight], -1)[..., : shape[-1]]  # with gaps in memory
+    mask = magnitude_mask(weight, view, pattern)
+    assert torch.equal(mask, view.from_matrix(nm_mask(magnitude(view.to_matrix(weight)), pattern)))
+    assert mask.stride() == torch.empty_like(weight).stride()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (4, 8), (1, 16)])
+def test_convolutions_are_masked_in_place_as_the_reference_masks_them(
+    n: int, m: int, memory_format: torch.memory_format
+) -> None:
+    """NM-sparsity's argsort over the input channels, on enough weights for several chunks; no weight moves."""
+    weight = random_weight((160, 96, 3, 3), seed=m).contiguous(memory_format=memory_format)
+    view = MatrixView.of("conv", weight.shape, "channel")
+    assert view.group_spacing(weight.stride(), m) == (9 if memory_format == torch.contiguous_format else 1)
+    group = weight.abs().permute(0, 2, 3, 1).reshape(-1, m)
+    expected = torch.ones(group.shape).scatter_(1, group.argsort(1)[:, : m - n], 0).reshape(160, 3, 3, 96).permute(0, 3, 1, 2)
+    assert torch.equal(magnitude_mask(weight, view, Pattern(n, m)).float(), expected)
+
+
+@given(patterns(dense=False), st.integers(1, 7), st.integers(1, 5), st.integers(0, 2**32))
+def test_accelerators_rank_alike(pattern: Pattern, blocks: int, spacing: int, seed: int) -> None:
+    """What runs on a GPU, run here."""
+    scores = magnitude_order(random_weight((blocks, pattern.m, spacing), seed, ties=True))
+    matrix = scores.movedim(1, -1).reshape(-1, pattern.m)
+    expected = nm_mask(matrix, pattern).view(blocks, spacing, pattern.m).movedim(-1, 1)
+    assert torch.equal(_ranks(scores) < pattern.n, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

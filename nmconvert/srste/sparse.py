@@ -173,9 +173,7 @@ class Sparse:
     @torch.no_grad()
     def _renew_masks(self, optimizer: Optimizer) -> None:
         for weight, _ in self._held(optimizer):
-            mask = weight.mask.mask_of(weight.dense)
-            self._flips = self._flips + torch.count_nonzero(mask ^ weight.mask.mask)
-            weight.mask.mask.copy_(mask)
+            self._flips = self._flips + weight.mask.renew(weight.dense)
 
     def _follow_steps(self) -> None:
         for weight in self.weights:
