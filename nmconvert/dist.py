@@ -49,7 +49,7 @@ def processes(device: torch.device) -> Iterator[None]:
     try:
         yield
     except (td.DistBackendError, td.DistNetworkError, RuntimeError) as error:
-        if not isinstance(error, td.DistError) and not _lost_peer(error):
+        if not lost_peer(error):
             raise
         raise NmconvertError(
             f"rank {rank()} of {world()} lost another rank, which died or hangs: see its own message above; "
@@ -59,9 +59,10 @@ def processes(device: torch.device) -> Iterator[None]:
         td.destroy_process_group()
 
 
-def _lost_peer(error: RuntimeError) -> bool:
+def lost_peer(error: Exception) -> bool:
+    """Whether ``error`` is what this process sees of another one's death."""
     text = str(error)
-    return "gloo" in text or "peer" in text or "NCCL" in text
+    return isinstance(error, td.DistError) or "gloo" in text or "peer" in text or "NCCL" in text
 
 
 def total(value: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from nmconvert.errors import UsageError
 from nmconvert.manifest import Manifest
 from nmconvert.model import load
 from nmconvert.onnx_model import OnnxModel
-from nmconvert.tasks import Task, build_task
+from nmconvert.tasks import Task, build_task, misfits_named
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,11 @@ def evaluate(
     dataset: Any = task.dataset(data, split="test", augment=False)
     if limit is not None:
         dataset = Subset(dataset, range(min(limit, len(dataset))))
-    predictor = task.predictor(load_model(file, model, model_arguments or {}, trust=trust, device=device, kernels=kernels))
+    network = load_model(file, model, model_arguments or {}, trust=trust, device=device, kernels=kernels)
     loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=task.collate)
     start = time.perf_counter()
-    metrics = task.evaluate(predictor, (batch.to(device) for batch in loader))
+    with misfits_named(network):
+        metrics = task.evaluate(task.predictor(network), (batch.to(device) for batch in loader))
     seconds = time.perf_counter() - start
     return Evaluation(str(file), task.name, data, len(dataset), task.metric, metrics, seconds)
 

@@ -129,6 +129,32 @@ def test_a_flat_folder_has_no_labels(folder):
     assert Classification().distill(Flat(), Flat(), flat) > 0
 
 
+def test_a_teacher_labels_what_has_no_labels(folder):
+    flat, teacher = read_all(str(folder / "val" / "class0"), "test"), Flat()
+    taught = Classification().taught(teacher, flat)
+    assert taught.labelled
+    assert Classification().evaluate(Classification().predictor(teacher), [taught])["top1"] == 100
+    assert taught.targets["labels"].tolist() == teacher(flat.inputs).argmax(1).tolist()
+
+
+def test_gray_files_are_gray_for_a_gray_model(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for number, pixels in enumerate(PIXELS):
+        image.fromarray(pixels[..., 0]).save(tmp_path / f"{number:02d}.png")
+    gray = read_all(str(tmp_path), "test", mean=(0.0,), std=(1.0,))
+    assert torch.equal(gray.inputs, torch.from_numpy(PIXELS[..., 0])[:, None] / 255)
+    assert read_all(str(tmp_path), "test", mean=(0.0,), std=(1.0,), size=5).inputs.shape == (20, 1, 5, 5)
+    assert read_all(str(tmp_path), "test").inputs.shape == (20, 3, 8, 8)
+    image.fromarray(PIXELS[0]).save(tmp_path / "00.png")  # one of them in colour
+    assert read_all(str(tmp_path), "test").inputs.shape == (20, 3, 8, 8)
+
+
+def test_boxes_are_no_classes(folder):
+    (folder / "train.json").write_text("{}")
+    with pytest.raises(DataError, match=r"has boxes \(train\.json\).*--task detection"):
+        open_source(str(folder), "train")
+
+
 def test_large_images_are_resized_and_cropped(tmp_path):
     image = pytest.importorskip("PIL.Image")
     for number, size in enumerate([(300, 200), (120, 260), (500, 500)]):

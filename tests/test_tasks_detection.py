@@ -209,6 +209,33 @@ def test_unlabelled_images_serve_for_distillation_only(coco):
         task.loss(Oracle({}).train(), batch)
 
 
+@pytest.mark.parametrize("task", [Detection(), Detection(size=64), Segmentation(), Segmentation(size=64, label_offset=1)])
+def test_what_a_teacher_finds_is_a_truth(coco, task):
+    """The images alone: their teacher agrees with itself, and a model that finds half of it, with half."""
+    teacher = Oracle(perfect(task, str(coco)), 1.0).eval()
+    batch = task.collate([*task.dataset(str(coco / "images"), split="test", augment=False)])
+    taught = task.taught(teacher, batch)
+    assert taught.labelled
+    assert task.evaluate(task.predictor(teacher), [taught])[task.metric] == pytest.approx(100)
+    known = task.collate([*task.dataset(str(coco), split="val", augment=False)])
+    for ours, theirs in zip(taught.targets["truths"], known.targets["truths"], strict=True):
+        single = [annotation for annotation in theirs if not annotation["iscrowd"]]
+        assert [a["category_id"] for a in ours] == [a["category_id"] for a in single]
+        assert np.allclose([a["bbox"] for a in ours], [a["bbox"] for a in single], atol=1e-3)
+    teacher.found[7] = {name: value[:1] for name, value in teacher.found[7].items()}
+    assert task.evaluate(task.predictor(teacher), [taught])[task.metric] == pytest.approx(50)
+
+
+def test_images_without_annotations(coco):
+    content = json.loads((coco / "val.json").read_text())
+    del content["annotations"]
+    (coco / "val.json").write_text(json.dumps(content))
+    assert [s.truth for s in Detection().dataset(str(coco), split="val", augment=False)] == [None, None]
+    (coco / "train.json").unlink()
+    (coco / "images").rename(coco / "train")  # images in parts, annotations for one of them
+    assert [s.truth for s in Detection().dataset(str(coco), split="train", augment=False)] == [None, None]
+
+
 def test_ranks_are_joined(coco):
     task = Detection()
     model = Oracle(perfect(task, str(coco))).eval()

@@ -247,7 +247,10 @@ def test_without_translations_the_teachers_own_are_the_goal(pairs, tokenizer):
     task = Translation(tokenizer=tokenizer)
     batch = task.collate([*task.dataset(pairs, split="val", augment=False)])
     assert not batch.labelled
-    assert task._translated(Dictionary(), batch.inputs).tolist() == [[7, 8, 2, -100], [9, 2, -100, -100], [8, 8, 7, 2]]
+    taught = task.taught(Dictionary(), batch)
+    assert taught.targets["labels"].tolist() == [[7, 8, 2, -100], [9, 2, -100, -100], [8, 8, 7, 2]]
+    assert taught.targets["references"] == ["eins zwei", "drei", "zwei zwei eins"]
+    assert task.evaluate(task.predictor(Dictionary()), [taught])["chrf"] == pytest.approx(100)
     blunt = Dictionary()
     blunt.sharpness.data.fill_(1.0)
     assert task.distill(blunt, Dictionary(), batch) > 0.1

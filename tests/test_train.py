@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from nmconvert.errors import CheckpointError, DataError, NmconvertError, UsageError
+from nmconvert.errors import CheckpointError, DataError, ModelError, NmconvertError, UsageError
 from nmconvert.pattern import Pattern
 from nmconvert.plan import make_plan
 from nmconvert.srste import weights_of
-from nmconvert.tasks import Classification, Samples
+from nmconvert.tasks import Classification, Samples, misfits_named
 from nmconvert.tasks.images import shifted
 from nmconvert.train import Settings, train
 from nmconvert.train.batches import Batches
@@ -69,12 +69,14 @@ def plan_of(model, pattern="2:4"):
     return make_plan(weights_of(model), Pattern.parse(pattern))
 
 
-def run(settings=None, *, model=None, teacher=None, data=None, **more):
+UNLABELLED = Settings(epochs=6, batch=16, lr=0.05)
+
+
+def run(settings=None, *, model=None, teacher=None, data=None, validation=None, **more):
     model = network() if model is None else model
     data = samples(augment=True) if data is None else data
-    return train(
-        model, plan_of(model), TASK, data, samples(64, seed=1), settings or Settings(batch=32), teacher=teacher, **more
-    )
+    validation = samples(64, seed=1) if validation is None else validation
+    return train(model, plan_of(model), TASK, data, validation, settings or Settings(batch=32), teacher=teacher, **more)
 
 
 def accuracy(rows):
@@ -115,6 +117,27 @@ def test_a_teacher_replaces_labels(dense):
     assert accuracy(result.rows)[-1] > 95
     with pytest.raises(DataError, match="labels"):
         run(Settings(batch=16), data=samples(labelled=False))
+
+
+def test_no_label_is_needed_anywhere(dense, tmp_path):
+    """Neither to learn from nor to measure by: the teacher gives both, and a resumed run still knows it."""
+    result = run(UNLABELLED, teacher=dense, data=samples(labelled=False), validation=samples(64, seed=1, labelled=False))
+    agreement = accuracy(result.rows)
+    assert result.judged_by_teacher
+    assert agreement[0] == 100
+    assert agreement[-1] > max(90, agreement[1])
+    told = run(UNLABELLED, teacher=dense, data=samples(labelled=False), folder=tmp_path)
+    assert not told.judged_by_teacher
+    with pytest.raises(DataError, match=r"no labels.*--teacher"):
+        run(UNLABELLED, validation=samples(64, seed=1, labelled=False))
+
+
+def test_a_model_that_cannot_take_the_data_is_said(dense):
+    wrong = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, CLASSES))
+    with pytest.raises(ModelError, match=r"Sequential cannot take this data: RuntimeError: .* 3 channels.*--task"):
+        run(model=wrong)
+    with pytest.raises(RuntimeError, match="gloo"), misfits_named(wrong):
+        raise RuntimeError("gloo: another rank is gone")
 
 
 @pytest.mark.parametrize("method", ["sr-ste", "ste", "fixed-mask"])

@@ -94,6 +94,7 @@ def _json(result: FinetuneResult) -> dict[str, Any]:
         "metric": result.metric,
         "steps": result.training.steps,
         "stopped_early": result.training.stopped_early,
+        "judged_by_teacher": result.training.judged_by_teacher,
         "rows": [row_json(row) for row in result.training.rows],
     }
 
@@ -105,4 +106,8 @@ def _report(result: FinetuneResult) -> RenderableType:
     from nmconvert.train.log import table
 
     taught = f"taught by {result.teacher.name}" if result.teacher else "without a teacher"
-    return Group(table(result.training.rows, result.metric), Text(f"Wrote {result.output}, {taught}; curves beside it."))
+    judged = "The data has no labels: agreement with the teacher is what was measured.\n"
+    wrote = f"Wrote {result.output}, {taught}; curves beside it."
+    return Group(
+        table(result.training.rows, result.metric), Text((judged if result.training.judged_by_teacher else "") + wrote)
+    )

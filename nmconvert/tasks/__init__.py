@@ -13,14 +13,14 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from nmconvert.errors import UsageError
-from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, Task
+from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, Task, misfits_named
 from nmconvert.tasks.classification import Classification
 from nmconvert.tasks.detection import Detection
 from nmconvert.tasks.language_model import LanguageModel
 from nmconvert.tasks.segmentation import Segmentation
 from nmconvert.tasks.translation import Translation
 
-__all__ = ["TASKS", "Batch", "Gather", "Predict", "Samples", "Split", "Task", "build_task"]
+__all__ = ["TASKS", "Batch", "Gather", "Predict", "Samples", "Split", "Task", "build_task", "misfits_named"]
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,

@@ -8,8 +8,10 @@ like one: an ONNX file in onnxruntime (`nmconvert.evaluate.OnnxModel`) is measur
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from traceback import walk_tb
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils.data import Dataset
 
-from nmconvert.errors import DataError
+from nmconvert import dist
+from nmconvert.errors import DataError, ModelError, NmconvertError
 
 Split = Literal["train", "val", "test"]
 """Parts of the data. Data in named parts: ``test`` is its test part, or else its val part, and ``val`` the reverse.
@@ -69,6 +72,10 @@ class Task(Protocol):
 
     def distill(self, model: Any, teacher: Any, batch: Batch) -> Tensor:
         """How far ``model`` is from ``teacher`` on the batch, a scalar; labels are not looked at."""
+        ...
+
+    def taught(self, teacher: Any, batch: Batch) -> Batch:
+        """The batch with the teacher's answers for labels: what to measure a model by where the data has none."""
         ...
 
     def predictor(self, model: Any) -> Predict:
@@ -175,10 +182,36 @@ def unwrapped(model: Any) -> Any:
     return unwrapped(model._orig_mod) if isinstance(model, OptimizedModule) else model
 
 
+@contextmanager
+def misfits_named(model: object) -> Iterator[None]:
+    """What goes wrong inside ``model`` on the data that it is given becomes one line about both.
+
+    Raises:
+        ModelError: with what torch said. Errors of ours, of memory and of other processes pass.
+    """
+    try:
+        yield
+    except (NmconvertError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not _in_a_module(error) or dist.lost_peer(error) or "allocate memory" in str(error):
+            raise
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ModelError(
+            f"{type(unwrapped(model)).__name__} cannot take this data: {said}. Is it of another size, another number of "
+            "channels (--mean and --std have one value each), or another --task? --debug shows where"
+        ) from error
+
+
+def _in_a_module(error: BaseException) -> bool:
+    """Whether ``error`` was raised while a module ran."""
+    return any(frame.f_code is nn.Module._call_impl.__code__ for frame, _ in walk_tb(error.__traceback__))
+
+
 def need_labels(batch: Batch) -> None:
     """Raise where the batch has no labels to compare with."""
     if not batch.labelled:
-        raise DataError("the data has no labels: give labelled data, or train with --teacher, which needs none")
+        raise DataError("the data has no labels: give some, or finetune with a --teacher and --distill 1, which needs none")
 
 
 def _move(value: Any, device: torch.device | str) -> Any:

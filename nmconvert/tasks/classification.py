@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -31,7 +31,7 @@ class Classification:
 
     Attributes:
         mean: subtracted from uint8 images after division by 255, one per channel; float images are taken as they are.
-            Gray images become as many channels as there are means.
+            Gray images become as many channels as there are means, so that one mean is for a model of gray images.
         std: divides after that.
         size: the side of what the model sees. By default that of the first image where it is at most 96 pixels, else
             224: the shorter side is resized to 256/224 of that, and the middle cut out.
@@ -88,6 +88,7 @@ class Classification:
         return Batch(pixels, targets, size=len(kept), labelled=lowest >= 0)
 
     def _stacked(self, arrays: Sequence[NDArray[Any] | Tensor]) -> Tensor:
+        arrays = [self._coloured(a) for a in arrays]
         shapes = {tuple(a.shape) for a in arrays}
         if len(shapes) > 1:
             raise DataError(f"images of different sizes in one batch, {sorted(shapes)[:2]}: set size, e.g. size=224")
@@ -102,6 +103,10 @@ class Classification:
             raise DataError(f"images of {channels.shape[1]} channels, but {mean.shape[1]} means: set mean and std")
         return (channels - mean) / std
 
+    def _coloured(self, pixels: NDArray[Any] | Tensor) -> NDArray[Any] | Tensor:
+        gray = pixels.dtype == np.uint8 and pixels.shape[2] == 1
+        return np.broadcast_to(pixels, (*pixels.shape[:2], len(self.mean))) if gray else pixels
+
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """Cross entropy, a mean over images."""
         need_labels(batch)
@@ -115,6 +120,12 @@ class Classification:
             goal = tensor_of(teacher(batch.inputs)).float()
         ours = tensor_of(model(batch.inputs)).float()
         return soft_cross_entropy(ours, goal, self.temperature)
+
+    def taught(self, teacher: Any, batch: Batch) -> Batch:
+        """Labelled with the teacher's best classes: top-1 is then how often the model agrees with it."""
+        with torch.no_grad():
+            labels = tensor_of(teacher(batch.inputs)).argmax(1)
+        return replace(batch, targets={"labels": labels, "highest": int(labels.max())}, labelled=True)
 
     def predictor(self, model: Any) -> Predict:
         """Images → logits [B, classes]."""

@@ -44,6 +44,20 @@ def record(
     return {"size": original, "truth": annotations, "found": kept}
 
 
+def as_annotations(
+    target: Found, original: tuple[int, int], shape: Sequence[int], with_masks: bool, label_offset: int = 0
+) -> list[Annotation]:
+    """The objects of ``target`` (boxes, labels and masks on an image of ``shape``) as COCO would annotate the original."""
+    certain = target | {"scores": torch.ones(len(target["labels"]))}
+    kept = record((), certain, original, shape, with_masks)["found"]
+    objects = []
+    for number, result in enumerate(_results(0, kept, "bbox", label_offset)):
+        box = {"bbox": result["bbox"], "area": result["bbox"][2] * result["bbox"][3]}
+        mask = {"segmentation": kept["masks"][number]} if with_masks else {}
+        objects.append({"category_id": result["category_id"], "iscrowd": 0} | box | mask)
+    return objects
+
+
 def average_precision(records: Sequence[Record], kind: str, label_offset: int = 0) -> dict[str, float]:
     """``ap``, ``ap50`` and ``ap75`` in percent, of ``kind`` ``bbox`` or ``segm``."""
     api = require("pycocotools.coco", "detection")

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -111,9 +111,22 @@ class Detection:
             with torch.no_grad():
                 goal = teacher(batch.inputs, raw=True)
             return map_distance(model(batch.inputs, raw=True), goal)
+        return self._loss(model, batch.inputs, self._found_by(teacher, batch.inputs))
+
+    def taught(self, teacher: Any, batch: Batch) -> Batch:
+        """With what the teacher finds for the truth."""
+        targets = self._found_by(teacher, batch.inputs)
+        truths = [
+            coco_ap.as_annotations(target, original, image.shape[-2:], self.with_masks, self.label_offset)
+            for target, original, image in zip(targets, batch.targets["originals"], batch.inputs, strict=True)
+        ]
+        return replace(batch, targets=batch.targets | {"targets": targets, "truths": truths}, labelled=True)
+
+    def _found_by(self, teacher: Any, inputs: list[Tensor]) -> list[Target]:
+        """Targets for a loss: what the teacher is sure of."""
         with torch.no_grad():
-            found = self.predictor(teacher)(batch.inputs)
-        return self._loss(model, batch.inputs, [self._confident(f, i) for f, i in zip(found, batch.inputs, strict=True)])
+            found = self.predictor(teacher)(inputs)
+        return [self._confident(one, image) for one, image in zip(found, inputs, strict=True)]
 
     def _confident(self, found: Found, image: Tensor) -> Target:
         sizes = found["boxes"][:, 2:] - found["boxes"][:, :2]

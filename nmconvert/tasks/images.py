@@ -1,4 +1,4 @@
-"""Images: read, resize, crop and flip. Arrays are uint8 [H, W, 3] RGB until a batch is made of them."""
+"""Images: read, resize, crop and flip. Arrays are uint8 [H, W, 3] RGB, or [H, W, 1] gray, until a batch is made of them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", 
 Image = NDArray[np.uint8]
 
 
-def read_image(path: Path) -> Image:
-    """The image at ``path`` as uint8 [H, W, 3]; raises `DataError` with the path where it cannot be read."""
+GRAY = frozenset({"1", "L", "LA"})  # Pillow's modes of files without colour
+
+
+def read_image(path: Path, *, keep_gray: bool = False) -> Image:
+    """The image at ``path`` as uint8 [H, W, 3], or [H, W, 1] if it is to be kept gray; raises `DataError` with the path."""
     pil = require("PIL.Image", "vision")
     try:
         with pil.open(path) as image:
+            if keep_gray and image.mode in GRAY:
+                return np.asarray(image.convert("L"))[..., None]
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "is no readable image"
@@ -36,7 +41,8 @@ def resize(image: Image, height: int, width: int) -> Image:
     if image.shape[:2] == (height, width):
         return image
     pil = require("PIL.Image", "vision")
-    return np.asarray(pil.fromarray(image).resize((width, height), pil.Resampling.BILINEAR))
+    pixels = pil.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    return np.asarray(pixels.resize((width, height), pil.Resampling.BILINEAR)).reshape(height, width, -1)
 
 
 def resize_shorter(image: Image, size: int) -> Image:

@@ -131,6 +131,10 @@ def _pick(stored: Mapping[str, Any], prefix: str, path: Path) -> tuple[NDArray[A
 
 
 def _from_folder(path: Path, split: Split) -> Source:
+    boxes = [path / name for name in ("Annotations", "annotations", *(f"{part}.json" for part in part_names(split)))]
+    other = next((found for found in boxes if found.exists()), None)
+    if other is not None:
+        raise DataError(f"{path}: has boxes ({other.name}), no classes: give --task detection or segmentation")
     part = next((path / name for name in part_names(split) if (path / name).is_dir()), path)
     classes = sorted(p.name for p in part.iterdir() if p.is_dir() and not p.name.startswith("."))
     found = [(p, label) for label, name in enumerate(classes) for p in images.find_images(part / name)]
@@ -153,4 +157,4 @@ def _read_array(pixels: NDArray[Any], labels: NDArray[Any], numbers: Sequence[in
 
 def _read_file(found: Sequence[tuple[Path, int]], index: int) -> tuple[Any, int]:
     path, label = found[index]
-    return images.read_image(path), label
+    return images.read_image(path, keep_gray=True), label

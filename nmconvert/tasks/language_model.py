@@ -105,6 +105,10 @@ class LanguageModel:
         ours = _logits(model, batch.inputs)
         return token_distance(ours, goal, batch.targets["labels"] != IGNORED, self.temperature)
 
+    def taught(self, teacher: Any, batch: Batch) -> Batch:
+        """The batch itself: a text is its own label."""
+        return batch
+
     def predictor(self, model: Any) -> Predict:
         """``input_ids`` [B, T] → logits [B, T, vocabulary]."""
         return partial(_logits, model)

@@ -21,6 +21,9 @@ Annotation = dict[str, Any]
 """As in COCO: ``bbox`` [x, y, width, height], ``category_id``, ``area``, ``iscrowd``, and ``segmentation`` if there is."""
 
 
+_TAKES = "detection and segmentation take a COCO file (.json), a folder with one, or a Pascal VOC folder"
+
+
 @dataclass
 class Scene:
     """One image and what is on it.
@@ -89,7 +92,7 @@ def open_scenes(data: str, split: Split, *, with_masks: bool) -> SceneFiles:
       in the folder named like the part.
     - A Pascal VOC folder: ``Annotations/*.xml``, ``JPEGImages``, and ``ImageSets/Main/train.txt``, ``val.txt`` where there
       are parts. Categories are numbered from 1 in the order of their names; ``difficult`` objects count as crowds.
-    - A folder of images, without boxes: to distill on.
+    - A folder of images, without boxes, or with ``train/`` and ``val/``; or a COCO file without annotations: to distill on.
 
     Raises:
         DataError: there is none of these, an image is missing, or ``with_masks`` and there are none.
@@ -102,9 +105,9 @@ def open_scenes(data: str, split: Split, *, with_masks: bool) -> SceneFiles:
     elif path.is_dir():
         files = _from_folder(path, split)
     else:
-        raise DataError(f"{data}: detection takes a COCO file (.json), a folder with one, or a Pascal VOC folder")
+        raise DataError(f"{data}: {_TAKES}")
     if not files.paths:
-        raise DataError(f"{data}: no images for the split '{split}'")
+        raise DataError(f"{data}: no images for the split '{split}'; {_TAKES}")
     known = [annotation for truth in files.truths for annotation in truth or ()]
     if with_masks and known and not any("segmentation" in annotation for annotation in known):
         raise DataError(f"{data}: has boxes but no 'segmentation' (polygons or RLE): is it for --task detection?")
@@ -147,17 +150,19 @@ def _from_folder(path: Path, split: Split) -> SceneFiles:
                 if file.is_file():
                     roots = (path, path / part, path / file.stem.removeprefix("instances_"))
                     return _from_coco(file, roots, split, whole=True)
-    found = images.find_images(path)
-    numbers = held_out(len(found), split)
+    folder = next((path / name for name in part_names(split) if (path / name).is_dir()), path)
+    found = images.find_images(folder)
+    numbers = held_out(len(found), split) if folder == path else range(len(found))
     return SceneFiles([found[i] for i in numbers], [None for _ in numbers], False)
 
 
 def _from_coco(file: Path, roots: Iterable[Path], split: Split, *, whole: bool) -> SceneFiles:
     try:
         content = json.loads(file.read_text("utf-8"))
-        entries, annotations = content["images"], content["annotations"]
+        entries = content["images"]
+        known = "annotations" in content  # COCO's own lists of test images come without
         by_image: dict[Any, list[Annotation]] = {entry["id"]: [] for entry in entries}
-        for annotation in annotations:
+        for annotation in content["annotations"] if known else ():
             box = annotation["bbox"]
             complete = {"area": box[2] * box[3], "iscrowd": 0} | annotation
             by_image[annotation["image_id"]].append(complete | {"category_id": int(annotation["category_id"])})
@@ -167,7 +172,8 @@ def _from_coco(file: Path, roots: Iterable[Path], split: Split, *, whole: bool) 
     roots = [*roots, *(root / "images" for root in roots)]
     root = next((r for r in roots if names and (r / names[0]).is_file()), roots[0])
     numbers = range(len(names)) if whole else held_out(len(names), split)
-    return SceneFiles([root / names[i] for i in numbers], [by_image[entries[i]["id"]] for i in numbers], False)
+    truths = [by_image[entries[i]["id"]] if known else None for i in numbers]
+    return SceneFiles([root / names[i] for i in numbers], truths, False)
 
 
 def _from_voc(path: Path, split: Split) -> SceneFiles:

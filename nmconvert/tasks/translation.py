@@ -9,7 +9,7 @@ returns ids [B, ≤ max_new_tokens + 1], the start token first. An ONNX file has
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -135,22 +135,29 @@ class Translation:
 
         Without one, over those of the teacher's own (Kim and Rush 2016, "Sequence-Level Knowledge Distillation").
         """
+        batch = batch if batch.labelled else self.taught(teacher, batch)
+        labels = batch.targets["labels"]
         with torch.no_grad():
-            labels = batch.targets["labels"] if batch.labelled else self._translated(teacher, batch.inputs)
             goal = _logits(teacher, batch.inputs, labels)
         return token_distance(_logits(model, batch.inputs, labels), goal, labels != IGNORED, self.temperature)
 
-    def _translated(self, teacher: Any, inputs: dict[str, Tensor]) -> Tensor:
+    def taught(self, teacher: Any, batch: Batch) -> Batch:
+        """With the teacher's translations for references."""
         end = self._special("end")
-        rows = [[*row, end] for row in self._generate(teacher, inputs)]
-        return padded(rows, IGNORED).to(inputs["input_ids"].device)
+        with torch.no_grad():
+            rows = self._generate(teacher, batch.inputs)
+        labels = padded([[*row, end] for row in rows], IGNORED).to(batch.inputs["input_ids"].device)
+        return replace(batch, targets={"references": self._decoded(rows), "labels": labels}, labelled=True)
 
     def predictor(self, model: Any) -> Predict:
         """``input_ids`` and ``attention_mask`` → the translations, a list of strings."""
         return partial(self._translate, model)
 
     def _translate(self, model: Any, inputs: dict[str, Tensor]) -> list[str]:
-        found: list[str] = self._tokenizer().decode_batch(self._generate(model, inputs), skip_special_tokens=True)
+        return self._decoded(self._generate(model, inputs))
+
+    def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        found: list[str] = self._tokenizer().decode_batch(rows, skip_special_tokens=True)
         return found
 
     def _generate(self, model: Any, inputs: dict[str, Tensor]) -> list[list[int]]:

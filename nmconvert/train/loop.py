@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -18,7 +18,7 @@ from nmconvert import dist
 from nmconvert.errors import DataError, NmconvertError, UsageError
 from nmconvert.plan import Plan
 from nmconvert.srste import plain_state_dict, sparsify_plan
-from nmconvert.tasks import Batch, Predict, Task
+from nmconvert.tasks import Batch, Predict, Task, misfits_named
 from nmconvert.train import state
 from nmconvert.train.batches import Batches, validation_loader
 from nmconvert.train.diagnose import first_bad_layer, out_of_memory_named
@@ -37,6 +37,8 @@ class Training:
     steps: int
     weights: dict[str, Tensor]
     stopped_early: bool
+    judged_by_teacher: bool = False
+    """The validation data has no labels: the metrics say how far the model agrees with its teacher."""
 
 
 def train(
@@ -137,6 +139,7 @@ class Run:
         self.step = 0
         self.rows: list[Row] = []
         self.loss_sum = self.seconds = 0.0  # of the epoch so far
+        self.judged_by_teacher = False
         self.best_step: int | None = None
         self.best = 0.0
         self.waited = 0  # epochs since the best
@@ -160,7 +163,7 @@ class Run:
 
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
-        with out_of_memory_named(self.settings.batch, self.settings.accumulate):
+        with out_of_memory_named(self.settings.batch, self.settings.accumulate), misfits_named(self.model):
             for index, batch in enumerate(parts):
                 # Processes average their gradients; a sum of shares of the whole batch is what is wanted.
                 share = batch.size / size
@@ -251,14 +254,23 @@ class Run:
         dist.broadcast_buffers(model)
         was_training = model.training
         model.eval()
-        loader = validation_loader(self.validation, self.task, self.settings, self.device)
+        loader = self._labelled(validation_loader(self.validation, self.task, self.settings, self.device))
         predict = self.task.predictor(model)
-        if self.settings.shard:
-            metrics = self.task.evaluate(_without_inference_mode(predict), loader)
-        else:
-            metrics = self.task.evaluate(predict, loader, gather=dist.gather)
+        with misfits_named(model):
+            if self.settings.shard:
+                metrics = self.task.evaluate(_without_inference_mode(predict), loader)
+            else:
+                metrics = self.task.evaluate(predict, loader, gather=dist.gather)
         model.train(was_training)
         return {name: float(value) for name, value in metrics.items()}
+
+    def _labelled(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Where the data has no labels, those of the teacher."""
+        for batch in loader:
+            if batch.size and not batch.labelled and self.teacher is not None:
+                self.judged_by_teacher = True
+                batch = self.task.taught(self.teacher, batch)
+            yield batch
 
     @property
     def stopped_early(self) -> bool:
@@ -291,6 +303,7 @@ class Run:
             "best": self.best,
             "best_step": self.best_step,
             "waited": self.waited,
+            "judged_by_teacher": self.judged_by_teacher,
         }
         keep = self.best_step if self.settings.patience is not None else None
         state.save(self.folder, self.step, self._tensors(), progress, keep=keep)
@@ -312,6 +325,7 @@ class Run:
         self.rows = [Row(**row) for row in progress["rows"]]
         self.loss_sum, self.seconds = progress["loss_sum"], progress["seconds"]
         self.best, self.best_step, self.waited = progress["best"], progress["best_step"], progress["waited"]
+        self.judged_by_teacher = progress["judged_by_teacher"]
         return self.step
 
     def _check_same_run(self, progress: dict[str, Any]) -> None:
@@ -352,7 +366,7 @@ class Run:
         weights = plain_state_dict(self.model)
         if not self.settings.shard:
             self.sparse.finalize()
-        return Training(tuple(self.rows), self.step, weights, self.stopped_early)
+        return Training(tuple(self.rows), self.step, weights, self.stopped_early, self.judged_by_teacher)
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
