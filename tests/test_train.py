@@ -121,15 +121,16 @@ def test_a_teacher_replaces_labels(dense):
 
 def test_no_label_is_needed_anywhere(dense, tmp_path):
     """Neither to learn from nor to measure by: the teacher gives both, and a resumed run still knows it."""
-    result = run(UNLABELLED, teacher=dense, data=samples(labelled=False), validation=samples(64, seed=1, labelled=False))
+    unlabelled = samples(64, seed=1, labelled=False)
+    result = run(UNLABELLED, teacher=copy.deepcopy(dense), data=samples(labelled=False), validation=unlabelled)
     agreement = accuracy(result.rows)
     assert result.judged_by_teacher
     assert agreement[0] == 100
     assert agreement[-1] > max(90, agreement[1])
-    told = run(UNLABELLED, teacher=dense, data=samples(labelled=False), folder=tmp_path)
+    told = run(UNLABELLED, teacher=copy.deepcopy(dense), data=samples(labelled=False), folder=tmp_path)
     assert not told.judged_by_teacher
     with pytest.raises(DataError, match=r"no labels.*--teacher"):
-        run(UNLABELLED, validation=samples(64, seed=1, labelled=False))
+        run(UNLABELLED, validation=unlabelled)
 
 
 def test_a_model_that_cannot_take_the_data_is_said(dense):
