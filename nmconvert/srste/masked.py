@@ -25,8 +25,11 @@ def masked(weight: Tensor, mask: Tensor) -> Tensor:
     flat = in_memory(weight, mask) if plain and not torch.compiler.is_compiling() else None
     if flat is None:
         return weight * mask
-    product = torch.empty_like(weight)  # NumPy takes half of torch's time, which makes floats of the whole mask first
-    np.multiply(flat[0].numpy(), flat[1].numpy(), out=product.as_strided((product.numel(),), (1,)).numpy())
+    product = torch.empty_like(weight)
+    # NumPy takes half of torch's time, which makes floats of the whole mask first. Tensor.numpy() would forbid for good that
+    # the weight's storage be resized, as FSDP2 does with it.
+    dense, kept = (np.from_dlpack(part.detach()) for part in flat)
+    np.multiply(dense, kept, out=product.as_strided((product.numel(),), (1,)).numpy())
     return product
 
 
