@@ -6,7 +6,7 @@ from __future__ import annotations
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("report", "plot"),
+    ("report", "page", "plot"),
     ("verify", "inspect", "bench", "pace"),
     ("export",),
     ("train",),

@@ -97,8 +97,7 @@ def evaluate_again(
     Raises:
         UsageError: the data, or a checkpoint's model, was never said.
     """
-    text = open_checkpoint(file, trust=trust).manifest_text()
-    said = Manifest() if text is None else Manifest.from_json(text, str(file))
+    said = Manifest.of(open_checkpoint(file, trust=trust)) or Manifest()
     name = task or str(said.settings.get("task") or "classification")
     before = said.settings.get("task_settings") or {} if name == said.settings.get("task") else {}
     data = data or said.settings.get("data")

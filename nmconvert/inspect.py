@@ -68,8 +68,7 @@ def inspect(path: Path, *, require: Pattern | None = None, trust: bool = False) 
         CheckpointError: the file cannot be read.
     """
     checkpoint = open_checkpoint(path, trust=trust)
-    text = checkpoint.manifest_text()
-    manifest = None if text is None else Manifest.from_json(text, str(path))
+    manifest = Manifest.of(checkpoint)
     packed: list[PackedLayer] = []
     if isinstance(checkpoint, OnnxCheckpoint):
         model = read_whole_model(path)

@@ -10,7 +10,8 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from nmconvert import __version__
 from nmconvert.errors import CheckpointError, NmconvertError
@@ -24,6 +25,19 @@ RECORD = "nmconvert.json"  # the record of a .pt zip
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PRUNABLE_DTYPES}
 HARMLESS = ("input", "source")  # settings that name shapes and files, nothing that is run
 METADATA_KEY = "nmconvert"  # the key in safetensors and ONNX metadata
+
+
+class Carrier(Protocol):
+    """A file that may carry a manifest: any checkpoint."""
+
+    @property
+    def path(self) -> Path:
+        """The file or folder."""
+        ...
+
+    def manifest_text(self) -> str | None:
+        """The manifest's JSON."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,16 @@ class Manifest:
             "history": [dict(stage) for stage in self.history],
         }
         return json.dumps(content, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+    @classmethod
+    def of(cls, file: Carrier) -> Manifest | None:
+        """The manifest that ``file`` carries, if it carries one.
+
+        Raises:
+            CheckpointError: as :meth:`from_json`.
+        """
+        text = file.manifest_text()
+        return None if text is None else cls.from_json(text, str(file.path))
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Manifest:

@@ -97,7 +97,7 @@ def prune(
         for row in plan.pruned
     }
     others = {name: partial(_replace, tensor) for name, tensor in solved.items() if name not in edits}
-    base = _previous_manifest(checkpoint).with_settings(source=str(source.resolve()), **(settings or {}))
+    base = (Manifest.of(checkpoint) or Manifest()).with_settings(source=str(source.resolve()), **(settings or {}))
     base = base.after("prune", pattern=str(pattern), axis=axis, criterion=criterion)
     dense = {row.name: row.reason or "" for row in plan.rows if row.pattern is None and len(row.info.shape) > 1}
 
@@ -246,11 +246,6 @@ def _mark_copies(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> list[
         else:
             result.append(info)
     return result
-
-
-def _previous_manifest(checkpoint: Checkpoint) -> Manifest:
-    text = checkpoint.manifest_text()
-    return Manifest() if text is None else Manifest.from_json(text, str(checkpoint.path))
 
 
 def _commonest_reason(plan: Plan) -> str:

@@ -66,7 +66,7 @@ def verify(
         UsageError: the comparison needs a model and none is known.
     """
     checkpoint = open_checkpoint(path, trust=trust)
-    manifest = _manifest(checkpoint)
+    manifest = Manifest.of(checkpoint)
     checks = list(_own_checks(checkpoint, manifest))
     if isinstance(checkpoint, OnnxCheckpoint):
         checks += _onnx_checks(checkpoint, manifest, inputs)
@@ -74,11 +74,6 @@ def verify(
         other = open_checkpoint(against, trust=trust)
         checks += _comparison(checkpoint, other, manifest, model, model_arguments, inputs, trust=trust)
     return Verification(path, against, tuple(checks))
-
-
-def _manifest(checkpoint: Checkpoint) -> Manifest | None:
-    text = checkpoint.manifest_text()
-    return None if text is None else Manifest.from_json(text, str(checkpoint.path))
 
 
 def _own_checks(checkpoint: Checkpoint, manifest: Manifest | None) -> Iterator[Check]:
@@ -146,7 +141,7 @@ class _Weights:
 
 def _session(checkpoint: OnnxCheckpoint) -> InferenceSession:
     """Stock onnxruntime; where there is no room to fold all packed weights at once, they are unpacked as it runs."""
-    manifest = _manifest(checkpoint)
+    manifest = Manifest.of(checkpoint)
     layers = manifest.layers if manifest else ()
     return stock_session(checkpoint.path, fold=memory_to_fold(checkpoint.model, layers) <= free_memory())
 
@@ -191,7 +186,7 @@ def _comparison(
         yield from _compare_tensors(checkpoint, other, manifest)
         return
     feed = _feed(checkpoint.path if first else other.path, manifest, inputs)
-    settings = [m.settings for m in (manifest, _manifest(other)) if m is not None]
+    settings = [m.settings for m in (manifest, Manifest.of(other)) if m is not None]
 
     def outputs(side: Checkpoint) -> list[Array]:
         if isinstance(side, OnnxCheckpoint):
@@ -204,11 +199,11 @@ def _comparison(
         arguments = model_arguments or next((s["model_arguments"] for s in settings if s.get("model_arguments")), {})
         return run_module(load(spec, side.path, arguments, trust=trust), feed)
 
-    stages = [stage for m in (manifest, _manifest(other)) if m is not None for stage in m.history]
+    stages = [stage for m in (manifest, Manifest.of(other)) if m is not None for stage in m.history]
     stored = next((stage["values"] for stage in stages if "values" in stage), None)
     yield from _compare_outputs(outputs(checkpoint), outputs(other), other.path, stored)
     if first and second:
-        yield from _compare_weights(_Weights(checkpoint, manifest), _Weights(other, _manifest(other)))
+        yield from _compare_weights(_Weights(checkpoint, manifest), _Weights(other, Manifest.of(other)))
 
 
 def _compare_outputs(found: Sequence[Array], expected: Sequence[Array], other: Path, stored: str | None) -> Iterator[Check]:

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -240,7 +241,8 @@ def test_prune_under_a_budget_mixes_patterns_within_it(project):
 
 
 def test_sensitivity_shows_and_draws_every_layer(project):
-    output = invoke("sensitivity", "net.pt", "--nm", "2:4,1:4", *project, "--plot", "net.svg")
+    output = invoke("sensitivity", "net.pt", "--nm", "2:4,1:4", *project, "--plot", "net.svg", "--html", "net.html")
+    assert Path("net.svg").read_text() in Path("net.html").read_text("utf-8")
     assert "4.weight" in output
     assert "1:4" in output
     assert "█" in output

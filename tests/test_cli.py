@@ -252,3 +252,18 @@ def test_the_result_loads_where_the_original_did(nm: Any, folder: Path) -> None:
     loaded = Net()
     loaded.load_state_dict(pruned, strict=True)
     assert all(torch.equal(value, pruned[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_page_beside_what_is_printed(nm: Any, folder: Path) -> None:
+    printed = nm("prune", "a.onnx", "--nm", "2:4", "--json", "--html", "prune page.html")
+    assert printed.status == 0
+    text = (folder / "prune page.html").read_text("utf-8")
+    assert "<h1><code>nmconvert prune a.onnx --nm 2:4 --json --html &#x27;prune page.html&#x27;</code></h1>" in text
+    assert all(tensor["name"] in text for tensor in printed.json["tensors"])
+
+
+def test_a_page_that_has_no_folder(nm: Any, folder: Path) -> None:
+    refused = nm("prune", "a.onnx", "--nm", "2:4", "--html", "reports/a.html")
+    assert refused.status == 2
+    assert refused.err.strip().endswith("make it first")
+    assert not list(folder.glob("*.nm*"))

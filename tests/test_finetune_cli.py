@@ -123,8 +123,23 @@ def test_a_checkpoint_becomes_better_and_stays_exactly_nm(folder):
 
 def test_the_newest_result_is_taken_and_the_table_shown(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    shown = invoke("finetune", "--data", "data.npz", *TASK, "--batch", 32, "--epochs", 1, "--no-teacher", "--distill", 1)
+    shown = invoke(
+        "finetune",
+        "--data",
+        "data.npz",
+        *TASK,
+        "--batch",
+        32,
+        "--epochs",
+        1,
+        "--no-teacher",
+        "--distill",
+        1,
+        "--html",
+        "run.html",
+    )
     assert "epoch 1" in shown
+    assert (folder / "net.nm1-4.ft.svg").read_text() in (folder / "run.html").read_text("utf-8")
     assert "without a teacher" in shown
     assert "dense" not in shown
 

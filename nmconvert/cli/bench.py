@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nmconvert.cli.common import model_options, newest_onnx, output_options, show
+from nmconvert.cli.common import Printer, model_options, newest_onnx, output_options
 from nmconvert.errors import UsageError, VerificationError
 
 
@@ -55,8 +55,7 @@ def command(
     model_arguments: dict[str, str],
     trust: bool,
     model: str | None,
-    as_json: bool,
-    quiet: bool,
+    printer: Printer,
 ) -> None:
     """Measure MODEL on the native kernels against dense onnxruntime: whole model and each layer, in interleaved rounds.
 
@@ -81,6 +80,6 @@ def command(
         seconds=seconds,
         per_layer=layers,
     )
-    show(report.bench_json(result), as_json=as_json, quiet=quiet, render=lambda: report.bench_report(result))
+    printer.show(report.bench_json(result), lambda: report.bench_report(result))
     if require is not None and result.slowest < require:
         raise VerificationError(f"{file}: dense ÷ sparse is {result.slowest:.2f}, {require:.2f} is required")

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from nmconvert.errors import UsageError
 from nmconvert.pattern import Pattern
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -19,15 +26,64 @@ TASKS = ("classification", "detection", "segmentation", "translation", "language
 """The keys of `nmconvert.tasks.TASKS`, without the import of torch that they cost."""
 
 
-def output_options(function: F) -> F:
-    """``--json``, ``--quiet`` and ``--debug``: how much is printed, and in which form."""
+@dataclass(frozen=True)
+class Printer:
+    """How a command gives its result: as tables on the terminal, as JSON, or not at all, and as a page beside that."""
+
+    as_json: bool = False
+    quiet: bool = False
+    page: Path | None = None
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing but the result's JSON may be printed."""
+        return self.as_json or self.quiet
+
+    def show(
+        self, result: Mapping[str, Any], render: Callable[[], RenderableType], pictures: Callable[[], Sequence[str]] = tuple
+    ) -> None:
+        """Give ``result``; ``render`` makes its tables and ``pictures`` its SVGs, where they are wanted."""
+        if self.page is not None:
+            from nmconvert.page import write_page
+
+            write_page(self.page, command_line(), result, render(), pictures())
+        if self.as_json:
+            click.echo(json.dumps(result, indent=2, allow_nan=False))
+        elif not self.quiet:
+            _print(render())
+
+
+def command_line() -> str:
+    """The command as it was typed, for a shell."""
+    return shlex.join(["nmconvert", *sys.argv[1:]])
+
+
+def _print(shown: RenderableType) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a pipe has no width; 80 columns would fold the names
+    console.print(shown)
+
+
+def output_options(function: Callable[..., None]) -> Callable[..., None]:
+    """``--json``, ``--html``, ``--quiet`` and ``--debug``: what is printed, and in which form. The command takes a printer."""
+
+    @wraps(function)
+    def command(*, as_json: bool, quiet: bool, html: Path | None, **said: Any) -> None:
+        if html is not None and not html.absolute().parent.is_dir():
+            raise UsageError(f"--html {html}: the folder {html.absolute().parent} does not exist: make it first")
+        function(printer=Printer(as_json, quiet, html), **said)
+
     for option in (
         click.option("--debug", is_flag=True, expose_value=False, help="On an error, show the traceback."),
         click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+        click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the result into this page, too."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     ):
-        function = option(function)
-    return function
+        command = option(command)
+    return command
 
 
 def model_options(function: F) -> F:
@@ -125,16 +181,3 @@ def task_options(function: F) -> F:
     ):  # fmt: skip
         function = option(function)
     return function
-
-
-def show(result: Mapping[str, Any], *, as_json: bool, quiet: bool, render: Callable[[], object]) -> None:
-    """Print ``result`` as JSON, or ``render()`` to a rich console; nothing when quiet."""
-    if as_json:
-        click.echo(json.dumps(result, indent=2, allow_nan=False))
-    elif not quiet:
-        from rich.console import Console
-
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=140)  # a pipe has no width; 80 columns would fold the names
-        console.print(render())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from nmconvert.cli.common import model_options, newest_result, output_options, show, task_options
+from nmconvert.cli.common import Printer, model_options, newest_result, output_options, task_options
 
 
 @click.command("eval")
@@ -23,7 +23,7 @@ from nmconvert.cli.common import model_options, newest_result, output_options, s
 def command(
     file: Path, task: str | None, data: str | None, settings: dict[str, str], model: str | None,
     model_arguments: dict[str, str], trust: bool, batch_size: int, workers: int, limit: int | None, device: str,
-    kernels: bool, as_json: bool, quiet: bool,
+    kernels: bool, printer: Printer,
 ) -> None:  # fmt: skip
     """Measure FILE, a checkpoint or an ONNX file, with the metric of its task on DATA.
 
@@ -37,4 +37,4 @@ def command(
         file, task, settings, data, model=model, model_arguments=model_arguments, trust=trust, batch_size=batch_size,
         workers=workers, limit=limit, device=device, kernels=kernels,
     )  # fmt: skip
-    show(dataclasses.asdict(result), as_json=as_json, quiet=quiet, render=lambda: report.eval_report(result))
+    printer.show(dataclasses.asdict(result), lambda: report.eval_report(result))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nmconvert.cli.common import dimensions, model_options, newest_checkpoint, output_options, show
+from nmconvert.cli.common import Printer, dimensions, model_options, newest_checkpoint, output_options
 
 
 @click.command("export")
@@ -33,7 +33,7 @@ from nmconvert.cli.common import dimensions, model_options, newest_checkpoint, o
 def command(
     checkpoint: Path, as_onnx: bool, flavour: str, inputs: tuple[str, ...], dynamic: dict[int, str], static: bool,
     dtype: str | None, values: str | None, output: Path | None, model: str | None, model_arguments: dict[str, str], trust: bool,
-    as_json: bool, quiet: bool,
+    printer: Printer,
 ) -> None:  # fmt: skip
     """Write CHECKPOINT as an ONNX file that holds only the kept weights, and check it against the model.
 
@@ -53,4 +53,4 @@ def command(
         dynamic={} if static else dynamic or DYNAMIC_BATCH, dtype=getattr(torch, dtype) if dtype else None, values=values,
         trust=trust,
     )  # fmt: skip
-    show(report.export_json(result), as_json=as_json, quiet=quiet, render=lambda: report.export_report(result))
+    printer.show(report.export_json(result), lambda: report.export_report(result))

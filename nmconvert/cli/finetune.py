@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nmconvert.cli.common import F, model_options, newest_checkpoint, output_options, show, task_options
+from nmconvert.cli.common import F, Printer, model_options, newest_checkpoint, output_options, task_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -62,7 +62,7 @@ def training_options(function: F) -> F:
 def command(
     checkpoint: Path, task: str | None, data: str | None, settings: dict[str, str], teacher: Path | None, no_teacher: bool,
     from_dense: bool, resume: bool, device: str | None, output: Path | None, model: str | None,
-    model_arguments: dict[str, str], trust: bool, as_json: bool, quiet: bool, **numbers: Any,
+    model_arguments: dict[str, str], trust: bool, printer: Printer, **numbers: Any,
 ) -> None:  # fmt: skip
     """Bring back the accuracy of CHECKPOINT, which `nmconvert prune` wrote, by some epochs of SR-STE.
 
@@ -75,12 +75,12 @@ def command(
     result = finetune(
         checkpoint, task, data, Settings(**{name: value for name, value in numbers.items() if value is not None}),
         task_settings=settings, model=model, model_arguments=model_arguments, teacher=teacher, learn_alone=no_teacher,
-        from_dense=from_dense, output=output, resume=resume, device=device, trust=trust, display=not (as_json or quiet),
+        from_dense=from_dense, output=output, resume=resume, device=device, trust=trust, display=not printer.silent,
     )  # fmt: skip
     from nmconvert import dist
 
     if dist.started_rank() == 0:
-        show(_json(result), as_json=as_json, quiet=quiet, render=lambda: _report(result))
+        printer.show(_json(result), lambda: _report(result), lambda: [result.curves.read_text("utf-8")])
 
 
 def _json(result: FinetuneResult) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from nmconvert.cli.calibration import METHODS, calibration_batches, calibration_options, teller
-from nmconvert.cli.common import layer_patterns, model_options, output_options, show
+from nmconvert.cli.common import Printer, layer_patterns, model_options, output_options
 from nmconvert.errors import UsageError
 from nmconvert.pattern import AXES, Axis, Pattern
 
@@ -47,7 +47,7 @@ def command(
     checkpoint: Path, nm: str | None, budget: str | None, axis: Axis, layers: list[tuple[str, Pattern | None]],
     include: tuple[str, ...], exclude: tuple[str, ...], target: str, output: Path | None, model: str | None,
     model_arguments: dict[str, str], calib: str | None, task: str, settings: dict[str, str], samples: int,
-    batch_size: int, seed: int, criterion: str | None, permute: bool, trust: bool, as_json: bool, quiet: bool,
+    batch_size: int, seed: int, criterion: str | None, permute: bool, trust: bool, printer: Printer,
 ) -> None:  # fmt: skip
     """Keep N of every M weights of CHECKPOINT's convolutions and linear layers.
 
@@ -78,11 +78,11 @@ def command(
         wanted = None if budget is None else Budget.parse(budget)
         batches = calibration_batches(calib, task, settings, samples, batch_size, seed)
         recipe = Recipe(criterion=criterion or "auto", seed=seed)
-        calibration = Calibration(batches, recipe, wanted, permute, teller(quiet), Pace)
+        calibration = Calibration(batches, recipe, wanted, permute, teller(printer.quiet), Pace)
     said = {"model": model, "model_arguments": model_arguments or None, "calib": calib, "budget": budget}
     result = prune(
         checkpoint, pattern, axis, output=output, layers=layers, include=include, exclude=exclude, target=target,
         criterion=criterion or ("auto" if calib else "magnitude"), model=built, calibration=calibration, settings=said,
         trust=trust,
     )  # fmt: skip
-    show(report.prune_json(result), as_json=as_json, quiet=quiet, render=lambda: report.prune_report(result))
+    printer.show(report.prune_json(result), lambda: report.prune_report(result))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nmconvert.cli.calibration import calibration_batches, calibration_options, teller
-from nmconvert.cli.common import model_options, output_options, show
+from nmconvert.cli.common import Printer, model_options, output_options
 from nmconvert.errors import UsageError
 from nmconvert.pattern import AXES, Axis, Pattern
 
@@ -32,8 +32,7 @@ _BAR = 24  # characters
 @output_options
 def command(
     checkpoint: Path, patterns: str, axis: Axis, plot: Path | None, calib: str | None, task: str, settings: dict[str, str],
-    samples: int, batch_size: int, seed: int, model: str | None, model_arguments: dict[str, str], trust: bool, as_json: bool,
-    quiet: bool,
+    samples: int, batch_size: int, seed: int, model: str | None, model_arguments: dict[str, str], trust: bool, printer: Printer,
 ) -> None:  # fmt: skip
     """Prune each layer of CHECKPOINT alone, to each pattern, and show what that does to the model's outputs.
 
@@ -51,12 +50,12 @@ def command(
     built, opened = build(model, model_arguments, trust=trust), open_checkpoint(checkpoint, trust=trust)
     plan = plan_for(opened, chosen[0], axis, built)
     batches = calibration_batches(calib, task, settings, samples, batch_size, seed)
-    found = sensitivities(built, opened, plan, batches, chosen, teller(quiet))
-    if plot is not None:
-        from nmconvert.plot import write_sensitivities
+    found = sensitivities(built, opened, plan, batches, chosen, teller(printer.quiet))
+    from nmconvert.plot import sensitivities_svg, write_sensitivities
 
+    if plot is not None:
         write_sensitivities(plot, found)
-    show({"layers": [as_dict(s) for s in found]}, as_json=as_json, quiet=quiet, render=lambda: table(found))
+    printer.show({"layers": [as_dict(s) for s in found]}, lambda: table(found), lambda: [sensitivities_svg(found)])
 
 
 def as_dict(found: Sensitivity) -> dict[str, Any]:

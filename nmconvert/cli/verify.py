@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nmconvert.cli.common import model_options, newest_onnx, output_options, show
+from nmconvert.cli.common import Printer, model_options, newest_onnx, output_options
 from nmconvert.errors import VerificationError
 
 
@@ -18,7 +18,7 @@ from nmconvert.errors import VerificationError
 @output_options
 def command(
     file: Path, against: Path | None, inputs: tuple[str, ...], model: str | None, model_arguments: dict[str, str],
-    trust: bool, as_json: bool, quiet: bool,
+    trust: bool, printer: Printer,
 ) -> None:  # fmt: skip
     """Check FILE's patterns and hashes, run it, and compare it with another file; exit status 1 if anything differs.
 
@@ -33,7 +33,7 @@ def command(
     result = verify(
         file, against, model=model, model_arguments=model_arguments or None, inputs=specs, trust=trust
     )  # fmt: skip
-    show(report.verify_json(result), as_json=as_json, quiet=quiet, render=lambda: report.verify_report(result))
+    printer.show(report.verify_json(result), lambda: report.verify_report(result))
     if result.failed:
         names = ", ".join(check.what for check in result.failed[:3])
         raise VerificationError(f"{file}: {len(result.failed)} of {len(result.checks)} checks fail, among them {names}")

@@ -94,7 +94,7 @@ def export(
         ExportError: the file would not pass its checks; none is left.
     """
     checkpoint = open_checkpoint(source, trust=trust)
-    manifest = _manifest(checkpoint)
+    manifest = Manifest.of(checkpoint) or Manifest()
     output = output or default_output(source, flavour)
     if output.resolve() == source.resolve():
         raise UsageError(f"{output}: is the input itself; give another name with --output")
@@ -116,11 +116,6 @@ def default_output(source: Path, flavour: str) -> Path:
     if flavour == "compressed" and source.suffix != ".onnx":
         return source.with_name(f"{stem}.onnx")
     return source.with_name(f"{stem}.{flavour}.onnx")
-
-
-def _manifest(checkpoint: Checkpoint) -> Manifest:
-    text = checkpoint.manifest_text()
-    return Manifest() if text is None else Manifest.from_json(text, str(checkpoint.path))
 
 
 def _from_onnx(source: Path, manifest: Manifest, inputs: Sequence[InputSpec]) -> _Source:

@@ -47,6 +47,11 @@ class FinetuneResult:
     metric: str
     training: Training
 
+    @property
+    def curves(self) -> Path:
+        """The SVG file with the curves of the run."""
+        return self.log.with_suffix(".svg")
+
 
 def finetune(
     source: Path,
@@ -164,8 +169,7 @@ def _names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
 def _manifest_of(checkpoint: Checkpoint) -> Manifest:
     if checkpoint.path.suffix == ".onnx":
         raise UsageError(f"{checkpoint.path}: an ONNX file is not trained; fine-tune the checkpoint, then export it")
-    text = checkpoint.manifest_text()
-    manifest = Manifest() if text is None else Manifest.from_json(text, str(checkpoint.path))
+    manifest = Manifest.of(checkpoint) or Manifest()
     if not manifest.layers:
         raise UsageError(
             f"{checkpoint.path}: was not pruned by nmconvert; run nmconvert prune {checkpoint.path} --nm 2:4 first"
