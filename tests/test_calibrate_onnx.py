@@ -1,4 +1,4 @@
-"""Calibration of a bare ONNX graph: the layer inputs, the walk, and agreement with the torch driver."""
+"""Calibration of a bare ONNX graph: the graph as a module, what it is judged by, and agreement with the torch module."""
 
 import numpy as np
 import onnx
@@ -8,7 +8,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from nmconvert.calibrate.driver import Recipe, prune_model
-from nmconvert.calibrate.onnx_driver import _pads, prune_onnx
+from nmconvert.calibrate.onnx_driver import check, compared, prune_onnx
+from nmconvert.calibrate.onnx_module import GraphModule
+from nmconvert.calibrate.onnx_ops import window_pads
 from nmconvert.errors import DataError, ModelError
 from nmconvert.onnx_graph import tensor_infos
 from nmconvert.pattern import Pattern
@@ -115,7 +117,7 @@ def test_the_solved_graph_is_closer_to_the_dense_one_than_magnitude_is():
     rows = rows_of(model, ["w1", "w2", "w3", "w4"])
     target = run(model, images(6)[5])
     errors = []
-    for recipe in (Recipe(criterion="magnitude", correct_means=False, model_steps=0), RECIPE):
+    for recipe in (Recipe(criterion="magnitude", correct_means=False, block_steps=0, model_steps=0), RECIPE):
         output = run(changed(model, prune_onnx(model, batches, rows, recipe)), images(6)[5])
         errors.append(float((output - target).square().mean()))
     assert errors[1] < 0.3 * errors[0]
@@ -143,7 +145,7 @@ def test_a_graph_that_torch_does_not_know_is_pruned_without():
     batches = [torch.randn(4, 4, 9) for _ in range(3)]
     found = prune_onnx(model, batches, rows_of(model, ["v"]), progress=told.append)
     assert set(found) == {"v"}
-    assert told[-1] == "not fitted as a whole: no gradients through Softsign"
+    assert told[0] == "nothing is fitted: no gradients through Softsign"
 
 
 def test_transposed_convolutions_and_weights_on_the_left():
@@ -172,7 +174,7 @@ def test_auto_pad_is_what_onnxruntime_does(mode, size):
     node = helper.make_node("Conv", ["x", "w"], ["y"], auto_pad=mode, strides=[3])
     model = graph_of([node], {"w": (2, 2, 3)})
     x = torch.randn(1, 2, size)
-    low, high = _pads(node, [size], [3], [3], [1])[0]
+    low, high = window_pads(node, [size], [3], [3], [1])[0]
     weight = torch.from_numpy(numpy_helper.to_array(model.graph.initializer[0]).copy())
     padded = torch.nn.functional.pad(x, [low, high])
     torch.testing.assert_close(torch.conv1d(padded, weight, stride=3), run(model, x))
@@ -180,10 +182,161 @@ def test_auto_pad_is_what_onnxruntime_does(mode, size):
 
 def test_what_is_missing_is_said():
     model = residual_net()
-    with pytest.raises(DataError, match="at least 1 batch"):
+    with pytest.raises(DataError, match="at least 2 batches"):
         prune_onnx(model, [], rows_of(model, ["w1"]))
     with pytest.raises(DataError, match="has an input 'x', which the calibration data does not give"):
         prune_onnx(model, [{"image": images()[0]}], rows_of(model, ["w1"]))
     other = graph_of([helper.make_node("Relu", ["x"], ["y"])], {})
     with pytest.raises(ModelError, match="'w1' is not used in the main graph"):
         prune_onnx(other, images(), rows_of(model, ["w1"]))
+
+
+# ── the graph as a module ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def state_of(module):
+    """Every constant that the module has, as the graph has it."""
+    state = module.state_dict()
+    return {name: place.back(state[place.name]) for name, place in module.places.items()}
+
+
+def assert_same(model, batch):
+    """The module computes what onnxruntime does, and its constants are the graph's."""
+    module = GraphModule(model)
+    check(module, model, batch)
+    torch.testing.assert_close(module(batch)[0], run(model, batch), rtol=1e-4, atol=1e-5)
+    weights = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
+    for name, tensor in state_of(module).items():
+        assert torch.equal(tensor, weights[name]), name
+    return module
+
+
+def test_a_product_takes_its_bias_from_the_add_after_it_and_scales_stay():
+    node = helper.make_node
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]),
+        node("Add", ["bias", "a"], ["b"]),
+        node("Gemm", ["b", "v", "c"], ["d"], alpha=0.5, beta=2.0, transB=1),
+        node("Gemm", ["u", "d", "e"], ["f"], transB=1),
+        node("Transpose", ["wide"], ["turned"], perm=[1, 0]),
+        node("MatMul", ["turned", "f"], ["y"]),
+    ]
+    shapes = {"w": (4, 8), "bias": (8,), "v": (8, 8), "c": (8,), "u": (6, 8), "e": (6, 1), "wide": (6, 5)}
+    module = assert_same(graph_of(nodes, shapes), torch.randn(3, 4))
+    layers = [layer for part in module.parts for layer in part.layers.values()]
+    assert [type(layer).__name__ for layer in layers] == ["Linear"] * 4
+    assert [layer.bias is not None for layer in layers] == [True, False, False, False]
+    assert set(module.places) == {"w", "bias", "v", "u", "wide"}
+
+
+def test_norms_of_a_graph_are_norms_and_half_precision_is_computed_in_single():
+    node = helper.make_node
+    nodes = [
+        node("Conv", ["x", "w"], ["a"], pads=[0, 1]),
+        node("BatchNormalization", ["a", "s", "b", "m", "v"], ["n"], epsilon=1e-3),
+        node("Conv", ["n", "u", "c"], ["y"], auto_pad="SAME_UPPER", strides=[2]),
+    ]
+    shapes = {"w": (8, 4, 2), "s": (8,), "b": (8,), "m": (8,), "u": (4, 8, 3), "c": (4,)}
+    model = graph_of(nodes, {**shapes, "v": np.full(8, 0.7)})
+    batch = torch.randn(2, 4, 9)
+    module = assert_same(model, batch)
+    assert any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in module.modules())
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    for value in [*model.graph.input, *model.graph.output]:
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    batches = [torch.randn(8, 4, 9, generator=torch.Generator().manual_seed(s)) for s in range(6)]
+    found = prune_onnx(model, batches, rows_of(model, ["w", "u"]), RECIPE)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float16}
+    assert {"w", "u", "c"} <= set(found)
+
+
+def test_operators_that_torch_computes_otherwise_are_left_to_onnxruntime():
+    node = helper.make_node
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Resize", ["a", "", "scales"], ["b"], mode="nearest", nearest_mode="ceil"),
+        node("Shape", ["b"], ["shape"]),
+        node("Constant", [], ["one"], value_ints=[1]),
+        node("Gather", ["shape", "first"], ["length"]),
+        node("Div", ["length", "two"], ["half"]),
+        node("Concat", ["half", "rest"], ["wanted"], axis=0),
+        node("Reshape", ["b", "wanted"], ["c"]),
+        node("MatMul", ["c", "v"], ["y"]),
+    ]
+    model = graph_of(nodes, {"w": (8, 4, 1, 1), "v": (4, 8), "scales": np.array([1, 1, 1.5, 1.5])})
+    for name, values in (("first", [0]), ("two", [2]), ("rest", [-1, 4])):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(values, dtype=np.int64), name))
+    module = assert_same(model, torch.randn(4, 4, 6, 6))
+    assert module.opaque() == ["Resize"]
+
+
+def test_parts_are_blocks_and_what_skips_many_layers_goes_past_them():
+    node = helper.make_node
+    nodes, constants = [node("Conv", ["x", "stem"], ["v0"])], {"stem": (8, 3, 1)}
+    for block in range(6):
+        one, two = f"w{block}a", f"w{block}b"
+        constants |= {one: (8, 8, 1), two: (8, 8, 1)}
+        nodes += [
+            node("Conv", [f"v{block}", one], [f"a{block}"]),
+            node("Relu", [f"a{block}"], [f"r{block}"]),
+            node("Conv", [f"r{block}", two], [f"b{block}"]),
+            node("Add", [f"b{block}", f"v{block}"], [f"s{block}"]),
+            node("Relu", [f"s{block}"], [f"v{block + 1}"]),
+        ]
+    nodes.append(node("Add", ["v6", "v0"], ["y"]))
+    module = assert_same(graph_of(nodes, constants), torch.randn(2, 3, 5))
+    sizes = [[key.partition("/")[2] for key in part.layers] for part in module.parts]
+    assert sizes == [["stem", "w0a", "w0b"], *([f"w{b}a", f"w{b}b"] for b in range(1, 6))]
+    assert [part.outputs for part in module.parts][1:] == [["v2"], ["v3"], ["v4"], ["v5"], ["y"]]
+
+
+def test_no_part_ends_between_layers_that_share_a_weight():
+    node = helper.make_node
+    names = [f"v{i}" for i in range(7)]
+    nodes = [node("MatMul", [a, w], [b]) for a, b, w in zip(["x", *names], [*names, "y"], "abcdefba", strict=True)]
+    model = graph_of(nodes, dict.fromkeys("abcdef", (8, 8)))
+    module = assert_same(model, torch.randn(4, 8))
+    assert len(module.parts) == 1
+    batches = [torch.randn(16, 8, generator=torch.Generator().manual_seed(s)) for s in range(6)]
+    rows = rows_of(model, list("abcdef"))
+    found = prune_onnx(model, batches, rows)
+    for row in rows:
+        assert ((row.view.to_matrix(found[row.name]).reshape(-1, 4) != 0).sum(1) <= 2).all()
+
+
+def test_a_graph_is_judged_before_its_last_concat_and_by_its_last_layers():
+    node = helper.make_node
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Conv", ["a", "u"], ["b"]),
+        node("Conv", ["a", "v"], ["c"]),
+        node("Sigmoid", ["b"], ["p"]),
+        node("Concat", ["p", "c"], ["y"], axis=1),
+    ]
+    shapes = {"w": (8, 4, 1), "u": (2, 8, 1), "v": (4, 8, 1)}
+    assert sorted(compared(graph_of(nodes, shapes))) == ["b", "c", "p"]
+    skipping = [*nodes[:2], node("Add", ["b", "x"], ["y"])]
+    assert compared(graph_of(skipping, {"w": (8, 4, 1), "u": (4, 8, 1)})) == ["b", "y"]
+    chosen = [*nodes[:-1], node("TopK", ["p", "k"], ["y", "places"], axis=2)]
+    assert compared(graph_of(chosen, {**shapes, "k": (1,)})) == ["b"]
+
+
+def test_an_interrupted_graph_goes_on_and_ends_with_the_same_bytes(tmp_path):
+    model, batches, file = residual_net(), images(), tmp_path / "state"
+    rows = rows_of(model, ["w1", "w2", "w3", "w4"])
+    whole = prune_onnx(model, batches, rows)
+
+    def stop(line):
+        if line.startswith("w3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_onnx(model, batches, rows, progress=stop, resume=file)
+    assert file.exists()
+    told: list[str] = []
+    again = prune_onnx(model, batches, rows, progress=told.append, resume=file)
+    assert not any(line.startswith("w1 ") for line in told)
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert not file.exists()

@@ -2,7 +2,7 @@
 
 ==================  ===================================================================================================
 ``driver``          the sequence for an ``nn.Module``: :func:`~nmconvert.calibrate.driver.prune_model`
-``onnx_driver``     the same for a bare ONNX file, whose layer inputs onnxruntime computes; ``onnx_module`` its gradients
+``onnx_driver``     the same for a bare ONNX file: ``onnx_module`` makes it a module, ``onnx_ops`` computes its operators
 ``stage``           what ``nmconvert prune --calib`` calls
 ``replay``          runs a model piece by piece and keeps the activations between the pieces
 ``store``           where these activations are: in memory up to a limit, on disk beyond it

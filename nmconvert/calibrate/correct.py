@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from nmconvert.calibrate.answers import Answer
 from nmconvert.calibrate.replay import Call, outputs_of
 
+_USUAL = 0.1  # root mean square of weights for which absolute rates are meant
+
 Pair = tuple[Call, Any]
 """A call, and what the dense module answers to it."""
 
@@ -111,11 +113,14 @@ def reconstruct(
     *,
     steps: int,
     rate: float,
+    together: int = 1,
+    relative: bool = False,
 ) -> None:
     """Fit the kept weights, biases and norms of ``module`` to the dense answers: Adam, cosine rate, masks fixed.
 
-    ``answer`` is the module, or what it is judged by (:mod:`nmconvert.calibrate.answers`). ``pairs(step)`` gives the call and
-    target of a step; ``masks`` are by parameter name, in the parameter's shape.
+    ``answer`` is the module, or what it is judged by (:mod:`nmconvert.calibrate.answers`). ``pairs(n)`` gives the nth call and
+    its target, of which a step takes ``together``; ``masks`` are by parameter name, in the parameter's shape. With ``relative``
+    a tensor's rate is ``rate`` times its root mean square over that of usual weights.
     The module stays in evaluation mode: norms use their running statistics. (The block reconstruction of BRECQ, Li et
     al. 2021, with N:M masks in place of rounding.)
     """
@@ -124,14 +129,16 @@ def reconstruct(
     with torch.enable_grad():
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        optimizer = torch.optim.Adam(list(parameters.values()), lr=rate, betas=(0.9, 0.99))
+        groups = [{"params": [p], "rate": rate * (_size(p) / _USUAL if relative else 1.0)} for p in parameters.values()]
+        optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.99))
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = rate * 0.5 * (1 + cos(pi * step / steps))
-            call, target = pairs(step)
-            call = Call(*tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs)))
+                group["lr"] = group["rate"] * 0.5 * (1 + cos(pi * step / steps))
             optimizer.zero_grad(set_to_none=True)
-            output_error(answer(*call.args, **call.kwargs), target).backward()
+            for number in range(step * together, (step + 1) * together):
+                call, target = pairs(number)
+                call = Call(*tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs)))
+                (output_error(answer(*call.args, **call.kwargs), target) / together).backward()
             optimizer.step()
             with torch.no_grad():
                 for name, mask in masks.items():
@@ -139,6 +146,17 @@ def reconstruct(
     for name, parameter in parameters.items():
         parameter.grad = None
         parameter.requires_grad_(frozen[name])
+
+
+def _size(parameter: Tensor) -> float:
+    """The root mean square of what is not zero."""
+    values = parameter.detach()[parameter.detach() != 0]
+    return float(values.square().mean().sqrt()) if values.numel() else 1e-2
+
+
+def image_count(batch: Any) -> int:
+    """How many images a batch is (see :func:`is_images`)."""
+    return len(batch if isinstance(batch, Tensor) else batch[0])
 
 
 def is_images(batch: Any) -> bool:

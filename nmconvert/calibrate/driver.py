@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from nmconvert.calibrate.answers import Answer, answer_of
-from nmconvert.calibrate.correct import augment, held_out_error, is_images, keep_if_better, norms, reconstruct, reestimate_norms
+from nmconvert.calibrate.correct import (
+    augment,
+    held_out_error,
+    image_count,
+    is_images,
+    keep_if_better,
+    norms,
+    reconstruct,
+    reestimate_norms,
+)
 from nmconvert.calibrate.moments import Moments, Site, find_followers, find_sites, inputs_seen, solve_rows
 from nmconvert.calibrate.replay import Batch, Call, Replay, as_call, find_units, outputs_of, trace
 from nmconvert.calibrate.resume import Done, fingerprint, read, write
@@ -27,6 +36,7 @@ from nmconvert.errors import DataError, ModelError
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Axis, Pattern
 
+_IMAGES = 16  # of a step of reconstruction at least: gradients of few are noisy
 _LARGE = 0.08  # relative error of the outputs at which the model is fitted at the full rate
 
 
@@ -80,6 +90,7 @@ class Recipe:
     model_rate: float = 1e-3
     tokens: int = 1 << 17  # positions taken of each layer's inputs, of all batches together
     copies: int = 2  # of image batches, flipped and shifted (the first as it is)
+    relative_rates: bool = False  # each tensor's rate follows its size: for graphs whose norms are folded into the weights
     held_out: float = 0.125
     memory: int = LIMIT  # bytes of activations between units; more are kept in temporary files
     seed: int = 0
@@ -144,6 +155,7 @@ class _Run:
         copies = recipe.copies if is_images(batches[0]) else 1
         train = [augment(b, generator) if copy else b for copy in range(copies) for b in batches[:-held]]
         self.fresh = batches[:-held]
+        self.together = max(1, _IMAGES // image_count(batches[0])) if is_images(batches[0]) else 1
         self.train, self.batches = len(train), train + batches[-held:]
         self.generator = generator
         self.followers = find_followers(model, batches[0], list({site.module for site in self.sites}))
@@ -307,16 +319,15 @@ class _Run:
         return self.model.get_submodule(unit) if unit else self.answer
 
     def _reconstruct(self, unit: str, inputs: list[list[Call]], targets: list[list[Any]]) -> None:
-        module = self.model.get_submodule(unit)
         prefix = unit + "." if unit else ""
         masks = {n.removeprefix(prefix): m for n, m in self.masks.items() if n.startswith(prefix)}
-        order = self._shuffled(self.recipe.block_steps)
+        order = self._shuffled(self.recipe.block_steps * self.together)
 
-        def pair(step: int) -> tuple[Call, Any]:
-            return inputs[order[step]][0], targets[order[step]][0]
+        def pair(number: int) -> tuple[Call, Any]:
+            return inputs[order[number]][0], targets[order[number]][0]
 
         def change() -> None:
-            reconstruct(module, self._answer(unit), pair, masks, steps=self.recipe.block_steps, rate=self.recipe.block_rate)
+            self._fit(unit, pair, masks, self.recipe.block_steps, self.recipe.block_rate)
 
         self._correct(unit, "reconstruction", change, inputs[self.train :], targets[self.train :])
 
@@ -329,11 +340,11 @@ class _Run:
             self._correct("", "norms", lambda: reestimate_norms(self.model, self.dense, train, train), held, targets)
         if not self.recipe.model_steps:
             return
-        order = self._shuffled(self.recipe.model_steps, len(self.fresh))
+        order = self._shuffled(self.recipe.model_steps * self.together, len(self.fresh))
         images = is_images(self.fresh[0])
 
-        def pair(step: int) -> tuple[Call, Any]:
-            batch = self.fresh[order[step]]
+        def pair(number: int) -> tuple[Call, Any]:
+            batch = self.fresh[order[number]]
             batch = augment(batch, self.generator) if images else batch
             call = as_call(batch)
             return call, outputs_of(self.answer_dense, [[call]])[0][0]
@@ -342,12 +353,18 @@ class _Run:
         rate = self.recipe.model_rate * min(1.0, (error / _LARGE) ** 0.5)  # a good model is spoilt by large steps
 
         def change() -> None:
-            reconstruct(self.model, self.answer, pair, self.masks, steps=self.recipe.model_steps, rate=rate)
+            self._fit("", pair, self.masks, self.recipe.model_steps, rate)
 
         self._correct("", "reconstruction", change, held, targets)
 
-    def _shuffled(self, steps: int, count: int | None = None) -> list[int]:
+    def _fit(
+        self, unit: str, pair: Callable[[int], tuple[Call, Any]], masks: Mapping[str, Tensor], steps: int, rate: float
+    ) -> None:
+        module, relative = self.model.get_submodule(unit), self.recipe.relative_rates
+        reconstruct(module, self._answer(unit), pair, masks, steps=steps, rate=rate, together=self.together, relative=relative)
+
+    def _shuffled(self, count: int, among: int | None = None) -> list[int]:
         order: list[int] = []
-        while len(order) < steps:
-            order += torch.randperm(count or self.train, generator=self.generator).tolist()
-        return order[:steps]
+        while len(order) < count:
+            order += torch.randperm(among or self.train, generator=self.generator).tolist()
+        return order[:count]

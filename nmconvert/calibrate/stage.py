@@ -88,7 +88,7 @@ class Calibration:
         """What changes, computed in float32.
 
         ``model`` is filled from the checkpoint and pruned (:func:`nmconvert.calibrate.driver.prune_model`, whose ``resume``
-        is the same); without one the checkpoint has to be an ONNX file, which onnxruntime runs
+        is the same); without one the checkpoint has to be an ONNX file, whose graph is made a module
         (:func:`nmconvert.calibrate.onnx_driver.prune_onnx`).
 
         Raises:
@@ -96,7 +96,7 @@ class Calibration:
         """
         if model is None and checkpoint.format == "ONNX" and not self.permute:
             read = read_whole_model(checkpoint.path)
-            return Changes(prune_onnx(read, self.batches, plan.pruned, self.recipe, self.progress))
+            return Changes(prune_onnx(read, self.batches, plan.pruned, self.recipe, self.progress, resume))
         model = _needed(model, "--permute" if self.permute else "--calib", checkpoint)
         names = _filled(model, checkpoint, plan)
         before = _copy(model)
