@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ PLAIN = Recipe(
 ABLATION: list[tuple[str, Recipe]] = [
     ("magnitude", replace(PLAIN, criterion="magnitude")),
     ("wanda", replace(PLAIN, criterion="wanda")),
+    ("ria", replace(PLAIN, criterion="ria")),
     ("magnitude + norms", replace(PLAIN, criterion="magnitude", reestimate=True)),
     ("sparsegpt", PLAIN),
     ("sparsegpt + norms", replace(PLAIN, reestimate=True)),
@@ -114,6 +116,16 @@ class Cifar:
         prune_model(model, self.batches, plan, recipe)
         return model
 
+    def prune_apart(self, pattern: str, axis: Axis, recipe: Recipe) -> nn.Module:
+        """Each layer on the inputs that the dense model gives it, as if the others were dense."""
+        result = self.model()
+        names = [n for n, p in result.named_parameters() if p.dim() == 4 and n != "conv1.weight"]
+        for name in names:
+            model = self.model()
+            prune_model(model, self.batches, {name: (Pattern.parse(pattern), axis)}, recipe)
+            result.get_parameter(name).data.copy_(model.get_parameter(name))
+        return result
+
 
 def run_resnet20() -> None:
     """The five targets, and what a permutation before adds."""
@@ -140,13 +152,20 @@ def run_resnet56() -> None:
     report("ResNet-56 2:4 channel", data.top1(data.prune("2:4", "channel", DEFAULT)), "92.7", start)
 
 
-def run_ablation() -> None:
-    """What each ingredient is worth, on ResNet-20."""
+def run_ablation(only: str = "") -> None:
+    """What each ingredient is worth, on ResNet-20; of the rows whose names hold ``only``."""
     data = Cifar(resnet20, "resnet20-12fca82f.th")
+    magnitude = replace(PLAIN, criterion="magnitude")
     for pattern in ("2:4", "1:4"):
-        for name, recipe in ABLATION:
-            start = now()
-            report(f"{pattern} {name}", data.top1(data.prune(pattern, "channel", recipe)), "-", start)
+        rows = {name: partial(data.prune, pattern, "channel", recipe) for name, recipe in ABLATION}
+        rows["sparsegpt, every layer on dense inputs"] = partial(data.prune_apart, pattern, "channel", PLAIN)
+        rows["magnitude, permuted"] = partial(data.prune, pattern, "channel", magnitude, permute=True)
+        rows["sparsegpt, permuted"] = partial(data.prune, pattern, "channel", PLAIN, permute=True)
+        rows["… + whole model, permuted"] = partial(data.prune, pattern, "channel", DEFAULT, permute=True)
+        for name, make in rows.items():
+            if only in name:
+                start = now()
+                report(f"{pattern} {name}", data.top1(make()), "-", start)
 
 
 # ── all-MiniLM-L6-v2 on STS-B ─────────────────────────────────────────────────────────────────────────────────────────
@@ -257,9 +276,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", choices=RUNS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", default="", help="of the ablation, the rows whose names hold this")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    RUNS[arguments.run]()
+    if arguments.run == "ablation":
+        run_ablation(arguments.only)
+    else:
+        RUNS[arguments.run]()
 
 
 if __name__ == "__main__":
