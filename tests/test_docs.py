@@ -16,7 +16,7 @@ from docs.reference import README, updated
 from nmconvert.cli import COMMANDS, group
 
 ROOT = README.parent
-DOCUMENTS = [README, ROOT / "sample_models" / "README.md", ROOT / "CHANGELOG.md"]
+DOCUMENTS = [README, ROOT / "sample_models" / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 TEXT = README.read_text("utf-8")
 
 
