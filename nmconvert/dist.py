@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from nmconvert.errors import NmconvertError
+from nmconvert.errors import NmconvertError, UsageError
 
 
 def rank() -> int:
@@ -33,6 +33,21 @@ def started_rank() -> int:
 def world() -> int:
     """How many processes train together."""
     return td.get_world_size() if td.is_available() and td.is_initialized() else 1
+
+
+def device(name: str | None = None) -> torch.device:
+    """The device ``name``; left out: this process's GPU if there is one, else the CPU.
+
+    Raises:
+        UsageError: there is none of that name here.
+    """
+    if name is None:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        said = str(error).strip().splitlines()[0].rstrip(".")
+        raise UsageError(f"--device {name}: cannot be used here ({said}); --device cpu always can") from error
 
 
 @contextmanager

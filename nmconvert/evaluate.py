@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from nmconvert import dist
 from nmconvert.checkpoint import open_checkpoint
 from nmconvert.errors import UsageError
 from nmconvert.manifest import Manifest
@@ -62,17 +63,18 @@ def evaluate(
         kernels: run an ONNX file on nmconvert's kernels, not on stock onnxruntime alone.
 
     Raises:
-        UsageError: a checkpoint without ``model``.
+        UsageError: a checkpoint without ``model``, or a device that is not here.
         CheckpointError, ModelError, DataError: the file, the model or the data is not what it has to be.
     """
     dataset: Any = task.dataset(data, split="test", augment=False)
     if limit is not None:
         dataset = Subset(dataset, range(min(limit, len(dataset))))
+    place = dist.device(device)
     network = load_model(file, model, model_arguments or {}, trust=trust, device=device, kernels=kernels)
     loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=task.collate)
     start = time.perf_counter()
     with misfits_named(network):
-        metrics = task.evaluate(task.predictor(network), (batch.to(device) for batch in loader))
+        metrics = task.evaluate(task.predictor(network), (batch.to(place) for batch in loader))
     seconds = time.perf_counter() - start
     return Evaluation(str(file), task.name, data, len(dataset), task.metric, metrics, seconds)
 
@@ -135,4 +137,4 @@ def load_model(
         return OnnxModel(file, kernels=kernels)
     if model is None and not (file.is_dir() and (file / "config.json").is_file()):
         raise UsageError(f"{file}: a checkpoint holds weights only; say what they belong to with --model module:callable")
-    return load(model or str(file), file, arguments, trust=trust).to(device).eval()
+    return load(model or str(file), file, arguments, trust=trust).to(dist.device(device)).eval()

@@ -208,6 +208,9 @@ def test_what_is_wrong_is_named(folder):
         finetune_it(folder, "--model-arg", "width=12")
     with pytest.raises(DataError, match="no such"):
         invoke("finetune", folder / "net.nm1-4.pt", "--data", folder / "nothing", *TASK)
+    for command in ("finetune", "eval"):
+        with pytest.raises(UsageError, match=r"--device abacus: cannot be used here \(.*--device cpu"):
+            invoke(command, folder / "net.nm1-4.pt", *data, "--device", "abacus")
     with pytest.raises(UsageError, match="lr cannot be -1"):
         finetune_it(folder, "--lr", -1)
     (folder / "broken.pt").write_bytes(b"PK\x03\x04 broken")

@@ -274,7 +274,7 @@ def _without_times(path):
 
 def test_resume_refuses_another_run(tmp_path):
     run(Settings(epochs=1, batch=32), folder=tmp_path)
-    with pytest.raises(UsageError, match=r"lr was None and is 0\.1 now"):
+    with pytest.raises(UsageError, match=r"lr was 0\.02 and is 0\.1 now"):
         run(Settings(epochs=1, batch=32, lr=0.1), folder=tmp_path, resume=True)
     with pytest.raises(UsageError, match="samples was 96 and is 64 now"):
         run(Settings(epochs=1, batch=32), folder=tmp_path, resume=True, data=samples(64))
@@ -406,6 +406,13 @@ def test_an_unreadable_sample_is_one_line_with_its_path(workers):
 
 def _unreadable(index):
     raise DataError("cats/7.png: is no readable image; --skip-bad leaves out what cannot be read")
+
+
+def test_what_is_left_out_goes_by_the_task():
+    assert Settings().for_task("classification") == Settings(optimizer="sgd", lr=0.02, decay=0.1)
+    assert Settings().for_task("detection") == Settings(optimizer="adamw", lr=1e-3, decay=10.0)
+    told = Settings(optimizer="sgd", lr=0.3, decay=0.0)
+    assert told.for_task("translation") == told
 
 
 def test_the_learning_rate_warms_up_and_falls():

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+Past = list[Tensor]
+"""Keys and values [B, kv_heads, T, size] of all positions so far; empty before the first."""
+
 
 class Attention(nn.Module):
     """Causal, with rotary positions; ``kv_heads`` keys and values serve ``heads`` queries."""
@@ -26,17 +29,21 @@ class Attention(nn.Module):
         self.wv = nn.Linear(width, kv_heads * self.size, bias=False)
         self.wo = nn.Linear(heads * self.size, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, width]."""
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        """[B, T, width]; with ``past`` T is 1, and x follows the positions whose keys and values are there, and joins them."""
+        first = past[0].shape[2] if past else 0
         q, k, v = (w(x).unflatten(2, (-1, self.size)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-        k, v = (t.repeat_interleave(self.repeats, 1) for t in (self.turned(k), v))
-        mixed = F.scaled_dot_product_attention(self.turned(q), k, v, is_causal=True)
+        q, k = self.turned(q, first), self.turned(k, first)
+        if past is not None:
+            past[:] = k, v = [torch.cat([*pair], 2) for pair in zip(past, (k, v), strict=True)] if past else [k, v]
+        k, v = (t.repeat_interleave(self.repeats, 1) for t in (k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
-    def turned(self, x: Tensor) -> Tensor:
-        """``x`` [B, heads, T, size], each pair of neighbours turned by its position's angle."""
+    def turned(self, x: Tensor, first: int = 0) -> Tensor:
+        """``x`` [B, heads, T, size], each pair of neighbours turned by the angle of its position, counted from ``first``."""
         speed = self.theta ** -(torch.arange(0, self.size, 2, device=x.device) / self.size)
-        angle = torch.arange(x.shape[2], device=x.device)[:, None] * speed
+        angle = torch.arange(first, first + x.shape[2], device=x.device)[:, None] * speed
         even, odd = x[..., 0::2], x[..., 1::2]
         turned = [even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()]
         return torch.stack(turned, -1).flatten(-2).to(x.dtype)
@@ -64,9 +71,9 @@ class Layer(nn.Module):
         self.attention = Attention(width, heads, kv_heads, theta)
         self.feed_forward = FeedForward(width, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         """[B, T, width]."""
-        x = x + self.attention(self.attention_norm(x))
+        x = x + self.attention(self.attention_norm(x), past)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -82,11 +89,11 @@ class Llama(nn.Module):
         self.output = nn.Linear(width, vocab_size, bias=False)
         self.output.weight = self.tok_embeddings.weight
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """The logits of what follows each position."""
+    def forward(self, input_ids: Tensor, past: list[Past] | None = None) -> Tensor:
+        """The logits of what follows each position; ``past``, one a layer, is for telling token by token."""
         x = self.tok_embeddings(input_ids)
-        for layer in self.layers:
-            x = layer(x)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, past and past[number])
         return self.output(self.norm(x))
 
 
@@ -103,8 +110,8 @@ def told(checkpoint: Path, count: int, length: int) -> list[NDArray[np.int64]]:
     """
     model, generator = stories260k().eval(), torch.Generator().manual_seed(0)
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
-    ids = torch.ones(count, 1, dtype=torch.int64)
+    ids, past = torch.ones(count, 1, dtype=torch.int64), [Past() for _ in model.layers]
     while ids.shape[1] < length:
-        chances = torch.cat([model(part)[:, -1].softmax(-1) for part in ids.split(64)])
+        chances = model(ids[:, -1:], past)[:, -1].softmax(-1)
         ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
     return [row[: [*row[1:], 1].index(1) + 1] for row in ids.numpy()]

@@ -6,6 +6,7 @@ Commands are imported when they are used, so that ``nmconvert --help`` returns a
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
 
 import click
@@ -54,6 +55,7 @@ def group() -> None:
 
 def main() -> None:
     """Run the command line; every error becomes one line and an exit status: 1 failed, 2 usage, 130 interrupted."""
+    warnings.formatwarning = lambda message, *where, **more: f"nmconvert: warning: {message}\n"
     try:
         group.main(prog_name="nmconvert", standalone_mode=False)
     except Exception as error:

@@ -77,6 +77,7 @@ def train(
         UsageError: settings that contradict each other, or those of the run that is resumed.
         NmconvertError: the loss is no longer finite, or there is too little memory; the last good state is kept.
     """
+    settings = settings.for_task(task.name)
     _check_folder(settings, folder, resume)
     run = Run(model, plan, task, data, validation, settings, teacher, folder, device or torch.device("cpu"))
     resumed_at = run.resume() if resume else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi
 from typing import Literal, get_args
 
@@ -20,7 +20,19 @@ Precision = Literal["fp32", "bf16", "fp16"]
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-LEARNING_RATES: dict[OptimizerName, float] = {"sgd": 0.02, "adamw": 5e-4}
+
+@dataclass(frozen=True)
+class Usual:
+    """What goes well with an optimiser, in a few epochs from a dense model: found on the sample models."""
+
+    lr: float
+    decay: float
+    """λ: in SGD's gradient, where a momentum of 0.9 makes it act tenfold, or decoupled in AdamW."""
+
+
+USUAL: dict[OptimizerName, Usual] = {"sgd": Usual(0.02, 0.1), "adamw": Usual(1e-3, 10.0)}
+OPTIMIZER_OF: dict[str, OptimizerName] = {"classification": "sgd"}
+"""By task; of all others it is AdamW."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +43,8 @@ class Settings:
         epochs: passes over the training data.
         batch: samples per optimiser step, over all processes and accumulated parts.
         accumulate: in how many parts, one after the other, each process takes its share of a batch.
-        optimizer: ``sgd`` (Nesterov momentum 0.9) or ``adamw``.
-        lr: the highest learning rate; left out: 0.02 for sgd, 5e-4 for adamw.
+        optimizer: ``sgd`` (Nesterov momentum 0.9) or ``adamw``; left out: sgd for classification, adamw for all else.
+        lr: the highest learning rate; left out: 0.02 for sgd, 1e-3 for adamw.
         weight_decay: of weights with two dimensions or more.
         warmup: share of the steps over which the learning rate rises; then it falls to 0 along half a cosine.
         clip: the largest norm of the gradient of all weights.
@@ -40,8 +52,8 @@ class Settings:
         ema: decay per step of the averaged weights, which are then validated and kept.
         distill: share of the distillation loss where there is a teacher; the rest is the task's own loss.
         method: ``sr-ste``, ``ste`` or ``fixed-mask``.
-        decay: λ of SR-STE. The paper's 2e-4 is for a hundred epochs from scratch; within a few it hardly acts: ResNet-20 at
-            1:4 had 74.9 % after the first of five epochs with it, and 83.2 % with 0.1.
+        decay: λ of SR-STE; left out: 0.1 for sgd, 10 for adamw. The paper's 2e-4 is for a hundred epochs from scratch; within
+            a few it hardly acts: ResNet-20 at 1:4 had 74.9 % after the first of five epochs with it, and 83.2 % with 0.1.
         anneal: how λ goes over the steps.
         freeze_masks: share of the steps, at the end, for which masks stand still.
         patience: stop after so many epochs without a better metric, and keep the best epoch; left out: keep the last.
@@ -55,7 +67,7 @@ class Settings:
     epochs: int = 3
     batch: int = 64
     accumulate: int = 1
-    optimizer: OptimizerName = "sgd"
+    optimizer: OptimizerName | None = None
     lr: float | None = None
     weight_decay: float = 1e-4
     warmup: float = 0.05
@@ -64,7 +76,7 @@ class Settings:
     ema: float | None = None
     distill: float = 1.0
     method: Method = "sr-ste"
-    decay: float = 0.1
+    decay: float | None = None
     anneal: Anneal = "constant"
     freeze_masks: float = 0.0
     patience: int | None = None
@@ -79,7 +91,7 @@ class Settings:
             "epochs": self.epochs >= 1,
             "batch": self.batch >= 1,
             "accumulate": self.accumulate >= 1,
-            "optimizer": self.optimizer in OPTIMIZERS,
+            "optimizer": self.optimizer in (None, *OPTIMIZERS),
             "precision": self.precision in PRECISIONS,
             "lr": self.lr is None or self.lr > 0,
             "warmup": 0 <= self.warmup <= 1,
@@ -97,9 +109,19 @@ class Settings:
             raise UsageError("averaged weights (--ema) cannot be sharded: leave out --ema or --shard")
 
     @property
+    def usual(self) -> Usual:
+        """What goes well with the optimiser."""
+        return USUAL[self.optimizer or "adamw"]
+
+    @property
     def peak_lr(self) -> float:
         """The highest learning rate."""
-        return LEARNING_RATES[self.optimizer] if self.lr is None else self.lr
+        return self.usual.lr if self.lr is None else self.lr
+
+    def for_task(self, task: str) -> Settings:
+        """With the usual numbers of ``task`` for all that was left out."""
+        told = replace(self, optimizer=self.optimizer or OPTIMIZER_OF.get(task, "adamw"))
+        return replace(told, lr=told.peak_lr, decay=told.usual.decay if told.decay is None else told.decay)
 
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of ``step`` (from 0) of ``steps``."""

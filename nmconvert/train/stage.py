@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nmconvert import dist
@@ -19,7 +17,7 @@ from nmconvert.errors import UsageError
 from nmconvert.manifest import Manifest
 from nmconvert.model import load, matched_names
 from nmconvert.plan import Plan
-from nmconvert.tasks import build_task
+from nmconvert.tasks import Task, build_task
 from nmconvert.train.log import row_json
 from nmconvert.train.loop import Training, train
 from nmconvert.train.settings import Settings
@@ -34,6 +32,30 @@ class Said:
     data: str
     model: str
     model_arguments: Mapping[str, str]
+
+    def build_task(self) -> Task:
+        """The task with its settings."""
+        return build_task(self.task, self.task_settings, folder=Path(self.model))
+
+    def network(self, path: Path, *, trust: bool) -> nn.Module:
+        """The model with the weights of ``path``, in fp32 whatever the file has: small steps vanish in half precision."""
+        return load(self.model, path, self.model_arguments, trust=trust).float()
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a run writes: the checkpoint, beside it the log, and while it lasts the folder of states."""
+
+    output: Path
+    log: Path
+    states: Path
+
+    @classmethod
+    def of(cls, source: Path, output: Path | None) -> Files:
+        """Those of a run on ``source``."""
+        output = output or default_output(source)
+        stem = output.name if source.is_dir() else output.stem
+        return cls(output, output.with_name(f"{stem}.jsonl"), output.with_name(f"{output.name}.state"))
 
 
 @dataclass(frozen=True)
@@ -99,32 +121,24 @@ def finetune(
     checkpoint = open_checkpoint(source, trust=trust)
     manifest = _manifest_of(checkpoint)
     said = _said(manifest, source, task, task_settings or {}, data, model, model_arguments or {})
-    does = build_task(said.task, said.task_settings, folder=Path(said.model))
-    output = output or default_output(source)
-    log = output.with_name(f"{output.name if source.is_dir() else output.stem}.jsonl")
-    states = output.with_name(f"{output.name}.state")
+    does, files = said.build_task(), Files.of(source, output)
+    settings = settings.for_task(does.name)
     dense = None if learn_alone else teacher or _dense_source(manifest)
-    if from_dense and dense is None:
-        raise UsageError("--from-dense: there is no dense checkpoint to start from; name it with --teacher")
-    place = _device(device)
+    place = dist.device(device)
     with dist.processes(place):
-        network, master = (_network(said, path, trust=trust) for path in (source, dense))
-        assert network is not None
-        if from_dense and master is not None:
-            network.load_state_dict(master.state_dict())
-        plan = plan_of(manifest, checkpoint, network)
-        samples = does.dataset(said.data, split="train", augment=settings.augment)
-        held_out = does.dataset(said.data, split="val", augment=False)
+        network, master = _networks(said, source, dense, from_dense=from_dense, trust=trust)
         training = train(
-            network, plan, does, samples, held_out, settings,
-            teacher=master, folder=states, log=log, resume=resume, device=place, display=display,
+            network, plan_of(manifest, checkpoint, network), does,
+            does.dataset(said.data, split="train", augment=settings.augment),
+            does.dataset(said.data, split="val", augment=False),
+            settings, teacher=master, folder=files.states, log=files.log, resume=resume, device=place, display=display,
         )  # fmt: skip
         if dist.rank() == 0:
             told = {"teacher": None if dense is None else str(dense), "settings": asdict(settings)}
-            _write(checkpoint, output, training, manifest.with_settings(**asdict(said)), told)
-            shutil.rmtree(states)
+            _write(checkpoint, files.output, training, manifest.with_settings(**asdict(said)), told)
+            shutil.rmtree(files.states)
         dist.barrier()
-    return FinetuneResult(source, output, log, dense, does.metric, training)
+    return FinetuneResult(source, files.output, files.log, dense, does.metric, training)
 
 
 def default_output(source: Path) -> Path:
@@ -199,19 +213,19 @@ def _said(
     return Said(name, {**known, **task_settings}, data, str(spec), dict(arguments))
 
 
-def _network(said: Said, path: Path | None, *, trust: bool) -> nn.Module | None:
-    """The model with the weights of ``path``, in fp32 whatever the file has: small steps vanish in half precision."""
-    return None if path is None else load(said.model, path, said.model_arguments, trust=trust).float()
+def _networks(
+    said: Said, source: Path, dense: Path | None, *, from_dense: bool, trust: bool
+) -> tuple[nn.Module, nn.Module | None]:
+    """The network to train, and its teacher."""
+    network = said.network(source, trust=trust)
+    teacher = None if dense is None else said.network(dense, trust=trust)
+    if from_dense:
+        if teacher is None:
+            raise UsageError("--from-dense: there is no dense checkpoint to start from; name it with --teacher")
+        network.load_state_dict(teacher.state_dict())
+    return network, teacher
 
 
 def _dense_source(manifest: Manifest) -> Path | None:
     source = manifest.settings.get("source")
     return Path(source) if isinstance(source, str) and Path(source).exists() else None
-
-
-def _device(name: str | None) -> torch.device:
-    if name is not None:
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
