@@ -194,6 +194,15 @@ inline Vector stored_values(const void* values, int64_t index) {
 #endif
 }
 
+// One word's values and positions, some words ahead.
+template <Storage Stored>
+inline void prefetch_word(const void* values, int64_t index, const uint32_t* positions) {
+  constexpr int kAheadWords = 6, kBytes = (Stored == Storage::kFloats ? 4 : 2) * 8 * W;
+  const char* from = static_cast<const char*>(values) + index * (kBytes / (8 * W)) + kAheadWords * kBytes;
+  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(from + i, 0, 0);
+  __builtin_prefetch(positions + kAheadWords * W, 0, 0);
+}
+
 template <int Tokens, int BlocksPerWord, bool Wide, Storage Stored>
 void row_blocks(const RowJob& job) {
   constexpr int kSums = Tokens == 1 ? 8 : Tokens == 2 ? 4 : 2;
@@ -206,6 +215,7 @@ void row_blocks(const RowJob& job) {
     int64_t left_in_block = job.words_per_block;
     for (int64_t word = 0; word < job.words; ++word) {
       Ints position = *reinterpret_cast<const LooseInts*>(positions);
+      prefetch_word<Stored>(job.values, values, positions);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
         const Vector value = stored_values<Stored>(job.values, values + i * W);
