@@ -17,6 +17,7 @@ pytest.importorskip("PIL")
 from benchmarks import data as real
 from benchmarks.models.fastestdet import suppressed
 from benchmarks.models.g2p import edits, g2p, measure
+from benchmarks.models.llama import Past, stories260k
 
 MODELS = Path(__file__).parent.parent / "benchmarks" / "models"
 
@@ -51,6 +52,15 @@ def test_stories260k_has_its_loss(folder: Path, data_dir: Path) -> None:
     file = data_dir / "checkpoints" / "stories260K.pt"
     result = evaluate(file, task, str(folder / "tinystories" / "test.npz"), model=model, batch_size=16)
     assert result.metrics["loss"] == pytest.approx(1.461, abs=1e-3)
+
+
+def test_stories_are_told_token_by_token_as_at_once() -> None:
+    model = stories260k().eval()
+    ids = torch.randint(512, (2, 12), generator=torch.Generator().manual_seed(0))
+    past = [Past() for _ in model.layers]
+    with torch.no_grad():
+        one_by_one = torch.cat([model(ids[:, i : i + 1], past) for i in range(12)], 1)
+        torch.testing.assert_close(one_by_one, model(ids))
 
 
 def test_g2p_has_its_accuracy(folder: Path) -> None:
