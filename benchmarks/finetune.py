@@ -10,8 +10,8 @@ there is not run again, a run that was killed is resumed, and several of these s
 ``WORK/data`` and dense models from ``WORK``, or are made there (`benchmarks.data`, `benchmarks.dense`).
 
 No label is used: the dense model is the teacher. Settings of ResNets were chosen on ``cifar10_choice``, which holds training
-images alone; those of AdamW are what `nmconvert finetune` takes by itself, but for some learning rates. The figures are of test parts, or of validation
-parts where there are no others.
+images alone; those of AdamW are what `nmconvert finetune` takes by itself, but for some learning rates. The figures are of
+test parts, or of validation parts where there are no others.
 """
 
 from __future__ import annotations

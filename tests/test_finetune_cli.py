@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from nmconvert.checkpoint import open_checkpoint
-from nmconvert.cli import group
+from nmconvert.cli import group, main
 from nmconvert.cli.finetune import SETTINGS
 from nmconvert.errors import CheckpointError, DataError, ModelError, UsageError
 from nmconvert.manifest import Manifest
@@ -219,3 +219,81 @@ def test_what_is_wrong_is_named(folder):
     with pytest.raises(UsageError, match="no dense checkpoint"):
         finetune(folder / "net.nm1-4.pt", None, str(folder / "data.npz"), Settings(), learn_alone=True, from_dense=True)
     assert not list(folder.glob("*.ft*"))
+
+
+BAD = {
+    "no data": ("finetune net.nm1-4.pt", 2, "trained on what? Give --data"),
+    "data that is not there": ("finetune net.nm1-4.pt --data no.npz", 1, "no.npz: there is no such data"),
+    "a folder without images": ("finetune net.nm1-4.pt --data empty", 1, "empty: no images in it"),
+    "data of another task": ("finetune net.nm1-4.pt --data data.npz --task detection", 1, "detection and segmentation take"),
+    "no such setting": (
+        "finetune net.nm1-4.pt --data data.npz --task-arg flop=1",
+        2,
+        "has no setting 'flop': it has mean, std",
+    ),
+    "a label too high": ("finetune net.nm1-4.pt --data high.npz --no-teacher", 1, "label 9 is out of range: the model has 4"),
+    "a bad image": ("finetune net.nm1-4.pt --data images --batch 8", 1, "bad.png: is no readable image; --skip-bad leaves out"),
+    "an argument that is missing": ("finetune net.nm1-4.pt --data data.npz --model net.py:sized", 2, "--model-arg width=VALUE"),
+    "an argument too many": ("finetune net.nm1-4.pt --data data.npz --model-arg depth=3", 2, "its arguments: width"),
+    "names that differ": ("finetune typo.nm1-4.pt --data data.npz --no-teacher", 1, "missing (3.weight, nearest 3.wieght)"),
+    "a rate too high": ("finetune net.nm1-4.pt --data data.npz --lr 1e30", 1, "is the first layer whose output holds NaN"),
+    "a batch too large": ("finetune net.nm1-4.pt --data data.npz --batch 999", 1, "fewer than a batch of 999"),
+    "parts that do not divide": ("finetune net.nm1-4.pt --data data.npz --accumulate 3", 2, "give a multiple of 3"),
+    "not pruned": ("finetune net.pt --data data.npz", 2, "run nmconvert prune net.pt --nm 2:4 first"),
+}
+
+
+@pytest.fixture
+def bad(folder, monkeypatch):
+    """The folder with all kinds of bad input, as the current one."""
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(folder)
+    (folder / "net.py").write_text(MODEL + "def sized(width):\n    return net(width)\n")
+    arrays = dict(np.load("data.npz"))
+    np.savez("high.npz", **{**arrays, "train_labels": arrays["train_labels"] + 6})
+    (folder / "empty").mkdir()
+    for part in ("train", "val"):
+        for label in range(4):
+            (folder / "images" / part / str(label)).mkdir(parents=True)
+            for number in range(4):
+                image.fromarray(arrays["train_images"][number]).save(f"images/{part}/{label}/{number}.png")
+    (folder / "images" / "train" / "2" / "bad.png").write_bytes(b"none")
+    state = torch.load("net.pt", weights_only=True)["state_dict"]
+    state = {name.removeprefix("module.").replace("3.weight", "3.wieght"): value for name, value in state.items()}
+    torch.save(state, "typo.pt")
+    invoke("prune", "typo.pt", "--nm", "1:4", "--quiet", "--model", "net.py:net")
+    return folder
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_one_line_and_an_exit_status(kind, bad, monkeypatch, capsys):
+    arguments, status, said = BAD[kind]
+    more = ["--epochs", "1", *(TASK if "detection" not in arguments else [])]
+    monkeypatch.setattr("sys.argv", ["nmconvert", *arguments.split(), *more, "--quiet"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert (stop.value.code, len(errors)) == (status, 1), errors
+    assert errors[0].startswith("nmconvert: error: ")
+    assert said in errors[0]
+    assert not list(bad.glob("*.ft.pt"))
+
+
+def test_bad_images_can_be_left_out(bad, monkeypatch, capsys):
+    arguments = [
+        "finetune",
+        "net.nm1-4.pt",
+        "--data",
+        "images",
+        *TASK,
+        "--epochs",
+        "1",
+        "--batch",
+        "8",
+        "--skip-bad",
+        "--quiet",
+    ]
+    monkeypatch.setattr("sys.argv", ["nmconvert", *arguments])
+    main()
+    assert "nmconvert: warning: skipped: images/train/2/bad.png: is no readable image" in capsys.readouterr().err
+    assert (bad / "net.nm1-4.ft.pt").exists()

@@ -54,10 +54,11 @@ def group() -> None:
 
 
 def main() -> None:
-    """Run the command line; every error becomes one line and an exit status: 1 failed, 2 usage, 130 interrupted."""
-    warnings.formatwarning = lambda message, *where, **more: f"nmconvert: warning: {message}\n"
+    """Run the command line; warnings and errors are a line each, errors an exit status: 1 failed, 2 usage, 130 interrupted."""
     try:
-        group.main(prog_name="nmconvert", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            group.main(prog_name="nmconvert", standalone_mode=False)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
@@ -82,6 +83,10 @@ def _one_line(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError):
         return "out of memory: a smaller batch or a machine with more memory is needed", 1
     return f"{type(error).__name__}: {error}; this is a bug in nmconvert: please report it with the output of --debug", 1
+
+
+def _warn(message: Warning | str, *where: object, **more: object) -> None:
+    click.echo(f"nmconvert: warning: {' '.join(str(message).split())}", err=True)
 
 
 def _fail(message: str, status: int) -> None:
