@@ -16,7 +16,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("srste",),
     ("calibrate",),
     ("solvers",),
-    ("masks",),
+    ("masks", "magnitude"),
     ("runtime", "onnx_model"),
     ("model",),
     ("checkpoint",),

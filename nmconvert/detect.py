@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from nmconvert.pattern import MAX_M, Pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = npt.NDArray[Any]
 
@@ -47,9 +48,20 @@ def tightest(matrix: Array) -> Pattern | None:
 
 def as_array(tensor: Tensor) -> Array:
     """A torch tensor as a NumPy array, bfloat16 included."""
+    import torch
+
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
+
+
+def as_tensor(array: Array) -> Tensor:
+    """A NumPy array as a torch tensor, bfloat16 included; shares its memory."""
+    import torch
+
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def digest(weight: Array) -> str:

@@ -104,7 +104,7 @@ def _dense(checkpoint: Checkpoint, info: TensorInfo, manifest: Manifest | None, 
     return Found(
         info.name,
         info.shape,
-        info.dtype_name,
+        info.dtype,
         int(nonzero.sum()) / nonzero.numel(),
         info.nbytes,
         {axis: tightest(matrix) for axis, matrix in matrices.items()},

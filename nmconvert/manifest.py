@@ -22,7 +22,6 @@ from nmconvert.tensor import PRUNABLE_DTYPES, Row, TensorInfo
 
 FORMAT = 1
 RECORD = "nmconvert.json"  # the record of a .pt zip
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PRUNABLE_DTYPES}
 HARMLESS = ("input", "source")  # settings that name shapes and files, nothing that is run
 METADATA_KEY = "nmconvert"  # the key in safetensors and ONNX metadata
 
@@ -158,7 +157,7 @@ def _layer_to_json(layer: Layer) -> dict[str, Any]:
     return {
         "name": info.name,
         "shape": list(info.shape),
-        "dtype": info.dtype_name,
+        "dtype": info.dtype,
         "kind": info.kind,
         "groups": info.groups,
         "transposed": None if info.transposed is None else list(info.transposed),
@@ -171,13 +170,14 @@ def _layer_to_json(layer: Layer) -> dict[str, Any]:
 
 
 def _layer_from_json(content: Mapping[str, Any]) -> Layer:
-    if content["kind"] not in KINDS or content["axis"] not in AXES:
-        raise ValueError(f"unknown kind {content['kind']!r} or axis {content['axis']!r}")
+    for key, known in (("kind", KINDS), ("axis", AXES), ("dtype", PRUNABLE_DTYPES)):
+        if content[key] not in known:
+            raise ValueError(f"unknown {key} {content[key]!r:.80}")
     transposed = content["transposed"]
     info = TensorInfo(
         name=str(content["name"]),
         shape=tuple(int(s) for s in content["shape"]),
-        dtype=_DTYPES[content["dtype"]],
+        dtype=str(content["dtype"]),
         kind=content["kind"],
         groups=int(content["groups"]),
         transposed=None if transposed is None else tuple(int(p) for p in transposed),

@@ -5,7 +5,6 @@ A criterion gives every weight a score; :func:`nm_mask` keeps the ``n`` highest 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from nmconvert.matrix import MatrixView, is_dense
 from nmconvert.pattern import Pattern
-from nmconvert.runtime import magnitude as magnitude_native
 
 _CHUNK = 1 << 17  # entries at a time on a CPU: what one pass reads and writes stays in the L2 cache
 
@@ -80,24 +78,6 @@ def nm_mask(scores: Tensor, pattern: Pattern) -> Tensor:
     mask[:, :whole] = nm_mask(scores[:, :whole], pattern)
     mask[:, whole:] = _group_mask(scores[:, whole:], pattern.n)
     return mask
-
-
-def keep_largest(matrix: Tensor, pattern: Pattern) -> tuple[float, float]:
-    """Prune contiguous floating ``matrix`` [rows, K] on the CPU, in place, to the mask of its magnitudes.
-
-    Returns the sums of squares before and after, in double precision; NaN where a weight is NaN or infinite, and what is in
-    the matrix is then of no use. The native library does it in one pass where it is there, with the same result.
-    """
-    native = magnitude_native.keep_largest()
-    if native is not None:
-        dtype = str(matrix.dtype).removeprefix("torch.")
-        return native(matrix.data_ptr(), matrix.shape[0], matrix.shape[1], pattern, dtype) or (math.nan, math.nan)
-    order = magnitude_order(matrix)
-    if order.numel() and order.max() >= as_integers(torch.tensor(math.inf, dtype=matrix.dtype)):
-        return math.nan, math.nan
-    before = sum_of_squares(matrix)
-    as_integers(matrix).mul_(nm_mask(order, pattern))
-    return before, sum_of_squares(matrix)
 
 
 def sum_of_squares(weight: Tensor) -> float:

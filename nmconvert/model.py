@@ -139,7 +139,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: '{name}' is {list(shape)}, and {list(own[name].shape)} in the model; "
                 "choose the model's size with --model-arg"
             )
-    dtypes = {info.dtype for info in infos if info.dtype.is_floating_point}
+    dtypes = {info.torch_dtype for info in infos if info.torch_dtype.is_floating_point}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     state = {names[info.name]: checkpoint.read(info.name) for info in infos}

@@ -11,22 +11,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-import torch
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from nmconvert.matrix import Kind
 from nmconvert.tensor import TensorInfo
 
-DTYPES: dict[int, torch.dtype] = {
-    TensorProto.FLOAT: torch.float32,
-    TensorProto.FLOAT16: torch.float16,
-    TensorProto.BFLOAT16: torch.bfloat16,
-    TensorProto.DOUBLE: torch.float64,
-    TensorProto.INT8: torch.int8,
-    TensorProto.UINT8: torch.uint8,
-    TensorProto.INT32: torch.int32,
-    TensorProto.INT64: torch.int64,
-    TensorProto.BOOL: torch.bool,
+DTYPES: dict[int, str] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.DOUBLE: "float64",
+    TensorProto.INT8: "int8",
+    TensorProto.UINT8: "uint8",
+    TensorProto.INT32: "int32",
+    TensorProto.INT64: "int64",
+    TensorProto.BOOL: "bool",
 }
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 T = TypeVar("T")
@@ -211,7 +210,7 @@ def _passes_on(node: NodeProto) -> bool:
 def _info(name: str, tensor: TensorProto, uses: list[WeightUse], other: str | None, last: str | None) -> TensorInfo:
     dtype = TensorProto.DataType.Name(tensor.data_type).lower()
     if tensor.data_type not in DTYPES:
-        return TensorInfo(name, tuple(tensor.dims), torch.uint8, reason=f"{dtype}: left as it is")
+        return TensorInfo(name, tuple(tensor.dims), "uint8", reason=f"{dtype}: left as it is")
     info = TensorInfo(name, tuple(tensor.dims), DTYPES[tensor.data_type])
     if not uses:
         if len(tensor.dims) < 2:

@@ -110,7 +110,7 @@ def _impossible(info: TensorInfo) -> str | None:
     if len(info.shape) < 2:
         return "fewer than two dimensions: no weight matrix"
     if info.dtype not in PRUNABLE_DTYPES:
-        return f"{info.dtype_name}: only fp32, fp16, bf16 and fp64 weights are pruned"
+        return f"{info.dtype}: only fp32, fp16, bf16 and fp64 weights are pruned"
     if 0 in info.shape:
         return "empty"
     if info.kind is None and len(info.shape) > 5:

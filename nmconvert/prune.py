@@ -11,14 +11,13 @@ from pathlib import Path
 from statistics import mode
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
-from nmconvert.detect import as_array, canonical_bytes
+from nmconvert.detect import Array, as_array, as_tensor, canonical_bytes, digest
 from nmconvert.errors import ModelError, UsageError, WeightError
+from nmconvert.magnitude import has_negative_zero, keep_largest
 from nmconvert.manifest import Layer, Manifest
-from nmconvert.masks import keep_largest, sum_of_squares
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.plan import Plan, make_plan
@@ -26,6 +25,9 @@ from nmconvert.rules import is_embedding
 from nmconvert.tensor import Row, TensorInfo
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from nmconvert.calibrate.permute import Permutation
     from nmconvert.calibrate.stage import Calibration
 
@@ -136,7 +138,7 @@ def default_output(source: Path, pattern: Pattern) -> Path:
 class Magnitude:
     """The edit of one tensor: keeps the n largest magnitudes of each group, and adds up what that kept.
 
-    Large convolutions and linear layers are pruned in blocks of rows, as the container hands them over.
+    Convolutions and linear layers are pruned in blocks of rows (:class:`nmconvert.checkpoint.base.BlockEdit`).
     """
 
     def __init__(self, row: Row) -> None:
@@ -146,25 +148,35 @@ class Magnitude:
         by_rows = row.info.kind in ("conv", "linear") and row.info.transposed is None
         self.block_rows = 1 if by_rows else 0
         self._hash = hashlib.sha256()
+        self._negative_zeros = False
         self._kept: list[float] = []  # of each block, in any order
         self._total: list[float] = []
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """Prune a tensor, or one block of its rows; in place where it can, and in several threads at once."""
+        """Prune a whole tensor; in place where it can."""
+        return as_tensor(self._pruned(as_array(weight)))
+
+    def edit_rows(self, block: Array) -> None:
+        """Prune some rows in place, in several threads at once."""
+        pruned = self._pruned(block)
+        if not np.may_share_memory(pruned, block):
+            block[...] = pruned
+
+    def seal(self, pruned: Array) -> None:
+        """Add what was made of a block to the hash; the blocks come in order."""
+        plain = pruned.flags.c_contiguous and not self._negative_zeros
+        self._hash.update(pruned.reshape(-1).view(np.uint8).data if plain else canonical_bytes(pruned).data)
+
+    def _pruned(self, weight: Array) -> Array:
         view = self._view(weight)
-        matrix = view.to_matrix(weight).contiguous()
+        matrix = np.ascontiguousarray(view.to_matrix(weight))
         total, kept = keep_largest(matrix, self.pattern)
         if math.isnan(total):
             raise WeightError(f"{self.row.name}: holds NaN or infinite weights; repair the checkpoint or --exclude the tensor")
         self._total.append(total)
         self._kept.append(kept)
-        if matrix.data_ptr() == weight.data_ptr():  # no data had to move: done in place
-            return weight
+        self._negative_zeros |= has_negative_zero(matrix)
         return view.from_matrix(matrix)
-
-    def seal(self, pruned: Tensor) -> None:
-        """Add what was made of a block to the hash; the blocks come in order."""
-        self._hash.update(canonical_bytes(as_array(pruned)).data)
 
     def layer(self) -> Layer:
         """The manifest's entry, once the whole tensor has gone through."""
@@ -173,11 +185,11 @@ class Magnitude:
         energy = None if math.isinf(total) else kept / total if total > 0 else 1.0
         return Layer(self.row.info, self.pattern, self.row.axis, self._hash.hexdigest(), self.row.assumed, energy)
 
-    def _view(self, weight: Tensor) -> MatrixView:
-        if tuple(weight.shape) == self.row.info.shape:
+    def _view(self, weight: Array) -> MatrixView:
+        if weight.shape == self.row.info.shape:
             return self.row.view
         assert self.row.axis is not None
-        return replace(self.row.info, shape=tuple(weight.shape)).view(self.row.axis)
+        return replace(self.row.info, shape=weight.shape).view(self.row.axis)
 
 
 class Solved:
@@ -194,9 +206,11 @@ class Solved:
         """The new values, in the old one's dtype."""
         new = _replace(self.tensor, weight)
         dense = weight if self.dense is None else self.dense
+        from nmconvert.masks import sum_of_squares
+
         total = sum_of_squares(dense)
         self._energy = sum_of_squares(dense.masked_fill(new == 0, 0)) / total if total > 0 else 1.0
-        self._digest = hashlib.sha256(canonical_bytes(as_array(new)).data).hexdigest()
+        self._digest = digest(as_array(new))
         return new
 
     def layer(self) -> Layer:
@@ -237,11 +251,17 @@ def _with_kinds(checkpoint: Checkpoint, tensors: Sequence[TensorInfo], model: to
 def _mark_copies(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
     """Matrices that are equal copies of an embedding (heads that were tied when saved) are left alone, with the reason."""
     embeddings = [info for info in tensors if len(info.shape) == 2 and is_embedding(info.name)]
+
+    def equal(one: TensorInfo, other: TensorInfo) -> bool:
+        import torch
+
+        return torch.equal(checkpoint.read(one.name), checkpoint.read(other.name))
+
     result = []
     for info in tensors:
         twin = next((e for e in embeddings if e.name != info.name and (e.shape, e.dtype) == (info.shape, info.dtype)), None)
         candidate = twin is not None and not is_embedding(info.name) and info.shared_with is None
-        if candidate and twin and torch.equal(checkpoint.read(info.name), checkpoint.read(twin.name)):
+        if candidate and twin and equal(info, twin):
             result.append(replace(info, reason=f"tied: an equal copy of {twin.name}"))
         else:
             result.append(info)

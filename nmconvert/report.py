@@ -129,7 +129,7 @@ def prune_json(result: PruneResult) -> Mapping[str, Any]:
 
 
 def _row_json(row: Row, result: PruneResult) -> Mapping[str, Any]:
-    common = {"name": row.name, "shape": list(row.info.shape), "dtype": row.info.dtype_name}
+    common = {"name": row.name, "shape": list(row.info.shape), "dtype": row.info.dtype}
     if row.pattern is None:
         return {**common, "pattern": None, "reason": row.reason}
     return {

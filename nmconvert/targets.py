@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from nmconvert.pattern import Pattern
 from nmconvert.tensor import Row
 
 _TWO_OF_FOUR = Pattern(2, 4)
-_CUSPARSELT_MULTIPLE = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 8}
+_CUSPARSELT_MULTIPLE = {"float16": 16, "bfloat16": 16, "float32": 8}
 
 
 def generic(row: Row) -> str | None:
@@ -24,7 +22,7 @@ def generic(row: Row) -> str | None:
 
 def ort(row: Row) -> str | None:
     """Our kernels inside onnxruntime: fp32 compute, convolutions of one or two dimensions and linear layers."""
-    if row.info.dtype == torch.float64:
+    if row.info.dtype == "float64":
         return "ort: float64 has no kernel"
     if row.info.kind == "conv_transpose":
         return "ort: transposed convolutions have no kernel"
@@ -57,7 +55,7 @@ def cusparselt(row: Row) -> str | None:
         return "cusparselt: only linear layers"
     multiple = _CUSPARSELT_MULTIPLE.get(row.info.dtype)
     if multiple is None:
-        return f"cusparselt: no {row.info.dtype_name}"
+        return f"cusparselt: no {row.info.dtype}"
     if row.view.rows % multiple or row.view.columns % multiple:
         return f"cusparselt: {row.view.rows}×{row.view.columns} is no multiple of {multiple}"
     return None

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
-import torch
+import ml_dtypes  # noqa: F401  (NumPy knows bfloat16 and the types of 8 bits by it)
+import numpy as np
 
 from nmconvert.matrix import Kind, MatrixView
 from nmconvert.pattern import Axis, Pattern
 
-PRUNABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+if TYPE_CHECKING:
+    import torch
+
+PRUNABLE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint.
+    """One tensor of a checkpoint. ``dtype`` is its name in torch: what reads names and shapes alone does not wait for torch.
 
     ``shared_with`` names the first tensor that this one shares memory with (tied weights): what is done to that one is
     done to this one too. ``secondary`` marks a second state dict beside the model's own (``ema/conv1.weight``).
@@ -27,7 +32,7 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
     shared_with: str | None = None
     kind: Kind | None = None
     groups: int = 1
@@ -49,12 +54,23 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """How many bytes its entries take."""
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.itemsize
 
     @property
-    def dtype_name(self) -> str:
-        """The dtype without ``torch.``."""
-        return str(self.dtype).removeprefix("torch.")
+    def itemsize(self) -> int:
+        """How many bytes an entry takes."""
+        try:
+            return np.dtype(self.dtype).itemsize
+        except TypeError:  # one that only torch has
+            return self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     def view(self, axis: Axis) -> MatrixView:
         """The matrix view of this tensor, whose kind must be known, as it lies in its container."""
@@ -69,6 +85,11 @@ class TensorInfo:
         """Input channels that one output of this weight sees: I/g of a convolution, I of a linear layer."""
         columns = self.view("kernel").columns
         return columns if self.kind in ("linear", "matmul") else columns // prod(self.shape[2:])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` → ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

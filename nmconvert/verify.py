@@ -245,7 +245,7 @@ def _compare_tensors(checkpoint: Checkpoint, other: Checkpoint, manifest: Manife
         yield Check(name, False, f"only in {checkpoint.path if name in mine else other.path}")
     for name in [name for name in mine if name in theirs]:
         if (mine[name].shape, mine[name].dtype) != (theirs[name].shape, theirs[name].dtype):
-            yield Check(name, False, f"{mine[name].dtype_name} {list(mine[name].shape)} against another shape or type")
+            yield Check(name, False, f"{mine[name].dtype} {list(mine[name].shape)} against another shape or type")
             continue
         first, second = checkpoint.read(name), other.read(name)
         if torch.equal(first, second):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.checkpoint.atomic import atomic_file, atomic_folder
+from nmconvert.detect import Array
 
 MANIFEST = '{"format": 1, "note": "é"}'
 
@@ -73,23 +74,27 @@ def halve_largest(tensor: Tensor) -> Tensor:
 
 
 class InBlocks:
-    """The same edit, made in place, on blocks of rows; keeps what is sealed, in the order in which it comes."""
+    """The same edit on blocks of rows; keeps what is sealed, in the order in which it comes."""
 
     def __init__(self, block_rows: int) -> None:
         self.block_rows = block_rows
-        self.sealed: list[Tensor] = []
+        self.sealed: list[Array] = []
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        return tensor.masked_fill_(tensor > 0, 0)
+        return halve_largest(tensor)
 
-    def seal(self, tensor: Tensor) -> None:
+    def edit_rows(self, block: Array) -> None:
+        """In place."""
+        block[block > 0] = 0
+
+    def seal(self, block: Array) -> None:
         """Once for each block, in order."""
-        self.sealed.append(tensor.clone())
+        self.sealed.append(block.copy())
 
     @property
     def rows(self) -> list[int]:
         """The rows of each block."""
-        return [len(tensor) for tensor in self.sealed]
+        return [len(block) for block in self.sealed]
 
 
 def weights(checkpoint: Checkpoint) -> list[str]:
@@ -97,7 +102,7 @@ def weights(checkpoint: Checkpoint) -> list[str]:
     return [
         info.name
         for info in checkpoint.tensors()
-        if info.dtype.is_floating_point and len(info.shape) > 1 and info.shared_with is None
+        if info.torch_dtype.is_floating_point and len(info.shape) > 1 and info.shared_with is None
     ]
 
 

@@ -54,7 +54,7 @@ def test_any_tensors(
     tensors = {f"t{i}": (torch.randn(shape) * 3).to(dtype) for i, (dtype, shape) in enumerate(entries)}
     source = save(tensors, folder / "a.safetensors")
     checkpoint = open_checkpoint(source)
-    assert {info.name: (info.shape, info.dtype) for info in checkpoint.tensors()} == {
+    assert {info.name: (info.shape, info.torch_dtype) for info in checkpoint.tensors()} == {
         name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()
     }
     for name, tensor in tensors.items():

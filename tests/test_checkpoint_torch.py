@@ -102,7 +102,7 @@ def test_dtypes(tmp_path: Path, new: bool, dtype: torch.dtype) -> None:
     state = {"w": torch.randn(6, 10).to(dtype), "steps": torch.tensor(3), "mask": torch.tensor([True, False])}
     source = save(state, tmp_path / "a.pt", new=new)
     checkpoint = open_checkpoint(source)
-    assert [info.dtype for info in checkpoint.tensors()] == [dtype, torch.int64, torch.bool]
+    assert [info.torch_dtype for info in checkpoint.tensors()] == [dtype, torch.int64, torch.bool]
     for name, tensor in state.items():
         assert torch.equal(checkpoint.read(name), tensor)
     edited_copy(source, tmp_path / "b.pt")
@@ -201,7 +201,7 @@ def test_large_tensors_are_edited_in_blocks_of_rows(tmp_path: Path, new: bool, m
     edit = InBlocks(3)
     open_checkpoint(source).write_copy(tmp_path / "b.pt", {"w": edit}, lambda: MANIFEST)
     assert edit.rows == [6] * 8 + [2]
-    assert torch.equal(torch.cat(edit.sealed), load_all(tmp_path / "b.pt")["/w"])
+    assert np.array_equal(np.concatenate(edit.sealed), load_all(tmp_path / "b.pt")["/w"])
     check_copy(source, tmp_path / "b.pt", {"/w"})
 
 

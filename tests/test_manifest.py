@@ -5,15 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import DTYPES, layouts, patterns
+from strategies import layouts, patterns
 
 from nmconvert.errors import CheckpointError
 from nmconvert.manifest import FORMAT, Layer, Manifest
 from nmconvert.pattern import AXES, Pattern
-from nmconvert.tensor import TensorInfo
+from nmconvert.tensor import PRUNABLE_DTYPES, TensorInfo
 
 names = st.text(min_size=1, max_size=20)
 
@@ -26,7 +25,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         transposed = draw(st.none() | st.permutations(range(len(shape))).map(tuple))
         if transposed is not None:  # the shape is that of the stored tensor
             shape = tuple(shape[transposed.index(d)] for d in range(len(shape)))
-        info = TensorInfo(name, shape, draw(st.sampled_from(DTYPES)), kind=kind, groups=groups, transposed=transposed)
+        info = TensorInfo(name, shape, draw(st.sampled_from(PRUNABLE_DTYPES)), kind=kind, groups=groups, transposed=transposed)
         energy = draw(st.none() | st.floats(0, 1))
         layers.append(Layer(info, draw(patterns()), draw(st.sampled_from(AXES)), "0" * 64, draw(st.booleans()), energy))
     texts = st.dictionaries(names, st.text(max_size=20), max_size=3)
@@ -44,7 +43,7 @@ def test_round_trip(manifest: Manifest) -> None:
 EXAMPLE = Manifest(
     layers=(
         Layer(
-            TensorInfo("conv.weight", (8, 4, 3, 3), torch.float32, kind="conv", transposed=(0, 1, 2, 3)),
+            TensorInfo("conv.weight", (8, 4, 3, 3), "float32", kind="conv", transposed=(0, 1, 2, 3)),
             Pattern(2, 4),
             "channel",
             "ab" * 32,

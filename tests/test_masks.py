@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -10,12 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import DTYPES, layouts, naive_mask, patterns, random_weight
 
-from nmconvert.masks import _ranks, as_integers, keep_largest, magnitude, magnitude_mask, magnitude_order, nm_mask
+from nmconvert.masks import _ranks, as_integers, magnitude, magnitude_mask, magnitude_order, nm_mask
 from nmconvert.matrix import Kind, MatrixView
 from nmconvert.pattern import Axis, Pattern
-from nmconvert.runtime import kernels
-from nmconvert.runtime.locate import LIBRARY_VARIABLE
-from nmconvert.runtime.magnitude import keep_largest as native_keep_largest
 
 
 @given(patterns(), st.integers(1, 9), st.integers(1, 100), st.sampled_from(DTYPES), st.booleans(), st.integers(0, 2**32))
@@ -126,51 +120,3 @@ def test_the_order_of_magnitudes_as_integers(seed: int, dtype: torch.dtype) -> N
     limit = as_integers(torch.tensor(torch.inf, dtype=dtype))
     assert (order < limit).all()
     assert (magnitude_order(torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)) >= limit).all()
-
-
-@pytest.fixture(scope="module", params=["native", "torch"])
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The two ways of keep_largest, of which the first is there where a compiler was."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "torch":
-            patch.setenv(LIBRARY_VARIABLE, "off")
-        elif native_keep_largest() is None:
-            pytest.skip(f"no native kernels: {kernels().reason}")
-        yield request.param
-
-
-@given(st.integers(0, 2**32), patterns(), st.integers(1, 300), st.integers(1, 70), st.sampled_from(DTYPES), st.booleans())
-def test_in_place_it_keeps_the_largest(
-    way: str, seed: int, pattern: Pattern, rows: int, columns: int, dtype: torch.dtype, ties: bool
-) -> None:
-    weight = random_weight((rows, columns), seed, dtype, ties=ties)
-    pruned = weight.clone()
-    before, after = keep_largest(pruned, pattern)
-    expected = torch.where(nm_mask(magnitude(weight), pattern), weight, 0)
-    assert torch.equal(as_integers(pruned), as_integers(expected))  # kept zeros have their signs
-    assert before == pytest.approx(float(weight.double().square().sum()), rel=1e-9)
-    assert after == pytest.approx(float(expected.double().square().sum()), rel=1e-9)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_smallest_and_largest_numbers(way: str, dtype: torch.dtype) -> None:
-    info = torch.finfo(dtype)
-    subnormal, tiny, huge = info.smallest_normal * 2.0**-5, info.smallest_normal, info.max
-    weight = torch.tensor([[subnormal, -tiny, -0.0, 0.0, huge, -huge, tiny, subnormal]], dtype=dtype)
-    before, after = keep_largest(weight, Pattern(1, 4))
-    expected = torch.tensor([[0, -tiny, 0, 0, huge, 0, 0, 0]], dtype=dtype)
-    assert torch.equal(as_integers(weight), as_integers(expected))
-    if dtype != torch.float64:  # whose squares overflow
-        assert (before, after) == pytest.approx((2 * huge**2, huge**2), rel=1e-9)
-    small = torch.tensor([[subnormal, -2 * subnormal]], dtype=dtype)
-    assert keep_largest(small, Pattern(1, 2)) == pytest.approx((5 * subnormal**2, 4 * subnormal**2), rel=1e-9)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("place", [(0, 0), (99, 8), (50, 4)])
-def test_what_is_not_finite_is_noticed(way: str, bad: float, dtype: torch.dtype, place: tuple[int, int]) -> None:
-    weight = random_weight((100, 9), 0, dtype)
-    assert all(map(math.isfinite, keep_largest(weight.clone(), Pattern(2, 4))))
-    weight[place] = bad
-    assert all(map(math.isnan, keep_largest(weight, Pattern(2, 4))))

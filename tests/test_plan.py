@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from nmconvert.errors import UsageError
 from nmconvert.matrix import Kind
@@ -18,7 +17,7 @@ from nmconvert.tensor import TensorInfo
 Shapes = dict[str, tuple[int, ...]]
 
 
-def tensors(shapes: Shapes, dtype: torch.dtype = torch.float32) -> list[TensorInfo]:
+def tensors(shapes: Shapes, dtype: str = "float32") -> list[TensorInfo]:
     return [TensorInfo(name, shape, dtype) for name, shape in shapes.items()]
 
 
@@ -197,7 +196,7 @@ def test_assumed_kinds(name: str, shape: tuple[int, ...], kind: Kind) -> None:
 
 
 def test_known_kinds_are_not_assumed_and_their_names_not_read() -> None:
-    infos = [TensorInfo("embed.up.weight", (8, 16, 3), torch.float32, kind="conv"), TensorInfo("bn", (8, 8), torch.float32)]
+    infos = [TensorInfo("embed.up.weight", (8, 16, 3), "float32", kind="conv"), TensorInfo("bn", (8, 8), "float32")]
     rows = make_plan(infos, Pattern(2, 4)).rows
     assert (rows[0].pattern, rows[0].assumed) == (Pattern(2, 4), False)
     assert rows[1].reason == "a norm, by its name"
@@ -248,14 +247,14 @@ def test_globs_that_match_nothing(option: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("info", "reason"),
     [
-        (TensorInfo("w", (4, 4), torch.int8), "int8: only fp32, fp16, bf16 and fp64 weights are pruned"),
-        (TensorInfo("w", (4, 4), torch.complex64), "complex64: only fp32, fp16, bf16 and fp64 weights are pruned"),
-        (TensorInfo("w", (0, 4), torch.float32), "empty"),
-        (TensorInfo("w", (4,) * 6, torch.float32), "6 dimensions: neither a convolution nor a linear layer"),
-        (TensorInfo("w", (4, 4), torch.float32, reason="tied"), "tied"),
-        (TensorInfo("w", (8, 3), torch.float32), "3 weights per output, fewer than a group of 4"),
-        (TensorInfo("w", (8, 2), torch.float32), "2 weights per output, fewer than a group of 4"),
-        (TensorInfo("w", (8, 1), torch.float32), "a vector"),
+        (TensorInfo("w", (4, 4), "int8"), "int8: only fp32, fp16, bf16 and fp64 weights are pruned"),
+        (TensorInfo("w", (4, 4), "complex64"), "complex64: only fp32, fp16, bf16 and fp64 weights are pruned"),
+        (TensorInfo("w", (0, 4), "float32"), "empty"),
+        (TensorInfo("w", (4,) * 6, "float32"), "6 dimensions: neither a convolution nor a linear layer"),
+        (TensorInfo("w", (4, 4), "float32", reason="tied"), "tied"),
+        (TensorInfo("w", (8, 3), "float32"), "3 weights per output, fewer than a group of 4"),
+        (TensorInfo("w", (8, 2), "float32"), "2 weights per output, fewer than a group of 4"),
+        (TensorInfo("w", (8, 1), "float32"), "a vector"),
     ],
 )
 def test_what_cannot_be_pruned_says_why(info: TensorInfo, reason: str) -> None:
@@ -281,8 +280,8 @@ def test_tied_weights_are_pruned_once() -> None:
     }
 
 
-CONV = TensorInfo("conv", (16, 16, 3, 3), torch.float32, kind="conv")
-LINEAR = TensorInfo("linear", (32, 32), torch.float16, kind="linear")
+CONV = TensorInfo("conv", (16, 16, 3, 3), "float32", kind="conv")
+LINEAR = TensorInfo("linear", (32, 32), "float16", kind="linear")
 
 
 @pytest.mark.parametrize(
@@ -300,10 +299,10 @@ LINEAR = TensorInfo("linear", (32, 32), torch.float16, kind="linear")
         ("cusparselt", LINEAR, "2:4", "channel", None),
         ("cusparselt", LINEAR, "4:8", "channel", "cusparselt: only 2:4, not 4:8"),
         ("cusparselt", CONV, "2:4", "channel", "cusparselt: only linear layers"),
-        ("cusparselt", replace(LINEAR, dtype=torch.float64), "2:4", "channel", "cusparselt: no float64"),
+        ("cusparselt", replace(LINEAR, dtype="float64"), "2:4", "channel", "cusparselt: no float64"),
         ("cusparselt", replace(LINEAR, shape=(32, 40)), "2:4", "channel", "cusparselt: 32×40 is no multiple of 16"),
         ("ort", CONV, "1:4", "kernel", None),
-        ("ort", replace(CONV, dtype=torch.float64), "2:4", "channel", "ort: float64 has no kernel"),
+        ("ort", replace(CONV, dtype="float64"), "2:4", "channel", "ort: float64 has no kernel"),
         ("ort", replace(CONV, kind="conv_transpose"), "2:4", "channel", "ort: transposed convolutions have no kernel"),
         ("ort", replace(CONV, shape=(16, 16, 3, 3, 3)), "2:4", "channel", "ort: 3-D convolutions have no kernel"),
     ],

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +319,24 @@ def test_float16_and_double_onnx_weights(tmp_path: Path) -> None:
         expected = naive_prune(torch.from_numpy(weight.astype(np.float64)), "matmul", Pattern(2, 4), "channel")
         assert torch.equal(after.double(), expected)
         assert json.loads(result.manifest.to_json())["layers"][0]["dtype"] == str(after.dtype).removeprefix("torch.")
+
+
+def test_a_safetensors_file_needs_neither_torch_nor_onnx(tmp_path: Path) -> None:
+    """Which take longer to import than a gigabyte to prune; convolutions are included."""
+    tensors = {"fc.weight": torch.randn(64, 64), "conv.weight": torch.randn(16, 8, 3, 3).bfloat16()}
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    program = """
+import sys
+import subprocess
+import sys
+from pathlib import Path
+from nmconvert.pattern import Pattern
+from nmconvert.prune import prune
+from nmconvert.runtime import kernels
+prune(Path(sys.argv[1]), Pattern(2, 4), include=["*"])
+print([name for name in ("torch", "onnx") if name in sys.modules] if kernels().usable else [])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "a.safetensors"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "[]\n"

@@ -11,22 +11,23 @@ Hugging Face folder                      of its weights, or the       ``hf_folde
                                          file ``nmconvert.json``
 ONNX                                     entry of the metadata        ``onnx_file``
 =======================================  ===========================  =========================
+
+What reads a format is imported when a file of it is met: the first ones and ONNX need large libraries, safetensors none.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nmconvert.checkpoint.base import Checkpoint, Edit, Edits, FileCheckpoint
-from nmconvert.checkpoint.exported_program import is_exported_program, open_exported_program
 from nmconvert.checkpoint.hf_folder import open_hf_folder
-from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, looks_like_onnx, open_onnx
-from nmconvert.checkpoint.pickles import require_trust
 from nmconvert.checkpoint.safetensors_file import looks_like_safetensors, open_safetensors
-from nmconvert.checkpoint.torch_legacy import MAGIC, open_torch_legacy
-from nmconvert.checkpoint.torch_zip import open_torch_zip
 from nmconvert.checkpoint.zip_records import open_archive
 from nmconvert.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from nmconvert.checkpoint.onnx_file import OnnxCheckpoint
 
 __all__ = ["Checkpoint", "Edit", "Edits", "open_checkpoint"]
 
@@ -73,14 +74,19 @@ def _open_file(path: Path, *, trust: bool) -> FileCheckpoint | OnnxCheckpoint:
         return _open_zip(path, trust=trust)
     if looks_like_safetensors(head):
         return open_safetensors(path)
-    if head[:1] == b"\x80" and MAGIC.to_bytes(10, "little") in head:
-        return open_torch_legacy(path, trust=trust)
-    if head and looks_like_onnx(head, path):
+    if head[:1] == b"\x80":
+        return _open_pickle(path, head, trust=trust)
+    if head and (path.suffix == ".onnx" or looks_like_onnx(head)):
+        from nmconvert.checkpoint.onnx_file import open_onnx
+
         return open_onnx(path)
-    raise _unknown(path, head, trust=trust)
+    raise _unknown(path, head)
 
 
 def _open_zip(path: Path, *, trust: bool) -> FileCheckpoint:
+    from nmconvert.checkpoint.exported_program import is_exported_program, open_exported_program
+    from nmconvert.checkpoint.torch_zip import open_torch_zip
+
     archive = open_archive(path)
     if is_exported_program(archive):
         return open_exported_program(archive, trust=trust)
@@ -90,12 +96,24 @@ def _open_zip(path: Path, *, trust: bool) -> FileCheckpoint:
     raise CheckpointError(f"{path}: a zip file, but not one that torch.save wrote; unpack it first")
 
 
-def _unknown(path: Path, head: bytes, *, trust: bool) -> CheckpointError:
+def _open_pickle(path: Path, head: bytes, *, trust: bool) -> FileCheckpoint:
+    from nmconvert.checkpoint.pickles import require_trust
+    from nmconvert.checkpoint.torch_legacy import MAGIC, open_torch_legacy
+
+    if MAGIC.to_bytes(10, "little") in head:
+        return open_torch_legacy(path, trust=trust)
+    require_trust(path, "a bare pickle", trust=trust)
+    raise CheckpointError(f"{path}: a bare pickle, not of torch.save; load it and torch.save its state dict")
+
+
+def looks_like_onnx(head: bytes) -> bool:
+    """A ModelProto starts with its IR version (field 1, a varint) in every writer seen."""
+    return head[:1] == b"\x08" and 1 <= head[1] <= 32
+
+
+def _unknown(path: Path, head: bytes) -> CheckpointError:
     if not head:
         return CheckpointError(f"{path}: is empty; copy the file anew")
-    if head[:1] == b"\x80":
-        require_trust(path, "a bare pickle", trust=trust)
-        return CheckpointError(f"{path}: a bare pickle, not of torch.save; load it and torch.save its state dict")
     for start, what in _NOT_OURS.items():
         if head.startswith(start):
             return CheckpointError(f"{path}: {what}")

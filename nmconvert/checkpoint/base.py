@@ -10,32 +10,52 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from nmconvert.checkpoint.atomic import atomic_file
+from nmconvert.detect import Array, as_array
 from nmconvert.errors import CheckpointError
 from nmconvert.tensor import TensorInfo
 
-Edit = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Edit: TypeAlias = "Callable[[Tensor], Tensor]"
 """Gets a tensor, returns one of the same shape and dtype; it may work in place. The tensor lasts as long as the call.
 
-An edit with an attribute ``block_rows = b > 0`` is called on blocks of rows of a large tensor, each a multiple of ``b``
-along the first dimension (but for the last), so that the tensor is never in memory as a whole; several blocks at once,
-from several threads, in any order. If it has a method ``seal``, that gets what was made of each block (or of the whole
-tensor), in order, before it is written.
+If it has a method ``seal``, that gets what was made of the tensor, as a NumPy array, before it is written.
 """
 
-Edits = Mapping[str, Edit]
+Edits: TypeAlias = "Mapping[str, Edit]"
+
+
+class BlockEdit(Protocol):
+    """An edit that can also be made block by block, so that a large tensor is never in memory as a whole.
+
+    A tensor whose entries follow each other in the file goes through ``edit_rows`` if ``block_rows`` is positive: each block
+    (but the last) is a multiple of that many rows, [r, *shape[1:]]. Blocks are edited in any order, several at once, in
+    several threads, and sealed in order. They are NumPy arrays: nothing waits for torch.
+    """
+
+    block_rows: int
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The tensor as a whole."""
+
+    def edit_rows(self, block: Array) -> None:
+        """Change some rows of the tensor in place."""
+
+    def seal(self, block: Array) -> None:
+        """Look at what was made of them."""
 
 
 def apply_whole(edit: Edit, tensor: Tensor) -> Tensor:
     """``tensor``, all of it in memory, passed through ``edit``, and sealed."""
     edited = edit(tensor)
     if hasattr(edit, "seal"):
-        edit.seal(edited)
+        edit.seal(as_array(edited))
     return edited
 
 
@@ -94,7 +114,7 @@ class Slot:
     @property
     def span(self) -> tuple[int, int]:
         """The bytes of the file from its first entry to its last, [begin, end)."""
-        itemsize = self.info.dtype.itemsize
+        itemsize = self.info.itemsize
         begin = self.offset + self.start * itemsize
         if not self.info.numel:
             return begin, begin
@@ -103,13 +123,19 @@ class Slot:
 
     def view(self, storage: bytearray | memoryview, begin: int) -> Tensor:
         """The tensor in ``storage``, the bytes of the file from ``begin`` on; shares its memory."""
+        import torch
+
         info = self.info
         if not info.numel:
-            return torch.empty(info.shape, dtype=info.dtype)
+            return torch.empty(info.shape, dtype=info.torch_dtype)
         first = self.span[0] - begin
         flat = torch.frombuffer(storage, dtype=torch.uint8)
-        typed = flat[first : first + self.span[1] - self.span[0]].view(info.dtype)
+        typed = flat[first : first + self.span[1] - self.span[0]].view(info.torch_dtype)
         return typed.as_strided(info.shape, self.stride)
+
+    def rows_in(self, data: memoryview) -> Array:
+        """``data`` as some of the tensor's rows [r, *shape[1:]]; shares its memory."""
+        return np.frombuffer(data, np.dtype(self.info.dtype)).reshape(-1, *self.info.shape[1:])
 
 
 Rewrite = Callable[[BinaryIO, BinaryIO, Edits, Callable[[], str] | None], None]

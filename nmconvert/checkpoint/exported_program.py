@@ -16,7 +16,7 @@ from nmconvert.checkpoint.pickles import require_trust
 from nmconvert.checkpoint.torch_zip import MANIFEST, rewriter
 from nmconvert.checkpoint.zip_records import Archive
 from nmconvert.errors import CheckpointError
-from nmconvert.tensor import TensorInfo
+from nmconvert.tensor import TensorInfo, dtype_name
 
 _CONFIG = "_weights_config.json"
 
@@ -79,7 +79,9 @@ def _slot(archive: Archive, folder: str, program: str, name: str, entry: dict[st
     shape = tuple(int(size["as_int"]) for size in meta["sizes"])
     stride = tuple(int(step["as_int"]) for step in meta["strides"])
     start = int(meta["storage_offset"]["as_int"])
-    info = TensorInfo(name if program == "model" else f"{program}/{name}", shape, dtype, secondary=program != "model")
+    info = TensorInfo(
+        name if program == "model" else f"{program}/{name}", shape, dtype_name(dtype), secondary=program != "model"
+    )
     slot = Slot(info, archive.stored(record), record.size, start, stride, record.crc)
     if min(start, *shape, *stride, 0) < 0 or len(shape) != len(stride) or slot.span[1] > record.end:
         raise ValueError(f"{name} {shape} lies beyond its record of {record.size} bytes")

@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from nmconvert.checkpoint.atomic import atomic_folder, is_partial
 from nmconvert.checkpoint.base import Edits, FileCheckpoint
 from nmconvert.errors import CheckpointError
 from nmconvert.tensor import TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "nmconvert.json"
 

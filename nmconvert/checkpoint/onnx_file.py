@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nmconvert.checkpoint.atomic import atomic_file
 from nmconvert.checkpoint.base import Edits, apply_whole
+from nmconvert.detect import as_tensor
 from nmconvert.errors import CheckpointError, UsageError
 from nmconvert.manifest import METADATA_KEY
 from nmconvert.onnx_graph import graphs, named_tensors, tensor_infos
@@ -28,11 +29,6 @@ from nmconvert.tensor import TensorInfo
 
 _ALIGNMENT = 4096  # of external tensors: what onnxruntime can map into memory
 EXTERNAL_ABOVE = 1_800_000_000  # bytes; protobuf ends at 2 GiB
-
-
-def looks_like_onnx(head: bytes, path: Path) -> bool:
-    """A ModelProto starts with its IR version (field 1, a varint) in every writer seen; else the suffix decides."""
-    return path.suffix == ".onnx" or (head[:1] == b"\x08" and 1 <= head[1] <= 32)
 
 
 def open_onnx(path: Path) -> OnnxCheckpoint:
@@ -235,10 +231,7 @@ def _to_torch(tensor: TensorProto, path: Path) -> Tensor:
         array = numpy_helper.to_array(tensor)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: tensor '{tensor.name}' is damaged: {error}") from error
-    array = np.array(array)  # a copy that may be written to
-    if tensor.data_type == TensorProto.BFLOAT16:
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    return as_tensor(np.array(array))  # a copy that may be written to
 
 
 def _from_torch(tensor: Tensor, name: str) -> TensorProto:

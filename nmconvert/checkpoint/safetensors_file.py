@@ -14,8 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from nmconvert.checkpoint.base import Edits, FileCheckpoint, Slot, link_shared
 from nmconvert.checkpoint.stream import BLOCK, edited_slots, pieces, pump
 from nmconvert.errors import CheckpointError
@@ -26,23 +24,23 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 _ROOM, _ROOM_PER_TENSOR = 2048, 320
 
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "C64": torch.complex64,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "C64": "complex64",
 }
 
 
@@ -131,10 +129,11 @@ def _slot(path: Path, name: str, entry: Any, begin: int) -> Slot:
         raise CheckpointError(f"{path}: '{name}' has dtype {kind!r:.20}, which nmconvert does not know; leave it out")
     if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
         raise _damaged(path, f"the header gives no proper shape or place of '{name}'")
-    if last - first != prod(shape) * dtype.itemsize:
+    info = TensorInfo(name, shape, dtype)
+    if last - first != info.nbytes:
         raise _damaged(path, f"'{name}' {list(shape)} {kind} cannot be {last - first:,} bytes")
     stride = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    return Slot(TensorInfo(name, shape, dtype), begin + first, last - first, 0, stride)
+    return Slot(info, begin + first, last - first, 0, stride)
 
 
 def _encode(header: dict[str, Any], metadata: dict[str, str]) -> bytes:

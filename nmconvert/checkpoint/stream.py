@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import BinaryIO
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, BinaryIO
 
 from nmconvert.checkpoint.base import Edit, Edits, Slot
 from nmconvert.checkpoint.direct import Appender
+from nmconvert.detect import as_array
 from nmconvert.errors import CheckpointError
 
-BLOCK = 1 << 20  # bytes at a time: large enough for the disk, small enough to stay in the cache from stage to stage
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 2 << 20  # bytes at a time: large enough for the disk, small enough to stay in the cache from stage to stage
 _WAITING = 4  # blocks that were read or edited ahead
 _MAX_WORKERS = 8
 
@@ -30,13 +31,7 @@ class Piece:
     begin: int
     end: int
     edits: tuple[tuple[Slot, Edit], ...] = ()
-    rows: int | None = None  # so many rows of the edited slot, None: all of it
-
-    def tensor(self, slot: Slot, data: memoryview) -> Tensor:
-        """The part of ``slot`` that lies in ``data``, the bytes of this piece."""
-        if self.rows is None:
-            return slot.view(data, self.begin)
-        return torch.frombuffer(data, dtype=slot.info.dtype).view(self.rows, *slot.info.shape[1:])
+    rows: bool = False  # whether it is a block of rows of the one slot that is edited, or the whole of all that are
 
 
 def edited_slots(slots: Mapping[str, Slot], edits: Edits) -> list[list[tuple[Slot, Edit]]]:
@@ -76,7 +71,7 @@ def _plain(region: int, begin: int, end: int) -> Iterator[Piece]:
 def _edited(region: int, begin: int, end: int, group: list[tuple[Slot, Edit]]) -> Iterator[Piece]:
     slot, edit = group[0]
     block_rows: int = getattr(edit, "block_rows", 0)
-    if len(group) > 1 or block_rows <= 0 or end - begin <= BLOCK or not slot.is_contiguous:
+    if len(group) > 1 or block_rows <= 0 or not slot.is_contiguous:
         yield Piece(region, begin, end, tuple(group))
         return
     rows = slot.info.shape[0]
@@ -84,7 +79,7 @@ def _edited(region: int, begin: int, end: int, group: list[tuple[Slot, Edit]]) -
     step = max(1, BLOCK // row_bytes // block_rows) * block_rows
     for row in range(0, rows, step):
         stop = min(row + step, rows)
-        yield Piece(region, begin + row * row_bytes, begin + stop * row_bytes, ((slot, edit),), stop - row)
+        yield Piece(region, begin + row * row_bytes, begin + stop * row_bytes, ((slot, edit),), rows=True)
 
 
 def pump(
@@ -98,16 +93,15 @@ def pump(
     """Append each piece to ``target``: read, looked at by ``before``, edited, sealed, looked at by ``after``, and written.
 
     The stages overlap. Reading, sealing and writing go through the file in order, each in a thread of its own. Blocks of rows
-    are edited by as many threads as there are cores, one core each; whole tensors one after the other, with all cores.
+    are edited by as many threads as there are cores; whole tensors one after the other, with all cores.
 
     Raises:
         CheckpointError: the file ends too early, or an edit returned a tensor of another shape or dtype.
     """
     workers = min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
     budget, in_flight = (workers + _WAITING) * BLOCK, 0
-    threads = torch.get_num_threads()
     reader, editor, sealer, writer = (ThreadPoolExecutor(1) for _ in range(4))
-    blocks = ThreadPoolExecutor(workers, initializer=_use_one_core)
+    blocks = ThreadPoolExecutor(workers)
     writes: deque[tuple[Future[None], int]] = deque()
     free: deque[bytearray] = deque()
     try:
@@ -121,7 +115,7 @@ def pump(
                 buffer = free.pop() if free and size == BLOCK else bytearray(size)
                 ready = reader.submit(_read, source, piece, buffer, before)
                 if piece.edits:
-                    ready = (editor if piece.rows is None else blocks).submit(_apply, piece, ready)
+                    ready = (blocks if piece.rows else editor).submit(_apply, piece, ready)
                 if piece.edits or after:
                     ready = sealer.submit(_seal, piece, ready, after)
                 writes.append((writer.submit(_write, out, ready), size))
@@ -133,16 +127,10 @@ def pump(
     finally:
         for executor in (reader, editor, blocks, sealer, writer):
             executor.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
 
 
 def _give_back(free: deque[bytearray], buffer: bytearray, written: Future[None]) -> None:
     free.append(buffer)
-
-
-def _use_one_core() -> None:
-    # Of these threads each has a core: the threads that torch adds within an operator would only wait for each other.
-    torch.set_num_threads(1)
 
 
 def _read(source: BinaryIO, piece: Piece, buffer: bytearray, before: Callable[[Piece, memoryview], None] | None) -> memoryview:
@@ -160,7 +148,7 @@ def _seal(piece: Piece, edited: Future[memoryview], after: Callable[[Piece, memo
     data = edited.result()
     for slot, edit in piece.edits:
         if hasattr(edit, "seal"):
-            edit.seal(piece.tensor(slot, data))
+            edit.seal(slot.rows_in(data) if piece.rows else as_array(slot.view(data, piece.begin)))
     if after:
         after(piece, data)
     return data
@@ -173,13 +161,21 @@ def _write(out: Appender, ready: Future[memoryview]) -> None:
 def _apply(piece: Piece, read: Future[memoryview]) -> memoryview:
     data = read.result()
     for slot, edit in piece.edits:
-        tensor = piece.tensor(slot, data)
-        with torch.no_grad():
-            changed = edit(tensor)
-        _same_kind(slot, tensor, changed)
-        if changed.data_ptr() != tensor.data_ptr():  # a view of a 1×1 filter, changed in place, is there already
-            tensor.copy_(changed)
+        if piece.rows:
+            edit.edit_rows(slot.rows_in(data))  # type: ignore[attr-defined]
+        else:
+            _edit_whole(slot, edit, slot.view(data, piece.begin))
     return data
+
+
+def _edit_whole(slot: Slot, edit: Edit, tensor: Tensor) -> None:
+    import torch
+
+    with torch.no_grad():
+        changed = edit(tensor)
+    _same_kind(slot, tensor, changed)
+    if changed.data_ptr() != tensor.data_ptr():  # a view of a 1×1 filter, changed in place, is there already
+        tensor.copy_(changed)
 
 
 def _same_kind(slot: Slot, before: Tensor, after: Tensor) -> None:

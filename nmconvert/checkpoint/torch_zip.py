@@ -16,7 +16,7 @@ from nmconvert.checkpoint.pickles import Structure, TensorRef, read_pickle, requ
 from nmconvert.checkpoint.stream import edited_slots
 from nmconvert.checkpoint.zip_records import Archive, Record, rewrite_archive
 from nmconvert.errors import CheckpointError
-from nmconvert.tensor import TensorInfo
+from nmconvert.tensor import TensorInfo, dtype_name
 
 MANIFEST = "nmconvert.json"
 
@@ -74,7 +74,7 @@ def make_slots(path: Path, structure: Structure, locate: Callable[[TensorRef], t
     slots = []
     for number, (where, tensors) in enumerate(found):
         for name, ref in tensors.items():
-            info = TensorInfo(f"{where}/{name}" if where else name, ref.shape, ref.dtype, secondary=number > 0)
+            info = TensorInfo(f"{where}/{name}" if where else name, ref.shape, dtype_name(ref.dtype), secondary=number > 0)
             offset, nbytes, crc = locate(ref)
             slots.append(Slot(info, offset, nbytes, ref.start, ref.stride, crc))
     return slots

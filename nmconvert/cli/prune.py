@@ -64,11 +64,13 @@ def command(
         raise UsageError(f"--criterion {criterion} looks at the inputs of the layers: give --calib DATA")
     pattern = Pattern.parse(nm or "2:4")
     from nmconvert import report
-    from nmconvert.model import build
     from nmconvert.prune import prune
 
-    built = None if model is None else build(model, model_arguments, trust=trust)
-    calibration = None
+    built = calibration = None
+    if model is not None:
+        from nmconvert.model import build
+
+        built = build(model, model_arguments, trust=trust)
     if calib is not None:
         from nmconvert.calibrate.budget import Budget
         from nmconvert.calibrate.driver import Recipe

@@ -172,7 +172,7 @@ def _from_checkpoint(
 
 def _rounded(loaded: _Source, patterns: Collection[tuple[Pattern, Axis]], values: str) -> _Source:
     """The same source with its sparse weights rounded, and with the outputs that follow from that."""
-    names = {layer.name for layer in sparse_layers(loaded.model, patterns) if layer.info.dtype == torch.float32}
+    names = {layer.name for layer in sparse_layers(loaded.model, patterns) if layer.info.dtype == "float32"}
     error = round_weights(loaded.model, names, values)
     with tempfile.TemporaryDirectory(prefix="nmconvert-") as folder:
         file = Path(folder) / "rounded.onnx"

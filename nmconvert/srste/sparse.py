@@ -19,7 +19,7 @@ from nmconvert.pattern import Axis, Pattern
 from nmconvert.plan import Plan, make_plan
 from nmconvert.rules import output_matrix
 from nmconvert.srste.masked import SparseWeight, mask_weight, masked_weights
-from nmconvert.tensor import TensorInfo
+from nmconvert.tensor import TensorInfo, dtype_name
 
 Method = Literal["sr-ste", "ste", "fixed-mask"]
 """``sr-ste``; ``ste``: without the decay; ``fixed-mask``: the first mask stays and pruned weights get no gradient (ASP)."""
@@ -311,7 +311,7 @@ def weights_of(model: nn.Module) -> list[TensorInfo]:
         TensorInfo(
             layer.tensor,
             tuple(layer.weight.shape),
-            layer.weight.dtype,
+            dtype_name(layer.weight.dtype),
             kind=layer.kind,
             groups=layer.groups,
             output=layer.tensor == last,
