@@ -70,7 +70,7 @@ def prune_onnx(
         progress(own.get(first, first) + gap + rest)
 
     result = prune_model(module, inputs, plan, replace(recipe, relative_rates=True), tell, resume)
-    dtypes = {name: DTYPES[tensor.data_type] for name, tensor in Constants.of(model.graph).tensors.items()}
+    dtypes = {name: getattr(torch, DTYPES[tensor.data_type]) for name, tensor in Constants.of(model.graph).tensors.items()}
     changed = {own[name]: tensor for name, tensor in result.state.items() if name in own}  # a shared weight has several names
     return {name: module.places[name].back(tensor).to(dtypes[name]) for name, tensor in changed.items()}
 

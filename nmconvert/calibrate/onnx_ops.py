@@ -297,7 +297,7 @@ def _cast(node: NodeProto, x: Inputs) -> Tensor:
     to = DTYPES.get(attribute(node, "to", 0))
     if to is None:
         raise NotImplementedError
-    result: Tensor = x[0].to(torch.float32 if to in (torch.float16, torch.bfloat16) else to)
+    result: Tensor = x[0].to(torch.float32 if to in ("float16", "bfloat16") else getattr(torch, to))
     return result
 
 
