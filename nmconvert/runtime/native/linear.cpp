@@ -6,9 +6,9 @@ namespace nmconvert {
 namespace {
 
 constexpr int64_t kSmallestTask = 1 << 14;  // multiplications
-constexpr int64_t kFew = 4;                 // tokens
+constexpr int64_t kFew = 4;                 // tokens, that are never streamed
 
-// Up to four tokens: lanes are output rows, and every weight is read once.
+// Few tokens: lanes are output rows, and every weight is read once.
 void run_few(const Isa* isa, const RowPlan& plan, int64_t rows, int64_t columns, int64_t group, const Tokens& tokens,
              const Epilogue& epilogue, const Parallel& parallel) {
   float* x = Scratch::mine().shared_input.at_least(tokens.tokens * plan.padded_columns);
@@ -92,7 +92,9 @@ void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group,
   });
 }
 
+// What `tokens` run through; no plan where by the row loops.
 Streaming stream_tokens(const Isa* isa, Weights& weights, const Packed& packed, int64_t tokens) {
+  if (tokens <= kFew) return {};
   return weights.stream(packed, {tokens, 0, 0, 0}, [&] { return choose_tile(isa, weights, tokens); });
 }
 
@@ -101,18 +103,14 @@ Streaming stream_tokens(const Isa* isa, Weights& weights, const Packed& packed, 
 void run_linear(const Isa* isa, Weights& weights, const Packed& packed, int64_t group, const Tokens& tokens, const Epilogue& epilogue,
                 const Parallel& parallel) {
   if (tokens.tokens == 0) return;
-  if (tokens.tokens <= kFew)
-    return run_few(isa, weights.few(packed, *isa), weights.rows(), weights.columns(), group, tokens, epilogue, parallel);
   const Streaming streaming = stream_tokens(isa, weights, packed, tokens.tokens);
+  if (!streaming.plan)
+    return run_few(isa, weights.few(packed, *isa), weights.rows(), weights.columns(), group, tokens, epilogue, parallel);
   run_stream(streaming.choice, *streaming.plan, group, tokens, epilogue, weights.density(), parallel);
 }
 
 void prepare_linear(const Isa* isa, Weights& weights, const Packed& packed, int64_t tokens) {
-  if (tokens <= kFew) {
-    weights.few(packed, *isa);
-    return;
-  }
-  stream_tokens(isa, weights, packed, tokens);
+  if (!stream_tokens(isa, weights, packed, tokens).plan) weights.few(packed, *isa);
 }
 
 }  // namespace nmconvert

@@ -86,12 +86,6 @@ int64_t most_in_block(const SparseRows& matrix, int64_t size) {
   return most;
 }
 
-// Entries a block takes up: a power of two below a word, else whole words.
-int64_t padded_entries(int64_t entries) {
-  if (entries > 4) return ceil_div(entries, 8) * 8;
-  return entries > 2 ? 4 : entries;
-}
-
 // How the values are kept: those of 16 bits as they are, if the loops can widen them.
 Storage storage_of(const Constant& values, float scale) {
   if (scale != 1 || (values.type != ort::kFloat16 && values.type != ort::kBfloat16)) return Storage::kFloats;
@@ -103,6 +97,12 @@ Storage storage_of(const Constant& values, float scale) {
 }
 
 }  // namespace
+
+// A power of two below a word, else whole words.
+int64_t padded_entries(int64_t entries) {
+  if (entries > 4) return ceil_div(entries, 8) * 8;
+  return entries > 2 ? 4 : entries;
+}
 
 RowPlan plan_rows(const SparseRows& matrix, const Constant& values, float scale, int64_t groups, int width) {
   RowPlan plan;

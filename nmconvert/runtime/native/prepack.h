@@ -46,6 +46,8 @@ struct RowPlan {
 
 StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scale, int64_t groups, int tile_rows,
                        const Layout& layout);
+// Of the entries that a column block keeps, how many it takes up in a row plan.
+int64_t padded_entries(int64_t entries);
 RowPlan plan_rows(const SparseRows& matrix, const Constant& values, float scale, int64_t groups, int width);
 
 }  // namespace nmconvert

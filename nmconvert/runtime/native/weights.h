@@ -26,7 +26,7 @@ struct TileChoice {
 
 struct Streaming {
   TileChoice choice;
-  const StreamPlan* plan;
+  const StreamPlan* plan;  // null: by the row loops
 };
 
 // Tokens, or the batch and extent of images.
@@ -77,7 +77,7 @@ class Weights {
 
 // Estimated cycles of all rows of `weights` for one panel.
 double panel_cycles(const TileChoice& choice, const Weights& weights);
-// The tile that takes the fewest cycles for `tokens`.
+// The tile that takes the fewest cycles for `tokens`; none (no isa) where the row loops take fewer.
 TileChoice choose_tile(const Isa* isa, const Weights& weights, int64_t tokens);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
