@@ -135,6 +135,31 @@ def test_a_flip_moves_boxes_with_pixels_and_masks():
     assert flipped.masks[0, y1:y2, x1:x2].sum() == mask.sum() == (flipped.image[..., 0] > 0).sum()
 
 
+def test_a_zoom_keeps_what_lies_in_its_window():
+    image = np.zeros((20, 40, 3), np.uint8)
+    image[4:10, 8:20] = 255
+    mask = (image[..., 0] > 0).astype(np.uint8)[None]
+    boxes, masks = np.array([[8, 4, 20, 10], [30, 2, 38, 8]], np.float32), np.concatenate([mask, np.zeros_like(mask)])
+    part = Scene(image, boxes, np.array([1, 2]), [], masks, (20, 40)).zoomed(2, 4, 10, 20)
+    assert part.image.shape == image.shape
+    assert part.labels.tolist() == [1]
+    assert part.boxes.tolist() == [[8, 4, 32, 16]]
+    assert part.masks[0, 4:16, 8:32].all()
+    assert part.masks.sum() == 24 * 12
+    assert part.image[6:14, 10:30].min() > 250
+    cut = Scene(image, boxes, np.array([1, 2]), [], masks, (20, 40)).zoomed(0, 10, 10, 20)
+    assert cut.boxes.tolist() == [[0, 8, 20, 20]]
+
+
+def test_zooms_are_drawn_within_bounds(coco):
+    scenes = Segmentation(flip=False, zoom=2.0).dataset(str(coco), split="train", augment=True)
+    plain = Segmentation(flip=False).dataset(str(coco), split="train", augment=True)
+    assert plain.augment is None
+    scenes.set_epoch(1)
+    assert all(scenes[i].image.shape == plain[i].image.shape for i in range(len(plain)))
+    assert any(scenes[i].boxes.tolist() != plain[i].boxes.tolist() for i in range(len(plain)))
+
+
 def test_resizing_moves_boxes_and_masks(coco):
     scene = Segmentation(size=60).dataset(str(coco), split="val", augment=False)[0]
     assert scene.image.shape == (60, 60, 3)

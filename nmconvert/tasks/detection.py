@@ -46,6 +46,7 @@ class Detection:
         size: images are stretched to ``size`` × ``size``, and boxes are measured in the pixels of the original; by
             default images are given as they are, as torchvision's models take them.
         flip: augmented images are mirrored at random.
+        zoom: augmented images are enlarged at random by up to so much, and cut to their size; helps where images are few.
         label_offset: added to the data's category ids, where the model counts from another number.
         teacher_score: what a teacher finds with less than this score is no target for the model.
         skip_bad: images that cannot be read are left out, with a warning.
@@ -53,6 +54,7 @@ class Detection:
 
     size: int | None = None
     flip: bool = True
+    zoom: float = 1.0
     label_offset: int = 0
     teacher_score: float = 0.4
     skip_bad: bool = False
@@ -65,7 +67,7 @@ class Detection:
     def dataset(self, data: str, *, split: Split, augment: bool) -> Samples:
         """Samples of a COCO file or folder, a Pascal VOC folder, or a folder of images."""
         files = open_scenes(data, split, with_masks=self.with_masks)
-        change = self._augmented if augment and self.flip else None
+        change = self._augmented if augment and (self.flip or self.zoom > 1) else None
         return Samples(partial(self._read, files), len(files), augment=change, bad=on_bad(self.skip_bad, split))
 
     def _read(self, files: SceneFiles, index: int) -> Scene:
@@ -73,7 +75,13 @@ class Detection:
         return scene.resized(self.size, self.size) if self.size else scene
 
     def _augmented(self, scene: Scene, rng: Generator) -> Scene:
-        return scene.flipped() if rng.random() < 0.5 else scene
+        scene = scene.flipped() if self.flip and rng.random() < 0.5 else scene
+        if self.zoom <= 1:
+            return scene
+        whole = np.array(scene.image.shape[:2])
+        part = np.ceil(whole * rng.uniform(1 / self.zoom, 1)).astype(int)
+        top, left = rng.integers(0, whole - part + 1)
+        return scene.zoomed(top, left, *part)
 
     def collate(self, samples: Sequence[Scene | None]) -> Batch:
         """Images as a list of float [3, H, W] in 0..1; targets as torchvision has them, and the truth for the metric."""

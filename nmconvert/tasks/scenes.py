@@ -29,7 +29,7 @@ class Scene:
     """One image and what is on it.
 
     ``boxes`` float32 [n, 4] (x1, y1, x2, y2), ``labels`` int64 [n] and ``masks`` uint8 [n, H, W] follow the image when it is
-    resized or flipped, and leave out crowds; ``truth`` keeps everything as the file has it, for the metric, or is None
+    resized, flipped or zoomed, and leave out crowds; ``truth`` keeps everything as the file has it, for the metric, or is None
     where nothing is known.
     """
 
@@ -56,6 +56,21 @@ class Scene:
         masks = None if self.masks is None else np.ascontiguousarray(self.masks[..., ::-1])
         pixels = np.ascontiguousarray(self.image[:, ::-1])
         return Scene(pixels, boxes, self.labels, self.truth, masks, self.original)
+
+    def zoomed(self, top: int, left: int, height: int, width: int) -> Scene:
+        """The window of ``height`` × ``width`` pixels from there, stretched to the size of the whole.
+
+        What has its middle outside is left out, the rest cut at the edges.
+        """
+        boxes = self.boxes - np.array([left, top, left, top], np.float32)
+        room = np.array([width, height], np.float32)
+        middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+        kept = ((middle > 0) & (middle < room)).all(1)
+        window = np.s_[top : top + height, left : left + width]
+        masks = None if self.masks is None else self.masks[kept][(slice(None), *window)]
+        boxes = boxes[kept].clip(0, np.concatenate([room, room]))
+        part = Scene(self.image[window], boxes, self.labels[kept], self.truth, masks, self.original)
+        return part.resized(*self.image.shape[:2])
 
 
 @dataclass(frozen=True)
