@@ -23,6 +23,8 @@ from nmconvert.manifest import Layer, Manifest
 from nmconvert.model import load
 from nmconvert.onnx_graph import named_tensors
 
+_KEPT = "identical where it is kept"
+
 
 @dataclass(frozen=True)
 class Check:
@@ -59,7 +61,8 @@ def verify(
     """Hold ``path`` against its own manifest, the ONNX checker and onnxruntime, and against another file.
 
     Two checkpoints are compared tensor by tensor, two ONNX files by their outputs and weights, an ONNX file and a checkpoint
-    by their outputs (``model`` and ``inputs`` are taken from the manifest where they are not given).
+    by their outputs (``model`` and ``inputs`` are taken from the manifest where they are not given). A weight may be pruned
+    from the other side's; outputs that differ for that reason differ all the same, and the check says why.
 
     Raises:
         CheckpointError: a file cannot be read at all.
@@ -201,12 +204,17 @@ def _comparison(
 
     stages = [stage for m in (manifest, Manifest.of(other)) if m is not None for stage in m.history]
     stored = next((stage["values"] for stage in stages if "values" in stage), None)
-    yield from _compare_outputs(outputs(checkpoint), outputs(other), other.path, stored)
-    if first and second:
-        yield from _compare_weights(_Weights(checkpoint, manifest), _Weights(other, Manifest.of(other)))
+    weights = list(_compare_graphs(checkpoint, other, manifest)) if first and second else []
+    pruned = sum(check.holds and check.seen.startswith(_KEPT) for check in weights)
+    why = f"; {pruned} of its weights are pruned from that file's" if pruned else ""
+    yield from _compare_outputs(outputs(checkpoint), outputs(other), other.path, stored, why)
+    yield from weights
 
 
-def _compare_outputs(found: Sequence[Array], expected: Sequence[Array], other: Path, stored: str | None) -> Iterator[Check]:
+def _compare_outputs(
+    found: Sequence[Array], expected: Sequence[Array], other: Path, stored: str | None, why: str
+) -> Iterator[Check]:
+    """``why`` is what is known of the reason, should they differ."""
     if len(found) != len(expected):
         yield Check("outputs", False, f"{len(found)}, {other} has {len(expected)}")
         return
@@ -217,7 +225,16 @@ def _compare_outputs(found: Sequence[Array], expected: Sequence[Array], other: P
             yield Check(f"output {number}", False, str(error))
             continue
         seen = f"differs from {other} by at most {difference.absolute:.3g} (largest value {difference.scale:.3g})"
-        yield Check(f"output {number}", difference.accepted, seen)
+        yield Check(f"output {number}", difference.accepted, seen if difference.accepted else seen + why)
+
+
+def _compare_graphs(checkpoint: Checkpoint, other: Checkpoint, manifest: Manifest | None) -> Iterator[Check]:
+    """The weights of two ONNX files: packed ones by name, and all where neither has any and both have the same."""
+    mine, theirs = _Weights(checkpoint, manifest), _Weights(other, Manifest.of(other))
+    if mine.packed or theirs.packed:
+        yield from _compare_weights(mine, theirs)
+    elif {info.name for info in checkpoint.tensors()} == {info.name for info in other.tensors()}:
+        yield from _compare_tensors(checkpoint, other, manifest)
 
 
 def _compare_weights(mine: _Weights, theirs: _Weights) -> Iterator[Check]:
@@ -230,6 +247,9 @@ def _compare_weights(mine: _Weights, theirs: _Weights) -> Iterator[Check]:
         same = weight.size == other.size and digest(np.sort(weight, axis=None)) == digest(np.sort(other, axis=None))
         if weight.shape == other.shape:
             same = digest(weight) == digest(other)
+            if not same and np.array_equal(weight[weight != 0], other[weight != 0]):
+                yield Check(name, True, f"{_KEPT} ({layer.pattern})")
+                continue
         yield Check(name, same, "the same weight, bit for bit" if same else f"not the weight of {theirs.checkpoint.path}")
 
 
@@ -252,7 +272,7 @@ def _compare_tensors(checkpoint: Checkpoint, other: Checkpoint, manifest: Manife
             yield Check(name, True, "identical")
         elif (name in sparse if sparse is not None else first.ndim > 1) and torch.equal(first[first != 0], second[first != 0]):
             pruned = tightest(as_array(first.reshape(first.shape[0], -1)))
-            yield Check(name, True, f"identical where it is kept{f' ({pruned} or sparser)' if pruned else ''}")
+            yield Check(name, True, f"{_KEPT}{f' ({pruned} or sparser)' if pruned else ''}")
         else:
             changed = int((first != second).sum())
             yield Check(name, False, f"{changed:,} of {first.numel():,} values differ")

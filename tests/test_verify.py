@@ -220,6 +220,25 @@ def test_files_that_do_not_agree(files: dict[str, Path], name: str, against: str
     assert any(what.startswith("output") or what.endswith("weight") for what in failed(verify(files[name], files[against])))
 
 
+@pytest.mark.parametrize("name", ["pruned", "compressed"])
+def test_against_the_dense_original_it_says_what_differs_and_why(files: dict[str, Path], name: str) -> None:
+    result = verify(files[name], files["source"])
+    sparse = [check for check in result.checks if check.seen.startswith("identical where it is kept")]
+    assert "first.weight" in {check.what for check in sparse}
+    assert set(failed(result)) == {"output 0"}
+    assert failed(result)["output 0"].endswith(f"; {len(sparse)} of its weights are pruned from that file's")
+
+
+def test_pruned_from_another_file(files: dict[str, Path], tmp_path: Path) -> None:
+    def negate(model: ModelProto) -> None:
+        tensor = tensor_of(model, "first.weight")
+        tensor.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(tensor), tensor.name))
+
+    other = changed(files, "source", tmp_path, negate)
+    for name in ("pruned", "compressed"):
+        assert "first.weight" in failed(verify(files[name], other))
+
+
 def test_a_checkpoint_against_another(files: dict[str, Path], tmp_path: Path) -> None:
     state = torch.load(files["net pruned"], weights_only=True)
     cases: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {

@@ -182,17 +182,21 @@ def set_metadata(model: ModelProto, key: str, value: str) -> None:
 
 def _move_out(name: str, tensor: TensorProto, file: BinaryIO, location: str, source: Path | None, edit: Edits) -> None:
     """Write one tensor's bytes to the data file and leave a reference in its place. Small tensors stay."""
+    loaded = tensor
     if uses_external_data(tensor):
         assert source is not None
-        _load_external(tensor, source)
+        loaded = TensorProto()  # one of its own: a model keeps the memory of what is cleared in it
+        loaded.CopyFrom(tensor)
+        _load_external(loaded, source)
         if name in edit:
-            tensor.CopyFrom(_from_torch(apply_whole(edit[name], _to_torch(tensor, source)), tensor.name))
-    if len(tensor.raw_data) < 1024:
+            loaded = _from_torch(apply_whole(edit[name], _to_torch(loaded, source)), tensor.name)
+    if len(loaded.raw_data) < 1024:
+        tensor.CopyFrom(loaded)
         return
     file.seek(-file.tell() % _ALIGNMENT, 1)
     offset = file.tell()
-    file.write(tensor.raw_data)
-    length = len(tensor.raw_data)
+    file.write(loaded.raw_data)
+    length = len(loaded.raw_data)
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
     del tensor.external_data[:]
