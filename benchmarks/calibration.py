@@ -7,7 +7,8 @@
     python -m benchmarks.calibration stories
     python -m benchmarks.calibration fastestdet          # from its ONNX file alone; pip install pycocotools
 
-Each line is a measurement: what was asked for, the metric after pruning, the target, and seconds of wall and processor time.
+Each line is a measurement: what was asked for, the metric after pruning, the target, and seconds of wall and processor time
+that pruning took.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from onnx import ModelProto
 from torch import Tensor, nn
 
 from benchmarks import fastestdet_onnx
@@ -36,6 +39,7 @@ from nmconvert.calibrate.permute import permute_model
 from nmconvert.pattern import Axis, Pattern
 from sample_models.resnet import resnet20, resnet56
 
+T = TypeVar("T")
 PLAIN = Recipe(
     criterion="sparsegpt", against_dense=False, correct_means=False, reestimate=False, block_steps=0, model_steps=0, copies=1
 )
@@ -58,15 +62,14 @@ ABLATION: list[tuple[str, Recipe]] = [
 ]
 
 
-def report(what: str, metric: float, target: str, start: tuple[float, float]) -> None:
-    """One line of the table."""
-    wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
-    print(f"{what:42s} {metric:8.2f}   target {target:8s} {wall:6.0f} s wall {cpu:6.0f} s cpu", flush=True)
-
-
-def now() -> tuple[float, float]:
-    """Wall and processor time."""
-    return time.perf_counter(), time.process_time()
+def report(what: str, target: str, make: Callable[[], T], measure: Callable[[T], float]) -> float:
+    """One line of the table; the times are those of ``make``."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    model = make()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    metric = measure(model)
+    print(f"{what:44s} {metric:8.2f}   target {target:8s} {wall:6.0f} s wall {cpu:6.0f} s cpu", flush=True)
+    return metric
 
 
 # ── CIFAR-10 ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -128,9 +131,9 @@ class Cifar:
 
 
 def run_resnet20() -> None:
-    """The five targets, and what a permutation before adds."""
+    """The five targets."""
     data = Cifar(resnet20, "resnet20-12fca82f.th")
-    report("ResNet-20 dense", data.top1(data.model()), "91.73", now())
+    report("ResNet-20 dense", "91.73", data.model, data.top1)
     cases: list[tuple[str, Axis, str]] = [
         ("2:4", "channel", "90.8"),
         ("2:4", "kernel", "90.3"),
@@ -139,17 +142,13 @@ def run_resnet20() -> None:
         ("2:8", "channel", "86"),
     ]
     for pattern, axis, target in cases:
-        start = now()
-        report(f"ResNet-20 {pattern} {axis}", data.top1(data.prune(pattern, axis, DEFAULT)), target, start)
-    start = now()
-    report("ResNet-20 2:4 channel, permuted", data.top1(data.prune("2:4", "channel", DEFAULT, permute=True)), "90.8", start)
+        report(f"ResNet-20 {pattern} {axis}", target, partial(data.prune, pattern, axis, DEFAULT), data.top1)
 
 
 def run_resnet56() -> None:
     """2:4; three minutes on two cores."""
     data = Cifar(resnet56, "resnet56-4bfd9763.th")
-    start = now()
-    report("ResNet-56 2:4 channel", data.top1(data.prune("2:4", "channel", DEFAULT)), "92.7", start)
+    report("ResNet-56 2:4 channel", "92.7", partial(data.prune, "2:4", "channel", DEFAULT), data.top1)
 
 
 def run_ablation(only: str = "") -> None:
@@ -164,8 +163,7 @@ def run_ablation(only: str = "") -> None:
         rows["… + whole model, permuted"] = partial(data.prune, pattern, "channel", DEFAULT, permute=True)
         for name, make in rows.items():
             if only in name:
-                start = now()
-                report(f"{pattern} {name}", data.top1(make()), "-", start)
+                report(f"{pattern} {name}", "-", make, data.top1)
 
 
 # ── all-MiniLM-L6-v2 on STS-B ─────────────────────────────────────────────────────────────────────────────────────────
@@ -188,13 +186,16 @@ def run_minilm() -> None:
     taken = sorted((texts[i] for i in order), key=len)
     batches = [tokens(taken[i : i + 16]) for i in range(0, 512, 16)]
     batches = [batches[i] for i in torch.randperm(32, generator=torch.Generator().manual_seed(0)).tolist()]
-    for name, recipe in (("dense", None), ("2:4 sparsegpt", PLAIN), ("2:4", DEFAULT)):
-        model = AutoModel.from_pretrained(folder).eval()
-        start = now()
+
+    def pruned(recipe: Recipe | None) -> nn.Module:
+        model: nn.Module = AutoModel.from_pretrained(folder).eval()
         if recipe is not None:
             names = [n for n, p in model.named_parameters() if p.dim() == 2 and "encoder.layer" in n]
             prune_model(model, batches, dict.fromkeys(names, (Pattern(2, 4), "channel")), recipe)
-        report(f"MiniLM {name}", _spearman(model, tokens), "81.5", start)
+        return model
+
+    for name, recipe in (("dense", None), ("2:4 sparsegpt", PLAIN), ("2:4", DEFAULT)):
+        report(f"MiniLM {name}", "81.5", partial(pruned, recipe), lambda model: _spearman(model, tokens))
 
 
 def _pairs(split: str) -> list[tuple[str, str, float]]:
@@ -226,18 +227,19 @@ def run_stories() -> None:
     with np.load(ROOT / "text" / "tinystories_sample_tok512.npz") as stored:
         ids, lengths = torch.from_numpy(stored["ids"].astype(np.int64)), stored["lengths"].tolist()
     texts = [text[None] for text in ids.split(lengths)]
-    dense = None
-    for name, recipe in (("dense", None), ("sparsegpt", PLAIN), ("auto", replace(DEFAULT, model_steps=300))):
+
+    def pruned(recipe: Recipe | None) -> nn.Module:
         model = stories260k()
-        state = torch.load(ROOT / "checkpoints" / "stories260K.pt", weights_only=True)["state_dict"]
-        model.load_state_dict(state)
+        model.load_state_dict(torch.load(ROOT / "checkpoints" / "stories260K.pt", weights_only=True)["state_dict"])
         names = [n for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("layers.")]
-        start = now()
         if recipe is not None:
             prune_model(model, texts[::2], dict.fromkeys(names, (Pattern(2, 4), "channel")), recipe)
-        loss = _loss(model.eval(), texts[1::2])
-        dense = loss if dense is None else dense
-        report(f"stories260K 2:4 {name}: 1000 × excess loss", 1000 * (loss - dense), "half", start)
+        return model.eval()
+
+    dense = _loss(pruned(None), texts[1::2])
+    for name, recipe in (("sparsegpt", PLAIN), ("auto", replace(DEFAULT, model_steps=300))):
+        what = f"stories260K 2:4 {name}: 1000 × excess loss"
+        report(what, "half", partial(pruned, recipe), lambda model: 1000 * (_loss(model, texts[1::2]) - dense))
 
 
 def _loss(model: nn.Module, texts: list[Tensor]) -> float:
@@ -248,17 +250,22 @@ def _loss(model: nn.Module, texts: list[Tensor]) -> float:
 
 
 def run_fastestdet() -> None:
-    """2:4 from the ONNX file: calibrated on the first 64 images of coco128, AP50 on the other 64."""
+    """2:4 from the ONNX file, AP50: calibrated on the first half of coco128 and measured on the other, and all 128 for both."""
     model, data = fastestdet_onnx.load(), fastestdet_onnx.samples()
-    report("FastestDet dense, all 128 images", fastestdet_onnx.ap50(model, data), "35.67", now())
-    report("FastestDet dense", fastestdet_onnx.ap50(model, data[64:]), "-", now())
     rows = fastestdet_onnx.rows(model, Pattern(2, 4))
-    for name in ("magnitude", "sparsegpt", "auto"):
-        start = now()
-        recipe = DEFAULT if name == "auto" else replace(PLAIN, criterion=name)
-        tensors = prune_onnx(model, [sample.pixels for sample in data[:64]], rows, recipe)
-        ap50 = fastestdet_onnx.ap50(fastestdet_onnx.changed(model, tensors), data[64:])
-        report(f"FastestDet 2:4 {name}, {len(rows)} tensors", ap50, "-1.5", start)
+
+    def pruned(samples: list[fastestdet_onnx.Sample], recipe: Recipe | None) -> ModelProto:
+        if recipe is None:
+            return model
+        tensors = prune_onnx(model, [sample.pixels for sample in samples], rows, recipe)
+        return fastestdet_onnx.changed(model, tensors)
+
+    for where, seen, tested in (("other half", data[:64], data[64:]), ("same 128", data, data)):
+        measure = partial(fastestdet_onnx.ap50, data=tested)
+        report(f"FastestDet dense, {where}", "-", partial(pruned, seen, None), measure)
+        for name in ("magnitude", "sparsegpt", "auto"):
+            recipe = DEFAULT if name == "auto" else replace(PLAIN, criterion=name)
+            report(f"FastestDet 2:4 {name}, {where}", "-1.5", partial(pruned, seen, recipe), measure)
 
 
 RUNS: dict[str, Callable[[], None]] = {
