@@ -165,6 +165,22 @@ def test_folder_that_grows_too_large(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_a_copy_that_finds_the_disk_full_names_the_target(tmp_path: Path) -> None:
+    """shutil names the file that it read, about which there is nothing to do."""
+    with (
+        pytest.raises(CheckpointError, match="f: cannot be written: no space left on device; free some space"),
+        atomic_folder(tmp_path / "f", replaceable=never),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device", "elsewhere/config.json")
+    assert names(tmp_path) == []
+
+
+def test_a_folder_in_which_nothing_can_be_created() -> None:
+    match = "/proc/a: cannot be written: .*; choose another folder with --output"
+    with pytest.raises(CheckpointError, match=match), atomic_file(Path("/proc/a")):
+        pass
+
+
 def test_full_disk(tmp_path: Path) -> None:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(tmp_path)], capture_output=True).returncode:
         pytest.skip("a tmpfs cannot be mounted here")

@@ -338,6 +338,13 @@ def test_a_model_that_onnxruntime_cannot_run(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source.onnx"]
 
 
+def test_convolutions_in_float64_have_a_way_out(tmp_path: Path) -> None:
+    weight = sparse_weight("conv", (8, 8, 3, 3), "2:4", dtype=np.float64)
+    model = model_of([make("Conv", ["X", "W"], ["Y"])], {"W": weight}, ["n", 8, 8, 8], element=TensorProto.DOUBLE)
+    with pytest.raises(ExportError, match="; what is float64 may load after --dtype float32"):
+        exported(model, tmp_path)
+
+
 def test_the_input_is_not_overwritten(tmp_path: Path) -> None:
     onnx.save(conv_net(), tmp_path / "a.onnx")
     with pytest.raises(UsageError, match="is the input itself; give another name with --output"):

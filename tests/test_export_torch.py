@@ -243,6 +243,10 @@ def test_hugging_face_folders(tmp_path: Path, kind: str, layers: int) -> None:
     model.save_pretrained(tmp_path / kind)
     pruned = prune(tmp_path / kind, Pattern(2, 4))
     assert len(pruned.plan.pruned) == layers
+    with pytest.raises(
+        UsageError, match="an example input is needed; give its shape, for example --input input_ids=1,16:int64"
+    ):
+        export(pruned.output)
     result = export(pruned.output, inputs=inputs)
     assert packed_names(result) == {row.name for row in pruned.plan.pruned}
     assert result.output == tmp_path / f"{kind}.nm2-4.onnx"

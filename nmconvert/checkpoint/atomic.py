@@ -22,6 +22,7 @@ from typing import BinaryIO
 from nmconvert.errors import CheckpointError
 
 _SUFFIX = ".nmconvert-part"
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -140,13 +141,14 @@ def _one_line(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(target.parent):
-            raise  # it is not about what is written
+        # A copy that finds the disk full names the file that it read.
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             why = f"{os.strerror(error.errno).lower()}; free some space, or choose another folder with --output"
+        elif error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(target.parent):
+            raise  # it is not about what is written
         elif isinstance(error, FileNotFoundError) and not target.parent.is_dir():
             why = "its folder does not exist; create it, or choose another with --output"
-        elif isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) or error.errno == errno.EROFS:
+        elif error.errno in _UNWRITABLE:
             why = f"{(error.strerror or str(error)).lower()}; choose another folder with --output"
         else:
             raise

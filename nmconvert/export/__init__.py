@@ -153,7 +153,8 @@ def _from_checkpoint(
     arguments = model_arguments or manifest.settings.get("model_arguments") or {}
     inputs = inputs or [InputSpec.parse(text) for text in manifest.settings.get("input") or []]
     if not inputs:
-        raise UsageError(f"{path}: an example input is needed; give its shape, for example --input 1,3,224,224")
+        example = "input_ids=1,16:int64" if path.is_dir() else "1,3,224,224"
+        raise UsageError(f"{path}: an example input is needed; give its shape, for example --input {example}")
     module = load(spec, path, arguments, trust=trust)
     if dtype is not None:
         module = module.to(dtype)

@@ -66,7 +66,8 @@ def stock_session(path: Path, optimized: Path | None = None, *, fold: bool = Tru
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common base
-        raise ExportError(f"{path.name}: onnxruntime cannot load it: {first_line(error)}") from error
+        hint = "; what is float64 may load after --dtype float32" if "NOT_IMPLEMENTED" in str(error) else ""
+        raise ExportError(f"{path.name}: onnxruntime cannot load it: {first_line(error)}{hint}") from error
 
 
 def memory_to_fold(model: ModelProto, layers: Iterable[Layer]) -> int:
