@@ -113,12 +113,14 @@ def test_a_checkpoint_becomes_better_and_stays_exactly_nm(folder):
     manifest = Manifest.from_json(open_checkpoint(result["output"]).manifest_text(), "it")
     assert [stage["stage"] for stage in manifest.history] == ["prune", "finetune"]
     assert manifest.history[1]["rows"][-1]["top1"] == tops["3"]
+    assert manifest.settings["input"] == ["1,1,8,8:float32"], "as the data has it, so that export need not be told"
     assert sorted(p.name for p in folder.iterdir() if ".ft" in p.name) == [
         "net.nm1-4.ft.jsonl", "net.nm1-4.ft.pt", "net.nm1-4.ft.svg",
     ]  # fmt: skip
     again = json.loads(invoke("finetune", result["output"], "--epochs", 1, "--batch", 32, "--json"))
     assert again["output"] == str(folder / "net.nm1-4.ft.ft.pt"), "data, model and task were said before"
     ElementTree.parse(folder / "net.nm1-4.ft.svg")
+    assert "Checked: the ONNX checker" in invoke("export", result["output"], "--onnx")
 
 
 def test_the_newest_result_is_taken_and_the_table_shown(folder, monkeypatch):

@@ -14,10 +14,13 @@ from nmconvert import dist
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.detect import as_array, digest
 from nmconvert.errors import UsageError
+from nmconvert.inputs import InputSpec
 from nmconvert.manifest import Manifest
 from nmconvert.model import load, matched_names
 from nmconvert.plan import Plan
 from nmconvert.tasks import Task, build_task
+from nmconvert.tasks.base import Samples
+from nmconvert.tensor import dtype_name
 from nmconvert.train.log import row_json
 from nmconvert.train.loop import Training, train
 from nmconvert.train.settings import Settings
@@ -127,15 +130,16 @@ def finetune(
     place = dist.device(device)
     with dist.processes(place):
         network, master = _networks(said, source, dense, from_dense=from_dense, trust=trust)
+        validation = does.dataset(said.data, split="val", augment=False)
         training = train(
             network, plan_of(manifest, checkpoint, network), does,
-            does.dataset(said.data, split="train", augment=settings.augment),
-            does.dataset(said.data, split="val", augment=False),
+            does.dataset(said.data, split="train", augment=settings.augment), validation,
             settings, teacher=master, folder=files.states, log=files.log, resume=resume, device=place, display=display,
         )  # fmt: skip
         if dist.rank() == 0:
             told = {"teacher": None if dense is None else str(dense), "settings": asdict(settings)}
-            _write(checkpoint, files.output, training, manifest.with_settings(**asdict(said)), told)
+            shape = manifest.settings.get("input") or _input_shape(does, validation)
+            _write(checkpoint, files.output, training, manifest.with_settings(**asdict(said), input=shape), told)
             shutil.rmtree(files.states)
         dist.barrier()
     return FinetuneResult(source, files.output, files.log, dense, does.metric, training)
@@ -189,6 +193,14 @@ def _manifest_of(checkpoint: Checkpoint) -> Manifest:
             f"{checkpoint.path}: was not pruned by nmconvert; run nmconvert prune {checkpoint.path} --nm 2:4 first"
         )
     return manifest
+
+
+def _input_shape(task: Task, samples: Samples) -> list[str] | None:
+    """The shape of one sample as ``--input`` takes it, so that export need not ask; of models that take one tensor."""
+    batch = task.collate([samples[0]]) if len(samples) else None
+    if batch is None or not batch.size or not isinstance(batch.inputs, Tensor):
+        return None
+    return [str(InputSpec(None, tuple(batch.inputs.shape), dtype_name(batch.inputs.dtype)))]
 
 
 def _said(
