@@ -49,6 +49,7 @@ DEMOS = {
         inputs="--input 1,3,64,64",
         maker="sample_models.digit_scenes",
         task=" --task detection",
+        epochs=6,
     ),
     "segmentation": Demo(
         name="segmenter",
@@ -58,6 +59,7 @@ DEMOS = {
         inputs="--input 1,3,64,64",
         maker="sample_models.digit_scenes",
         task=" --task segmentation",
+        epochs=4,
     ),
     "language_model": Demo(
         name="gpt",
