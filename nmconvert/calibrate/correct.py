@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from nmconvert.calibrate.answers import Answer
 from nmconvert.calibrate.replay import Call, outputs_of
 
-_USUAL = 0.1  # root mean square of weights for which absolute rates are meant
+_USUAL = 0.5  # size of a tensor at which a relative rate is the absolute one; with 0.1 the fit of FastestDet ran away
 
 Pair = tuple[Call, Any]
 """A call, and what the dense module answers to it."""
@@ -120,7 +120,7 @@ def reconstruct(
 
     ``answer`` is the module, or what it is judged by (:mod:`nmconvert.calibrate.answers`). ``pairs(n)`` gives the nth call and
     its target, of which a step takes ``together``; ``masks`` are by parameter name, in the parameter's shape. With ``relative``
-    a tensor's rate is ``rate`` times its root mean square over that of usual weights.
+    a tensor's rate is ``rate`` times its root mean square, over ½.
     The module stays in evaluation mode: norms use their running statistics. (The block reconstruction of BRECQ, Li et
     al. 2021, with N:M masks in place of rounding.)
     """
