@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from containers import (
@@ -229,6 +230,12 @@ def test_files_that_are_no_checkpoint(tmp_path: Path, data: bytes, what: str) ->
     (tmp_path / "a.pt").write_bytes(data)
     with pytest.raises(CheckpointError, match=what):
         open_checkpoint(tmp_path / "a.pt")
+
+
+def test_archives_of_arrays(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", w=np.ones(3))
+    with pytest.raises(CheckpointError, match=r"a\.npz: NumPy arrays; save the model's state_dict with torch\.save"):
+        open_checkpoint(tmp_path / "a.npz")
 
 
 def test_no_file(tmp_path: Path) -> None:

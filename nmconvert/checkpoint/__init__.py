@@ -93,6 +93,8 @@ def _open_zip(path: Path, *, trust: bool) -> FileCheckpoint:
     for name in archive.records:
         if name.endswith("/data.pkl") and name.count("/") == 1:
             return open_torch_zip(archive, name.removesuffix("data.pkl"), trust=trust)
+    if any(name.endswith(".npy") for name in archive.records):
+        raise CheckpointError(f"{path}: NumPy arrays; save the model's state_dict with torch.save or as safetensors")
     raise CheckpointError(f"{path}: a zip file, but not one that torch.save wrote; unpack it first")
 
 
