@@ -102,6 +102,35 @@ def test_bodies_without_a_gelu_operator_compute_the_same(name: str) -> None:
     np.testing.assert_allclose(run(proto, feed), expected, atol=2e-6)
 
 
+SPELLINGS = {
+    "x · (½ · (1 + erf(x / √2)))": (["Div x r s", "Erf s e", "Add e one p", "Mul half p m", "Mul x m y"], True),
+    "(x · (1 + erf(x · √½))) · ½": (["Mul r2 x s", "Erf s e", "Add one e p", "Mul x p m", "Mul m half y"], True),
+    "(½ · x) · (1 + erf(x / √2))": (["Mul half x t", "Div x r s", "Erf s e", "Add e one p", "Mul t p y"], True),
+    "x · (1 + erf(x / √2))": (["Div x r s", "Erf s e", "Add e one p", "Mul x p y"], False),
+    "1 · x · (1 + erf(x / √2))": (["Div x r s", "Erf s e", "Add e one p", "Mul one p m", "Mul x m y"], False),
+    "erf(√2 / x)": (["Div r x s", "Erf s e", "Add e one p", "Mul half p m", "Mul x m y"], False),
+    "½ + erf": (["Div x r s", "Erf s e", "Add e half p", "Mul half p m", "Mul x m y"], False),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_gelu_that_is_spelt_out_is_found_and_nothing_else(spelling: str) -> None:
+    proto, feed = unfused("LinearGelu")
+    lines, is_gelu = SPELLINGS[spelling]
+    names = {"x": "h"}  # what the layer gives
+    nodes = [
+        helper.make_node(op, [names.get(name, name) for name in rest[:-1]], [rest[-1]]) for op, *rest in map(str.split, lines)
+    ]
+    del proto.graph.node[1:]
+    proto.graph.node.extend(nodes)
+    constants = {"r": 2**0.5, "r2": 0.5**0.5, "one": 1.0, "half": 0.5}
+    proto.graph.initializer.extend(tensor(name, np.float32(number)) for name, number in constants.items())
+    expected = run(proto, feed)
+    assert fuse(proto) == (len(lines) if is_gelu else 0)
+    assert proto.graph.node[0].op_type == ("LinearGelu" if is_gelu else "Linear")
+    np.testing.assert_allclose(run(proto, feed), expected, atol=2e-6)
+
+
 def nodes_after(change: Any) -> list[str]:
     proto, _ = unfused("ConvAddRelu")
     change(proto)

@@ -14,6 +14,7 @@ from nmconvert.export.functions import DOMAIN, FUNCTIONS, function_proto
 from nmconvert.onnx_graph import Constants, attribute, graphs, opset, used_names
 
 _INFINITY = float("inf")
+_ROOT_HALF = 0.707107  # √½, as far as _factor() reads
 
 
 def fuse(model: ModelProto) -> int:
@@ -94,6 +95,9 @@ class _Fuser:
             gate, product = sorted(readers, key=lambda node: node.op_type, reverse=True)
             if self._only_reader(gate.output[0]) is product and set(product.input) == {value, gate.output[0]}:
                 return "Silu", [gate, product], {}
+        gelu = self._spelt_gelu(value)
+        if gelu is not None:
+            return "Gelu", gelu, {}
         node = self._only_reader(value)
         if node is None:
             return None
@@ -103,6 +107,51 @@ class _Fuser:
             return ("GeluTanh" if attribute(node, "approximate", b"none") == b"tanh" else "Gelu"), [node], {}
         limits = self._limits(node)
         return None if limits is None else ("Clip", [node], limits)
+
+    def _spelt_gelu(self, value: str) -> list[NodeProto] | None:
+        """The nodes of x · (1 + erf(x / √2)) · ½, the products in any order: what exporters write below opset 20."""
+        readers = self.readers.get(value, [])
+        if len(readers) != 2 or self.reads.get(value) != 2 or any(node.domain for node in readers):
+            return None
+        scaled, other = sorted(readers, key=lambda node: self._factor(node, value) != _ROOT_HALF)
+        erf = self._only_reader(scaled.output[0])
+        plus = None if erf is None or erf.op_type != "Erf" else self._only_reader(erf.output[0])
+        if self._factor(scaled, value) != _ROOT_HALF or erf is None or plus is None:
+            return None
+        if plus.op_type != "Add" or self._constant(plus, erf.output[0]) != 1:
+            return None
+        nodes = [scaled, erf, plus]
+        if self._factor(other, value) == 0.5:  # the half is taken of x first
+            last = self._only_reader(other.output[0])
+            if last is None or last.op_type != "Mul" or set(last.input) != {other.output[0], plus.output[0]}:
+                return None
+            return [*nodes, other, last] if self._only_reader(plus.output[0]) is last else None
+        left: set[str | float] = {value, 0.5}
+        while left:
+            product = self._only_reader(nodes[-1].output[0])
+            if product is None or product.op_type != "Mul":
+                return None
+            factor: str | float | None = value if value in product.input else self._factor(product, nodes[-1].output[0])
+            if factor not in left:
+                return None
+            left.remove(factor)
+            nodes.append(product)
+        return nodes
+
+    def _factor(self, node: NodeProto, value: str) -> float | None:
+        """The constant that ``node`` multiplies ``value`` by, to six digits."""
+        constant = self._constant(node, value)
+        if constant is None or node.op_type not in ("Mul", "Div") or (node.op_type == "Div" and node.input[0] != value):
+            return None
+        return float(f"{constant if node.op_type == 'Mul' or constant == 0 else 1 / constant:.6g}")
+
+    def _constant(self, node: NodeProto, value: str) -> float | None:
+        """The other operand of ``node``, where it is one constant number."""
+        others = [name for name in node.input if name != value]
+        if len(others) != 1 or len(node.input) != 2 or others[0] not in self.scope.tensors:
+            return None
+        found = numpy_helper.to_array(self.scope.tensors[others[0]])
+        return float(found.reshape(())) if found.size == 1 and found.ndim <= 1 else None
 
     def _limits(self, node: NodeProto) -> dict[str, float] | None:
         if node.op_type != "Clip" or node.attribute:
