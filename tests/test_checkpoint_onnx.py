@@ -93,7 +93,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     command = ["sh", "-c", '"$0" -c "$1" a.onnx b.onnx', sys.executable, program]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout) * 1024
     assert not numpy_helper.to_array(onnx.load(tmp_path / "b.onnx").graph.initializer[-1]).any()
-    assert grown < 6 * tensors["w0"].nbytes, f"{grown:,} bytes"
+    assert grown < 10 * tensors["w0"].nbytes, f"{grown:,} bytes"
 
 
 def test_external_copies_replace_each_other_whole(tmp_path: Path) -> None:
