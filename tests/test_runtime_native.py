@@ -46,6 +46,22 @@ def test_a_cpp_program_needs_one_call(tmp_path: Path) -> None:
     assert "nowhere.so" in refused.stderr
 
 
+CROSS, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+
+
+@pytest.mark.skipif(not (CROSS and EMULATOR), reason="apt-get install g++-aarch64-linux-gnu qemu-user")
+def test_neon_computes_what_plain_loops_do(tmp_path: Path) -> None:
+    speak_to_onnxruntime = {"context", "nodes", "conv_node", "product_node", "node", "library"}
+    folder = ROOT / "nmconvert" / "runtime" / "native"
+    sources = [path for path in folder.glob("*.cpp") if path.stem not in speak_to_onnxruntime]
+    build = [CROSS, "-std=gnu++17", "-O1", "-Wall", "-Wextra", "-Werror", "-static", f"-I{folder}"]
+    program = [str(ROOT / "tests" / "native" / "kernels_check.cpp"), "-o", str(tmp_path / "check")]
+    subprocess.run([*map(str, build), *program, *map(str, sources)], check=True)
+    run = subprocess.run([str(EMULATOR), str(tmp_path / "check")], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert [line.split()[0] for line in run.stdout.splitlines()] == ["portable", "neon"]
+
+
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment in which the tests run on a library with AddressSanitizer and UndefinedBehaviorSanitizer."""

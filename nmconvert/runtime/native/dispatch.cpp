@@ -6,7 +6,7 @@
 namespace nmconvert {
 namespace {
 
-bool supported(const char* name) {
+bool supported([[maybe_unused]] const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
