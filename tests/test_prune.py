@@ -330,8 +330,6 @@ def test_a_safetensors_file_needs_neither_torch_nor_onnx(tmp_path: Path) -> None
     safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
     program = """
 import sys
-import subprocess
-import sys
 from pathlib import Path
 from nmconvert.pattern import Pattern
 from nmconvert.prune import prune
