@@ -202,6 +202,8 @@ def race(runs: dict[str, Run], *, rounds: int, seconds: float, threads: int) -> 
     start = time.perf_counter()
     while len(times["dense"]) < rounds or (time.perf_counter() - start < seconds and len(times["dense"]) < 100):
         for name, run in runs.items():
+            if threads > 1:
+                time.sleep(0.02)  # threads of the one before spin on for a while
             begin = clock()
             for _ in range(repeats[name]):
                 run()
