@@ -145,18 +145,23 @@ void Run::find_strips(int64_t panel, Window& window) const {
   }
 }
 
-// Whole vectors, but for the last lines, where that would read beyond the end of the input.
+// Whole vectors, but for the lines where that would read beyond the end of the input; their offsets need not rise.
 void Run::fill_columns(const float* base, const int64_t* offsets, int64_t count, const Window& window, float* panel) const {
   const int64_t width = choice.panel_width();
-  int64_t end = 0, whole = count;
+  int64_t end = 0;
   for (int64_t s = 0; s < window.read_count; ++s) end = std::max(end, window.reads[s].from + window.reads[s].count + choice.isa->width);
-  while (whole > 0 && base - source.data + offsets[whole - 1] + end > source.size) --whole;
-  choice.isa->gather(base, offsets, whole, window.reads, window.read_count, panel, width);
-  for (int64_t line = whole; line < count; ++line)
-    for (int64_t s = 0; s < window.read_count; ++s) {
+  const int64_t room = source.size - (base - source.data) - end;
+  const bool all = *std::max_element(offsets, offsets + count) <= room;
+  for (int64_t line = 0; line < count; ++line) {
+    int64_t last = all ? count : line;
+    while (last < count && offsets[last] <= room) ++last;
+    choice.isa->gather(base, offsets + line, last - line, window.reads, window.read_count, panel + line * width, width);
+    line = last;
+    for (int64_t s = 0; line < count && s < window.read_count; ++s) {
       const Segment& read = window.reads[s];
       std::memcpy(panel + line * width + read.to, base + offsets[line] + read.from, read.count * 4);
     }
+  }
 }
 
 void Run::operator()(const Task& task) const {
