@@ -254,8 +254,9 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
   ConvAttributes attributes = given;
   Image image = given_image;
   if (pixels_of(image) == 0) return;
-  if (flatten_pointwise(attributes, image)) image.x = subsample(given, given_image, parallel);
-  if (is_product(attributes, image))
+  const bool pointwise = flatten_pointwise(attributes, image);
+  if (pointwise) image.x = subsample(given, given_image, parallel);
+  if (pointwise && is_product(attributes, image))
     return run_linear(isa, weights, packed, 0, {image.x, image.batch, image.bias, image.residual, image.y}, epilogue, parallel);
   const auto [choice, plan] = stream_image(isa, weights, packed, attributes, image);
   const Source source = make_source(attributes, image, strip_slack(choice, attributes, image), parallel);
@@ -280,8 +281,7 @@ void prepare_conv(const Isa* isa, Weights& weights, const Packed& packed, const 
   double likely = static_cast<double>(batch);
   for (int64_t size : image.out) likely *= static_cast<double>(size);
   if (likely == 0 || likely > 1e10) return;  // what cannot run is not prepared for
-  flatten_pointwise(attributes, image);
-  if (is_product(attributes, image)) return prepare_linear(isa, weights, packed, batch);
+  if (flatten_pointwise(attributes, image) && is_product(attributes, image)) return prepare_linear(isa, weights, packed, batch);
   stream_image(isa, weights, packed, attributes, image);
 }
 
