@@ -84,8 +84,9 @@ def _chosen(
     if _size(source) + choice.dense_bytes(model) > _LARGEST:
         return source, True
     if dense is None:
-        dense = _measure(model, found, cache, threads, inputs)
-        cache.put(fingerprint, dense)
+        dense, steady = _measure(model, found, cache, threads, inputs)
+        if steady:
+            cache.put(fingerprint, dense)
         cache.save()
     return (source, True) if dense == [] else (choice.with_dense(model, None if dense == _ALL else dense), dense != _ALL)
 
@@ -108,18 +109,21 @@ def _fingerprint(source: str | bytes, inputs: Sequence[InputSpec]) -> str:
     return f"model {path} {stat.st_size} {stat.st_mtime_ns} {shapes}"
 
 
-def _measure(model: ModelProto, found: Kernels, cache: Cache, threads: int, inputs: Sequence[InputSpec]) -> list[str] | str:
-    """The outputs of the calls that are better left dense, or "all"."""
+def _measure(
+    model: ModelProto, found: Kernels, cache: Cache, threads: int, inputs: Sequence[InputSpec]
+) -> tuple[list[str] | str, bool]:
+    """The outputs of the calls that are better left dense, or "all"; and whether the machine was quiet enough to remember."""
     from nmconvert.inputs import example_feed
     from nmconvert.runtime import choice
 
     assert found.path is not None
     timed = choice.time_layers(model, found.path, cache, threads, inputs)
     slow = [layer.node.output[0] for layer, ratio in timed if ratio < choice.MARGIN]
+    steady = all(cache.get(layer.key) is not None for layer, _ in timed)
     if len(slow) == len(choice.calls(model)):
-        return _ALL if slow else []
+        return (_ALL if slow else []), steady
     chosen = choice.open_session(choice.with_dense(model, slow), threads, found.path)
     stock = choice.open_session(choice.with_dense(model, None), threads)
     whole = choice.race(stock, chosen, example_feed(model, inputs), seconds=0.3)
     # Single layers do not show what dense gains from its own layouts and fusions.
-    return slow if whole.best >= 1 else _ALL
+    return (slow if whole.best >= 1 else _ALL), steady and not whole.noisy
