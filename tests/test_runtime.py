@@ -179,6 +179,15 @@ def test_convolutions_of_the_sizes_of_networks(
     assert_close(with_kernels(added).run(None, {"x": x})[0], np.maximum(expected + residual, 0))
 
 
+def test_pixels_picked_for_a_linear_layer_are_not_overwritten_by_it(isa: str) -> None:
+    rng = np.random.default_rng(0)
+    weight = random_weight(rng, "conv", (3, 8, 1), "2:4")
+    session = with_kernels(layer("Conv", weight, ["b", 8, "d"], strides=[3], pads=[0, 0]))
+    for batch in (2, 3, 3):
+        x = rng.standard_normal((batch, 8, 3)).astype(np.float32)
+        assert_close(session.run(None, {"x": x})[0], convolve(x, weight, strides=[3], pads=[0, 0]))
+
+
 @pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])
 def test_auto_pad_is_that_of_the_body(isa: str, mode: str) -> None:
     rng = np.random.default_rng(0)

@@ -66,7 +66,8 @@ bool flatten_pointwise(ConvAttributes& attributes, Image& image) {
 const float* subsample(const ConvAttributes& given, const Image& image, const Parallel& parallel) {
   if (volume(given.strides) == 1) return image.x;
   const int64_t channels = given.groups * given.inputs, size = volume(image.out);
-  float* copy = Scratch::mine().shared_input.at_least(size * channels * image.batch);
+  // Not the shared input: a linear layer packs these pixels into that.
+  float* copy = Scratch::mine().shared_pixels.at_least(size * channels * image.batch);
   parallel(channels * image.batch, [&](int64_t plane) {
     float* to = copy + plane * size;
     const float* slice = image.x + plane * volume(image.in);
