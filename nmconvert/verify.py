@@ -33,6 +33,7 @@ class Check:
     what: str
     holds: bool
     seen: str
+    pruned: bool = False  # of a weight: it holds because it is the other side's where it is not zero
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def _comparison(
     stages = [stage for m in (manifest, Manifest.of(other)) if m is not None for stage in m.history]
     stored = next((stage["values"] for stage in stages if "values" in stage), None)
     weights = list(_compare_graphs(checkpoint, other, manifest)) if first and second else []
-    pruned = sum(check.holds and check.seen.startswith(_KEPT) for check in weights)
+    pruned = sum(check.pruned for check in weights)
     why = f"; {pruned} of its weights are pruned from that file's" if pruned else ""
     yield from _compare_outputs(outputs(checkpoint), outputs(other), other.path, stored, why)
     yield from weights
@@ -248,7 +249,7 @@ def _compare_weights(mine: _Weights, theirs: _Weights) -> Iterator[Check]:
         if weight.shape == other.shape:
             same = digest(weight) == digest(other)
             if not same and np.array_equal(weight[weight != 0], other[weight != 0]):
-                yield Check(name, True, f"{_KEPT} ({layer.pattern})")
+                yield Check(name, True, f"{_KEPT} ({layer.pattern})", pruned=True)
                 continue
         yield Check(name, same, "the same weight, bit for bit" if same else f"not the weight of {theirs.checkpoint.path}")
 
@@ -272,7 +273,7 @@ def _compare_tensors(checkpoint: Checkpoint, other: Checkpoint, manifest: Manife
             yield Check(name, True, "identical")
         elif (name in sparse if sparse is not None else first.ndim > 1) and torch.equal(first[first != 0], second[first != 0]):
             pruned = tightest(as_array(first.reshape(first.shape[0], -1)))
-            yield Check(name, True, f"{_KEPT}{f' ({pruned} or sparser)' if pruned else ''}")
+            yield Check(name, True, f"{_KEPT}{f' ({pruned} or sparser)' if pruned else ''}", pruned=True)
         else:
             changed = int((first != second).sum())
             yield Check(name, False, f"{changed:,} of {first.numel():,} values differ")

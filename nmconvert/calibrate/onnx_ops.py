@@ -81,6 +81,10 @@ def reads(node: NodeProto) -> Iterator[str]:
                 yield from reads(inner)
 
 
+class _NoMatch(Exception):
+    """Torch has nothing that does what a node asks for: onnxruntime computes it."""
+
+
 class Operator:
     """One node, computed in torch where that agrees with onnxruntime on the first call, else in onnxruntime."""
 
@@ -111,7 +115,7 @@ class Operator:
             return None
         try:
             outputs = OPERATORS[self.node.op_type](self.node, inputs)
-        except NotImplementedError:
+        except (_NoMatch, NotImplementedError):  # the other is torch's own, of types that it does not compute
             return None
         return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
 
@@ -176,11 +180,11 @@ def _pool(node: NodeProto, x: Inputs) -> Tensor:
     pads = window_pads(node, x[0].shape[2:], kernel, stride, dilation)
     average = node.op_type == "AveragePool"
     if len(kernel) != 2 or len(node.output) > 1 or attribute(node, "ceil_mode", 0) or any(d != 1 for d in dilation):
-        raise NotImplementedError
+        raise _NoMatch
     if not average:
         return F.max_pool2d(padded(x[0], pads, float("-inf")), kernel, stride)
     if any(map(any, pads)) and not attribute(node, "count_include_pad", 0):
-        raise NotImplementedError
+        raise _NoMatch
     return F.avg_pool2d(padded(x[0], pads), kernel, stride)
 
 
@@ -190,7 +194,7 @@ def _resize(node: NodeProto, x: Inputs) -> Tensor:
     factor = None if scales is None else [float(s) for s in scales[2:]]
     mode = {b"nearest": "nearest", b"linear": "bilinear"}.get(attribute(node, "mode", b"nearest"))
     if mode is None or x[0].dim() != 4:
-        raise NotImplementedError
+        raise _NoMatch
     return F.interpolate(x[0], size=size, scale_factor=factor, mode=mode)
 
 
@@ -205,7 +209,7 @@ def _gemm(node: NodeProto, x: Inputs) -> Tensor:
 
 def _reshape(node: NodeProto, x: Inputs) -> Tensor:
     if attribute(node, "allowzero", 0) and not bool(x[1].all()):
-        raise NotImplementedError
+        raise _NoMatch
     shape = [x[0].shape[i] if s == 0 else int(s) for i, s in enumerate(x[1].tolist())]
     result: Tensor = x[0].reshape(shape)
     return result
@@ -222,7 +226,7 @@ def _pad(node: NodeProto, x: Inputs) -> Tensor:
     pads = x[1].tolist() if len(x) > 1 else attribute(node, "pads", [0])
     rank = len(pads) // 2
     if attribute(node, "mode", b"constant") != b"constant" or len(x) > 3 or len(pads) != 2 * x[0].dim():
-        raise NotImplementedError
+        raise _NoMatch
     value = float(x[2]) if len(x) > 2 and x[2] is not None else 0.0
     return padded(x[0], [(int(pads[d]), int(pads[d + rank])) for d in range(rank)], value)
 
@@ -239,7 +243,7 @@ def _batch_norm(node: NodeProto, x: Inputs) -> Tensor:
 
 def _layer_norm(node: NodeProto, x: Inputs) -> Tensor:
     if len(node.output) > 1:
-        raise NotImplementedError
+        raise _NoMatch
     axis = attribute(node, "axis", -1) % x[0].dim()
     return F.layer_norm(x[0], x[0].shape[axis:], x[1], (*x, None)[2], attribute(node, "epsilon", 1e-5))
 
@@ -259,7 +263,7 @@ def _axes(node: NodeProto, x: Inputs) -> list[int]:
 def _mean(node: NodeProto, x: Inputs) -> Tensor:
     axes = _axes(node, x)
     if not axes and attribute(node, "noop_with_empty_axes", 0):
-        raise NotImplementedError
+        raise _NoMatch
     result: Tensor = x[0].mean(axes or list(range(x[0].dim())), keepdim=bool(attribute(node, "keepdims", 1)))
     return result
 
@@ -280,12 +284,12 @@ def _unsqueeze(node: NodeProto, x: Inputs) -> Tensor:
 
 def _slice(node: NodeProto, x: Inputs) -> Tensor:
     if len(x) < 3:
-        raise NotImplementedError
+        raise _NoMatch
     starts, ends = x[1].tolist(), x[2].tolist()
     axes = x[3].tolist() if len(x) > 3 and x[3] is not None else list(range(len(starts)))
     steps = x[4].tolist() if len(x) > 4 and x[4] is not None else [1] * len(starts)
     if any(step < 1 for step in steps):
-        raise NotImplementedError
+        raise _NoMatch
     places: list[Any] = [slice(None)] * x[0].dim()
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         places[axis] = slice(start, end, step)
@@ -296,7 +300,7 @@ def _slice(node: NodeProto, x: Inputs) -> Tensor:
 def _cast(node: NodeProto, x: Inputs) -> Tensor:
     to = DTYPES.get(attribute(node, "to", 0))
     if to is None:
-        raise NotImplementedError
+        raise _NoMatch
     result: Tensor = x[0].to(torch.float32 if to in ("float16", "bfloat16") else getattr(torch, to))
     return result
 
