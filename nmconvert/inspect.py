@@ -16,6 +16,7 @@ from nmconvert.detect import satisfies, tightest
 from nmconvert.errors import NmconvertError
 from nmconvert.export.calls import PackedLayer, inlined_layers, packed_layers
 from nmconvert.manifest import Layer, Manifest
+from nmconvert.onnx_graph import packed_inputs
 from nmconvert.pattern import AXES, Axis, Pattern
 from nmconvert.rules import guess_kind
 from nmconvert.tensor import PRUNABLE_DTYPES, TensorInfo
@@ -73,7 +74,7 @@ def inspect(path: Path, *, require: Pattern | None = None, trust: bool = False) 
     if isinstance(checkpoint, OnnxCheckpoint):
         model = read_whole_model(path)
         packed = list(packed_layers(model, str(path))) or list(inlined_layers(model, manifest.layers if manifest else ()))
-    parts = {name for layer in packed for name in layer.node.input[1:4]}
+    parts = {name for layer in packed for name in packed_inputs(layer.node)}
     tensors = [info for info in checkpoint.tensors() if info.name not in parts]
     weights = [info for info in tensors if len(info.shape) > 1 and info.numel and info.dtype in PRUNABLE_DTYPES]
     found = [_packed(layer, manifest, require) for layer in packed]

@@ -28,6 +28,8 @@ DTYPES: dict[int, str] = {
     TensorProto.BOOL: "bool",
 }
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+DOMAIN = "nmconvert"  # of the functions that stand for packed layers (nmconvert.export.functions)
+SCALED = "Scaled"  # what the names of those begin with whose values have a scale
 T = TypeVar("T")
 _STANDARD = ("", "ai.onnx")
 
@@ -103,6 +105,11 @@ class Constants:
         if node.op_type in ("DequantizeLinear", "QuantizeLinear", "Reshape", "Squeeze", "Unsqueeze", "Flatten"):
             return replace(source, obstacle=source.obstacle or node.op_type)
         return None
+
+
+def packed_inputs(node: NodeProto) -> tuple[str, ...]:
+    """The inputs of a call in :data:`DOMAIN` that hold its weight: values, mask, table and, where it has one, scale."""
+    return tuple(node.input[1 : 5 if node.op_type.startswith(SCALED) else 4])
 
 
 def constant_tensor(node: NodeProto) -> TensorProto | None:

@@ -1,6 +1,6 @@
 """The packed form of an N:M matrix: the format's specification.
 
-A matrix ``[rows, K]`` (:mod:`nmconvert.matrix`) under a pattern n:m becomes three arrays:
+A matrix ``[rows, K]`` (:mod:`nmconvert.matrix`) under a pattern n:m becomes three arrays, or four:
 
 ``values``
     The kept weights, row after row, column after column; 1-D, in the weight's own dtype. A kept weight may be zero;
@@ -9,6 +9,10 @@ A matrix ``[rows, K]`` (:mod:`nmconvert.matrix`) under a pattern n:m becomes thr
     uint8 codes, 1-D: which weights are kept, in the same order.
 ``table``
     uint8 ``[codes, width]``: the ``width`` mask bits that each code stands for, the first column first.
+``scale``
+    float32 ``[rows]``, positive; only where ``values`` are int8. A kept weight is its value times the scale of its row, in
+    float32. :func:`quantize` gives scales 17 significant bits, so that this product is exact: the weight is the same in every
+    runtime, bit for bit, and rounding it once more changes nothing.
 
 ``table[mask]`` is a sequence of bits; where ``parts`` > 1, each run of ``parts`` rows is added up first. Read in order, the
 bits are the mask of the flattened matrix, and what is left over at the end is padding, to be ignored. A reader needs nothing
@@ -28,7 +32,7 @@ coding          one byte is                                                     
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations, product
 from math import comb
@@ -41,6 +45,9 @@ from nmconvert.errors import WeightError
 from nmconvert.pattern import Pattern
 
 Matrix = npt.NDArray[Any]
+_LARGEST_INTEGER = 127
+_SCALE_BITS = 17  # times 7 bits of an integer are the 24 of a float32
+_SMALLEST_EXPONENT = -149  # of a float32
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,17 @@ class Packed:
     values: Matrix
     mask: npt.NDArray[np.uint8]
     coding: Coding
+    scale: npt.NDArray[np.float32] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and mask; the table is shared by all matrices of a pattern."""
-        return int(self.values.nbytes + self.mask.nbytes)
+        """Bytes of values, mask and scale; the table is shared by all matrices of a pattern."""
+        return int(self.values.nbytes + self.mask.nbytes + (0 if self.scale is None else self.scale.nbytes))
+
+    def quantized(self) -> Packed:
+        """The same with int8 values and a scale for each row: rounded, unless the weights were that already."""
+        values, scale = quantize(self.values.reshape(self.rows, -1))
+        return replace(self, values=values.reshape(-1), scale=scale)
 
 
 @cache
@@ -169,8 +182,41 @@ def _encode(bits: npt.NDArray[np.bool_], coding: Coding, pattern: Pattern) -> np
     return (digits @ place).astype(np.uint8)
 
 
+def quantize(matrix: Matrix) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """``matrix`` [rows, any] → int8 of the same shape and scale [rows], such that integers × scale are nearest to it.
+
+    Symmetric, to nearest even; the largest of a row becomes ±127. The scale has 17 significant bits, see above; where a row is
+    zeros it is 1.
+    """
+    largest = np.abs(matrix).max(axis=1, initial=0).astype(np.float64)
+    needed = np.where(largest > 0, largest / _LARGEST_INTEGER, 1.0)
+    unit = np.ldexp(1.0, np.maximum(np.frexp(needed)[1] - _SCALE_BITS, _SMALLEST_EXPONENT))
+    scale = np.ceil(needed / unit) * unit
+    return np.rint(matrix / scale[:, None]).astype(np.int8), scale.astype(np.float32)
+
+
+def dequantize(integers: npt.NDArray[np.int8], scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """int8 [rows, any] × scale [rows], float32.
+
+    Raises:
+        WeightError: there is not one positive scale for each row.
+    """
+    if scale.shape != integers.shape[:1]:
+        raise WeightError(f"{len(integers)} rows have a scale of shape {list(scale.shape)}: the file is damaged")
+    if not (np.isfinite(scale) & (scale > 0)).all():
+        raise WeightError("a row's scale is not a positive number: the file is damaged")
+    weights: npt.NDArray[np.float32] = integers.astype(np.float32) * scale[:, None]
+    return weights
+
+
 def unpack(
-    values: Matrix, mask: npt.NDArray[np.uint8], table: npt.NDArray[np.uint8], parts: int, rows: int, columns: int
+    values: Matrix,
+    mask: npt.NDArray[np.uint8],
+    table: npt.NDArray[np.uint8],
+    parts: int,
+    rows: int,
+    columns: int,
+    scale: npt.NDArray[np.float32] | None = None,
 ) -> Matrix:
     """Rebuild the dense matrix [rows, columns], bit for bit, from what a file holds.
 
@@ -182,7 +228,7 @@ def unpack(
         raise WeightError(f"the mask keeps {kept} weights, but there are {len(values)} values: the file is damaged")
     matrix = np.zeros((rows, columns), values.dtype)
     matrix[keep] = values
-    return matrix
+    return matrix if scale is None else dequantize(matrix, scale)
 
 
 def unpack_mask(

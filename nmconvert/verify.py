@@ -22,6 +22,7 @@ from nmconvert.inputs import InputSpec, example_feed
 from nmconvert.manifest import Layer, Manifest
 from nmconvert.model import load
 from nmconvert.onnx_graph import named_tensors
+from nmconvert.packing import dequantize, quantize
 
 _KEPT = "identical where it is kept"
 
@@ -129,6 +130,7 @@ class _Weights:
 
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest | None) -> None:
         self.checkpoint = checkpoint
+        self.manifest = manifest
         self.packed: dict[str, PackedLayer] = {}
         if isinstance(checkpoint, OnnxCheckpoint):
             model = read_whole_model(checkpoint.path)
@@ -141,6 +143,12 @@ class _Weights:
             layer = self.packed[name]
             return layer.view.from_matrix(layer.matrix())
         return as_array(self.checkpoint.read(name))
+
+    def rounded(self, name: str, weight: Array) -> Array:
+        """``weight`` as this file would hold it under ``name``, where that is int8 with a scale for each row."""
+        promised = self.manifest.layer(name) if self.manifest else None
+        view = promised.view if promised else self.packed[name].view
+        return view.from_matrix(dequantize(*quantize(view.to_matrix(weight)))) if weight.shape == view.shape else weight
 
 
 def _session(checkpoint: OnnxCheckpoint) -> InferenceSession:
@@ -244,14 +252,16 @@ def _compare_weights(mine: _Weights, theirs: _Weights) -> Iterator[Check]:
     for name, layer in mine.packed.items():
         if name not in theirs.packed and name not in tensors:
             continue
-        weight, other = layer.view.from_matrix(layer.matrix()), theirs.read(name)
+        weight, other, said = layer.view.from_matrix(layer.matrix()), theirs.read(name), "the same weight, bit for bit"
+        if layer.scale is not None:
+            other, said = mine.rounded(name, other), "the same weight, rounded to int8"
         same = weight.size == other.size and digest(np.sort(weight, axis=None)) == digest(np.sort(other, axis=None))
         if weight.shape == other.shape:
             same = digest(weight) == digest(other)
             if not same and np.array_equal(weight[weight != 0], other[weight != 0]):
                 yield Check(name, True, f"{_KEPT} ({layer.pattern})", pruned=True)
                 continue
-        yield Check(name, same, "the same weight, bit for bit" if same else f"not the weight of {theirs.checkpoint.path}")
+        yield Check(name, same, said if same else f"not the weight of {theirs.checkpoint.path}")
 
 
 def _compare_tensors(checkpoint: Checkpoint, other: Checkpoint, manifest: Manifest | None) -> Iterator[Check]:

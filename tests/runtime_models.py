@@ -10,10 +10,11 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from nmconvert.export.functions import DOMAIN, DOMAIN_VERSION, FUNCTIONS, IR_VERSION, OPSET, function_proto
+from nmconvert.export.functions import DOMAIN_VERSION, FUNCTIONS, IR_VERSION, OPSET, function_proto
 from nmconvert.masks import nm_mask
 from nmconvert.matrix import Kind, MatrixView
-from nmconvert.packing import Packed, pack
+from nmconvert.onnx_graph import DOMAIN, SCALED
+from nmconvert.packing import Packed, dequantize, pack, quantize
 from nmconvert.pattern import Axis, Pattern
 
 
@@ -35,8 +36,16 @@ def random_weight(
     parsed = Pattern.parse(pattern)
     matrix = rng.standard_normal((view.rows, view.columns))
     keep = nm_mask(torch.from_numpy(np.abs(matrix)), parsed).numpy()
-    matrix = np.where(keep, matrix / np.sqrt(view.columns), 0).astype(dtype)
-    return Weight(view.from_matrix(matrix), view, pack(matrix, parsed), parsed, axis)
+    matrix = np.where(keep, matrix / np.sqrt(view.columns), 0)
+    return weight_of(matrix if dtype == np.int8 else matrix.astype(dtype), view, parsed, axis, quantized=dtype == np.int8)
+
+
+def weight_of(matrix: np.ndarray, view: MatrixView, pattern: Pattern, axis: Axis = "channel", *, quantized: bool) -> Weight:
+    """``matrix`` [rows, columns] as a weight; ``quantized``: as int8 with a scale for each row, which it is rounded to."""
+    if not quantized:
+        return Weight(view.from_matrix(matrix), view, pack(matrix, pattern), pattern, axis)
+    rounded = dequantize(*quantize(matrix.astype(np.float32)))
+    return Weight(view.from_matrix(rounded), view, pack(rounded, pattern).quantized(), pattern, axis)
 
 
 def tensor(name: str, array: np.ndarray) -> TensorProto:
@@ -47,11 +56,11 @@ def tensor(name: str, array: np.ndarray) -> TensorProto:
 def call(
     function: str, weight: Weight, inputs: list[str], output: str, prefix: str = "", compute: int = 0, **attributes: Any
 ) -> onnx.NodeProto:
-    """The call of ``function`` with ``inputs`` (X, then what follows the table)."""
-    stored = helper.np_dtype_to_tensor_dtype(weight.dense.dtype)
+    """The call of ``function``, or of its scaled twin, with ``inputs`` (X, then what follows the weight)."""
+    packed = [prefix + part.name for part in initializers(weight)]
     return helper.make_node(
-        function,
-        [inputs[0], prefix + "values", prefix + "mask", prefix + "table", *inputs[1:]],
+        function if weight.packed.scale is None else SCALED + function,
+        [inputs[0], *packed, *inputs[1:]],
         [output],
         domain=DOMAIN,
         n=weight.pattern.n,
@@ -61,16 +70,16 @@ def call(
         permuted=weight.view.permuted,
         perm=weight.view.inverse_perm,
         code_shape=[-1, weight.packed.coding.parts, weight.packed.coding.width],
-        stored=stored,
-        compute=compute or stored,
+        stored=helper.np_dtype_to_tensor_dtype(weight.packed.values.dtype),
+        compute=compute or helper.np_dtype_to_tensor_dtype(weight.dense.dtype),
         **attributes,
     )
 
 
 def initializers(weight: Weight, prefix: str = "") -> list[TensorProto]:
     packed = weight.packed
-    arrays = {"values": packed.values, "mask": packed.mask, "table": packed.coding.table}
-    return [tensor(prefix + name, array) for name, array in arrays.items()]
+    arrays = {"values": packed.values, "mask": packed.mask, "table": packed.coding.table, "scale": packed.scale}
+    return [tensor(prefix + name, array) for name, array in arrays.items() if array is not None]
 
 
 def model(

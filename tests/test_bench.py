@@ -214,7 +214,7 @@ def test_bench_against_another_model_is_refused(cache: Path, tmp_path: Path) -> 
         ("ConvClip", (16, 20, 3, 3), "3:5", [1, 20, 8, 8], {"B": (16,)}, {"low": -0.5, "high": 0.5, "pads": [1] * 4}),
     ],
 )
-@pytest.mark.parametrize("stored", [np.float32, np.float16])
+@pytest.mark.parametrize("stored", [np.float32, np.float16, np.int8])
 def test_a_call_left_dense_computes_what_its_body_does(
     function: str, shape: Any, pattern: str, x_shape: Any, extra: Any, attributes: Any, stored: Any
 ) -> None:

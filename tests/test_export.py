@@ -18,11 +18,12 @@ from nmconvert.checkpoint import onnx_file, open_checkpoint
 from nmconvert.detect import digest
 from nmconvert.errors import ExportError, UsageError
 from nmconvert.export import ExportResult, default_output, export
-from nmconvert.export.calls import packed_layers
+from nmconvert.export.calls import inlined_layers, packed_layers
 from nmconvert.export.check import compare
-from nmconvert.export.functions import DOMAIN
 from nmconvert.inputs import InputSpec
+from nmconvert.inspect import inspect
 from nmconvert.manifest import Manifest
+from nmconvert.onnx_graph import DOMAIN
 from nmconvert.pattern import Pattern
 from nmconvert.prune import prune
 from nmconvert.runtime import kernels
@@ -102,6 +103,67 @@ def test_kept_weights_rounded_to_half_the_bytes(tmp_path: Path, values: str, ele
     assert not verify(result.output, tmp_path / "source.onnx").failed
     if kernels().usable:
         assert_allclose(session_on_kernels(result.output).run(None, {"X": x})[0], run(result.output, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("flavour", ["compressed", "inlined"])
+def test_kept_weights_rounded_to_int8_with_a_scale_for_each_row(tmp_path: Path, flavour: str) -> None:
+    model = conv_net()
+    result = exported(model, tmp_path, values="int8", flavour=flavour)
+    written = onnx.load(result.output)
+    stored = {t.name: t.data_type for t in written.graph.initializer if t.name.endswith((".values", ".scale"))}
+    assert stored == {
+        f"{name}.weight.{part}": kind
+        for name in ("first", "second", "head")
+        for part, kind in (("values", TensorProto.INT8), ("scale", TensorProto.FLOAT))
+    }
+    manifest = manifest_of(result.output)
+    layers = list(packed_layers(written)) or list(inlined_layers(written, manifest.layers))
+    assert len(layers) == 3
+    for layer in layers:
+        source = next(t for t in model.graph.initializer if t.name == layer.name)
+        matrix = layer.view.to_matrix(numpy_helper.to_array(source))
+        assert np.abs(layer.matrix() - matrix).max() <= np.abs(matrix).max() / 254 * 1.001
+        assert manifest.layer(layer.name).digest == digest(layer.view.from_matrix(layer.matrix()))
+    x = random_input((3, 8, 6, 6))
+    difference = compare(run(result.output, x), run(model, x), "int8")
+    assert 1e-5 < difference.relative <= difference.tolerance
+    assert "3 weights rounded to int8" in result.notes[-1]
+    against = verify(result.output, tmp_path / "source.onnx")
+    assert not against.failed
+    assert sum(check.seen == "the same weight, rounded to int8" for check in against.checks) == 3
+    assert {found.dtype for found in inspect(result.output).tensors} == {"int8"}
+    if kernels().usable and flavour == "compressed":
+        assert_allclose(session_on_kernels(result.output).run(None, {"X": x})[0], run(result.output, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["values", "scale"])
+def test_a_changed_integer_or_scale_does_not_verify(tmp_path: Path, part: str) -> None:
+    result = exported(conv_net(), tmp_path, values="int8")
+    written = onnx.load(result.output)
+    tensor = next(t for t in written.graph.initializer if t.name == f"second.weight.{part}")
+    array = numpy_helper.to_array(tensor).copy()
+    array[np.flatnonzero(array)[0]] *= 2 if part == "scale" else -1
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(written, result.output)
+    assert [check.what for check in verify(result.output).failed] == ["second.weight"]
+
+
+def test_int8_is_compared_with_the_rounding_of_another_files_weights(tmp_path: Path) -> None:
+    model = conv_net()
+    result = exported(model, tmp_path, values="int8")
+    weight = next(t for t in model.graph.initializer if t.name == "second.weight")
+    array = numpy_helper.to_array(weight).copy()
+    array.flat[np.flatnonzero(array)[1]] *= 1.5
+    weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+    onnx.save(model, tmp_path / "other.onnx")
+    failed = [check for check in verify(result.output, tmp_path / "other.onnx").failed if not check.what.startswith("output")]
+    assert [(check.what, check.seen) for check in failed] == [("second.weight", f"not the weight of {tmp_path / 'other.onnx'}")]
+
+
+def test_int8_needs_packed_weights(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--values int8 packs weights .* use --flavour compressed or inlined"):
+        exported(conv_net(), tmp_path, values="int8", flavour="dense")
+    assert not (tmp_path / "out.onnx").exists()
 
 
 def test_a_weight_too_large_for_its_storage_is_named(tmp_path: Path) -> None:

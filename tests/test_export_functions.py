@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from strategies import patterns
 
 from nmconvert.export.calls import packed_layers
 from nmconvert.export.compress import compress
-from nmconvert.export.functions import DOMAIN, FIRST_OPSET, FUNCTIONS, function_proto
-from nmconvert.matrix import Kind
-from nmconvert.onnx_graph import attribute
+from nmconvert.export.functions import FIRST_OPSET, FUNCTIONS, function_proto
+from nmconvert.matrix import Kind, MatrixView
+from nmconvert.onnx_graph import DOMAIN, SCALED, attribute
+from nmconvert.packing import dequantize, quantize
 from nmconvert.pattern import Axis, Pattern
 
 
@@ -40,9 +41,15 @@ class Case:
     bias: tuple[int, ...] | None = None
     added: bool = False
 
-    def model(self, pattern: str | Pattern, axis: Axis = "channel", dtype: Any = np.float32, opset: int = 18) -> ModelProto:
-        """The dense model, zeros in place."""
-        constants = {"W": sparse_weight(self.kind, self.shape, pattern, axis, self.groups, dtype=dtype)}
+    def model(
+        self, pattern: str | Pattern, axis: Axis = "channel", dtype: Any = np.float32, opset: int = 18, *, rounded: bool = False
+    ) -> ModelProto:
+        """The dense model, zeros in place; ``rounded``: to what int8 with a scale for each row holds."""
+        weight = sparse_weight(self.kind, self.shape, pattern, axis, self.groups, dtype=dtype)
+        if rounded:
+            view = MatrixView.of(self.kind, self.shape, axis, self.groups)
+            weight = np.ascontiguousarray(view.from_matrix(dequantize(*quantize(view.to_matrix(weight)))))
+        constants = {"W": weight}
         inputs = ["W", "X"] if self.left else ["X", "W"]
         if self.bias is not None:
             constants["B"] = random_input(self.bias, dtype, seed=3)
@@ -110,11 +117,11 @@ CASES = {
 }
 
 
-def compressed(model: ModelProto, pattern: str | Pattern, axis: Axis = "channel") -> ModelProto:
+def compressed(model: ModelProto, pattern: str | Pattern, axis: Axis = "channel", *, quantized: bool = False) -> ModelProto:
     """A compressed copy, which must hold one call."""
     copy = ModelProto()
     copy.CopyFrom(model)
-    result = compress(copy, [(Pattern.parse(pattern), axis)])
+    result = compress(copy, [(Pattern.parse(pattern), axis)], quantized=["W"] if quantized else [])
     assert [layer.name for layer in result.layers] == ["W"], result.dense
     assert not any(tensor.name == "W" for tensor in copy.graph.initializer)
     onnx.checker.check_model(copy, full_check=True)
@@ -129,7 +136,8 @@ def optimized(model: ModelProto, tmp_path: Path) -> list[str]:
 
 def check(case: Case, dense: ModelProto, packed: ModelProto, tmp_path: Path, dtype: Any = np.float32) -> None:
     """The packed model gives the dense one's outputs bit for bit, and onnxruntime has folded all of the body."""
-    assert [node.op_type for node in packed.graph.node if node.domain == DOMAIN] == [case.function]
+    called = [node.op_type for node in packed.graph.node if node.domain == DOMAIN]
+    assert [name.removeprefix(SCALED) for name in called] == [case.function]
     x = random_input(case.x, dtype)
     assert run(packed, x).tobytes() == run(dense, x).tobytes()
     assert optimized(packed, tmp_path) == optimized(dense, tmp_path)
@@ -137,7 +145,8 @@ def check(case: Case, dense: ModelProto, packed: ModelProto, tmp_path: Path, dty
 
 def test_every_function_has_its_case() -> None:
     whole = {name for name, function in FUNCTIONS.items() if not function.residual and not function.activation}
-    assert {case.function for case in CASES.values()} == whole  # the fused ones have theirs in test_export_fuse.py
+    found = {case.function for case in CASES.values()}
+    assert found | {SCALED + name for name in found} == whole  # the fused ones have theirs in test_export_fuse.py
 
 
 @pytest.mark.parametrize("axis", ["channel", "kernel"])
@@ -189,11 +198,21 @@ def test_stored_narrow_and_computed_in_float32(name: str, stored: Any, tmp_path:
     check(CASES[name], dense, packed, tmp_path)
 
 
+@pytest.mark.parametrize("axis", ["channel", "kernel"])
+@pytest.mark.parametrize("name", CASES)
+def test_int8_with_a_scale_for_each_row(name: str, axis: Axis, tmp_path: Path) -> None:
+    dense = CASES[name].model("2:4", axis, rounded=True)
+    packed = compressed(dense, "2:4", axis, quantized=True)
+    stored = {tensor.name: tensor.data_type for tensor in packed.graph.initializer}
+    assert (stored["W.values"], stored["W.scale"]) == (TensorProto.INT8, TensorProto.FLOAT)
+    check(CASES[name], dense, packed, tmp_path)
+
+
 @pytest.mark.parametrize("opset", range(FIRST_OPSET, 23))
 def test_every_opset_that_a_function_can_be_written_in(opset: int, tmp_path: Path) -> None:
     for name in ("conv bias", "gemm transB", "linear"):
-        dense = CASES[name].model("2:4", opset=opset)
-        packed = compressed(dense, "2:4")
+        dense = CASES[name].model("2:4", opset=opset, rounded=True)
+        packed = compressed(dense, "2:4", quantized=opset % 2 == 1)
         assert {i.version for f in packed.functions for i in f.opset_import if not i.domain} == {opset}
         check(CASES[name], dense, packed, tmp_path)
 
@@ -205,6 +224,21 @@ def test_the_reference_evaluator_agrees(name: str) -> None:
     dense = case.model("2:4")
     x = random_input(case.x)
     found = ReferenceEvaluator(compressed(dense, "2:4")).run(None, {"X": x})[0]
+    np.testing.assert_array_equal(found, ReferenceEvaluator(dense).run(None, {"X": x})[0])
+
+
+# And a function whose name is not that of a standard operator cannot leave out an attribute there.
+@pytest.mark.parametrize("axis", ["channel", "kernel"])
+@pytest.mark.parametrize(
+    "name", [n for n in CASES if n.startswith(("matmul", "linear", "gemm")) or n == "conv strides, dilations"]
+)
+def test_the_reference_evaluator_agrees_on_int8(name: str, axis: Axis) -> None:
+    case = CASES[name]
+    if case.op_type == "Conv":
+        case = replace(case, attributes=case.attributes | {"auto_pad": "NOTSET", "group": 1, "kernel_shape": [3, 2]})
+    dense = case.model("2:4", axis, rounded=True)
+    x = random_input(case.x)
+    found = ReferenceEvaluator(compressed(dense, "2:4", axis, quantized=True)).run(None, {"X": x})[0]
     np.testing.assert_array_equal(found, ReferenceEvaluator(dense).run(None, {"X": x})[0])
 
 
@@ -223,14 +257,22 @@ def test_any_pattern_and_size_as_a_matrix_product(pattern: Pattern, outputs: int
 
 
 @settings(max_examples=40)
-@given(patterns(dense=False), st.integers(1, 3), st.integers(1, 40), st.integers(1, 3), st.sampled_from(["channel", "kernel"]))
-def test_any_pattern_and_size_as_a_convolution(pattern: Pattern, groups: int, channels: int, kernel: int, axis: Axis) -> None:
+@given(
+    patterns(dense=False), st.integers(1, 3), st.integers(1, 40), st.integers(1, 3), st.sampled_from(["channel", "kernel"]),
+    st.booleans(),
+)  # fmt: skip
+def test_any_pattern_and_size_as_a_convolution(
+    pattern: Pattern, groups: int, channels: int, kernel: int, axis: Axis, quantized: bool
+) -> None:
     weight = sparse_weight("conv", (2 * groups, channels, kernel), pattern, axis, groups)
+    if quantized:
+        view = MatrixView.of("conv", weight.shape, axis, groups)
+        weight = np.ascontiguousarray(view.from_matrix(dequantize(*quantize(view.to_matrix(weight)))))
     node = helper.make_node("Conv", ["X", "W"], ["Y"], group=groups)
     dense = model_of([node], {"W": weight}, [1, channels * groups, 5])
     packed = ModelProto()
     packed.CopyFrom(dense)
-    layers = compress(packed, [(pattern, axis)]).layers
+    layers = compress(packed, [(pattern, axis)], quantized=["W"] if quantized else []).layers
     x = random_input((1, channels * groups, 5))
     assert run(packed, x).tobytes() == run(dense, x).tobytes()
     for layer, call in zip(layers, packed_layers(packed), strict=True):

@@ -14,6 +14,7 @@ from runtime_models import call, initializers, model, random_weight, tensor
 from nmconvert import runtime
 from nmconvert.export.functions import FUNCTIONS, function_proto
 from nmconvert.export.fuse import fuse
+from nmconvert.onnx_graph import SCALED
 
 FUSED = sorted(name for name, function in FUNCTIONS.items() if function.residual or function.activation)
 
@@ -41,14 +42,15 @@ def following(fused: str, value: str) -> list[onnx.NodeProto]:
 def unfused(fused: str, opset: int = 20) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """A model of a layer and the operators after it, and a feed."""
     rng = np.random.default_rng(0)
-    base = next(name for name in ("Conv", "Linear", "Gemm") if fused.startswith(name))
+    dtype = np.int8 if FUNCTIONS[fused].scaled else np.float32
+    base = next(name for name in ("Conv", "Linear", "Gemm") if fused.removeprefix(SCALED).startswith(name))
     rows = 24
     bias = rng.standard_normal(rows).astype(np.float32)
     if base == "Conv":
-        weight = random_weight(rng, "conv", (rows, 16, 3, 3), "2:4")
+        weight = random_weight(rng, "conv", (rows, 16, 3, 3), "2:4", dtype=dtype)
         shape, out, attributes = [2, 16, 9, 10], [2, rows, 9, 10], {"pads": [1] * 4}
     else:
-        weight = random_weight(rng, "matmul", (32, rows), "2:4")
+        weight = random_weight(rng, "matmul", (32, rows), "2:4", dtype=dtype)
         shape, out = ([2, 7, 32], [2, 7, rows]) if base == "Linear" else ([9, 32], [9, rows])
         attributes = {} if base == "Linear" else {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
     nodes = [call(base, weight, ["x", "B"], "h", **attributes), *following(fused, "h")]
@@ -57,7 +59,7 @@ def unfused(fused: str, opset: int = 20) -> tuple[onnx.ModelProto, dict[str, np.
     proto = model(nodes, constants, shape, y_rank=len(out), more_inputs=more)
     proto.opset_import[0].version = opset
     del proto.functions[:]
-    proto.functions.append(function_proto(base, opset))
+    proto.functions.append(function_proto(nodes[0].op_type, opset))
     proto.graph.value_info.append(helper.make_tensor_value_info("h", TensorProto.FLOAT, out))
     feed = {"x": rng.standard_normal(shape).astype(np.float32)}
     return proto, feed | {name: rng.standard_normal(dims).astype(np.float32) for name, dims in more.items()}

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from nmconvert.errors import ExportError, UntrustedFileError, UsageError
 from nmconvert.export import ExportResult, export
-from nmconvert.export.functions import DOMAIN
 from nmconvert.inputs import InputSpec
+from nmconvert.onnx_graph import DOMAIN
 from nmconvert.pattern import Pattern
 from nmconvert.prune import prune
 

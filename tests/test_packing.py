@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import ARRAY_TYPES, patterns, sparse_matrix
 
 from nmconvert.errors import WeightError
-from nmconvert.packing import coding_for, kept_positions, pack, unpack
+from nmconvert.packing import coding_for, dequantize, kept_positions, pack, quantize, unpack
 from nmconvert.pattern import Pattern
 
 
@@ -114,3 +114,46 @@ def test_damage_is_an_error_or_another_matrix(
 def test_a_damaged_table(table: Any) -> None:
     with pytest.raises(WeightError, match="mask table"):
         unpack(np.ones(2, np.float32), np.zeros(1, np.uint8), table, 1, 1, 4)
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.sampled_from([1e-44, 1e-38, 1e-3, 1.0, 1e38]), st.integers(0, 2**32))
+def test_int8_with_a_scale_is_the_nearest_and_exact(rows: int, columns: int, size: float, seed: int) -> None:
+    matrix = (np.random.default_rng(seed).standard_normal((rows, columns)).clip(-3, 3) * size).astype(np.float32)
+    integers, scale = quantize(matrix)
+    rounded = dequantize(integers, scale)
+    exact = integers.astype(np.float64) * scale[:, None].astype(np.float64)
+    np.testing.assert_array_equal(rounded, exact)  # the product in float32 rounds nothing
+    assert (np.abs(exact - matrix) <= 0.5 * scale[:, None].astype(np.float64) * (1 + 1e-12)).all()
+    largest = np.abs(matrix).max(axis=1)
+    assert (scale <= np.maximum(largest / 127 * (1 + 2.0**-15), 2.0**-149) + (largest == 0)).all()
+    again, same = quantize(rounded)
+    np.testing.assert_array_equal(again, integers)
+    np.testing.assert_array_equal(same, scale)
+
+
+def test_rows_of_zeros_and_of_one_huge_value() -> None:
+    integers, scale = quantize(np.array([[0, -0.0, 0], [1, 3e38, -1]], np.float32))
+    assert integers.tolist() == [[0, 0, 0], [0, 127, 0]]
+    assert scale[0] == 1
+    np.testing.assert_allclose(dequantize(integers, scale)[1], [0, 3e38, 0], rtol=1e-5)
+
+
+def test_packed_as_int8_takes_a_quarter() -> None:
+    matrix = sparse_matrix(64, 1152, Pattern(2, 4), 0)
+    rounded = dequantize(*quantize(matrix))
+    packed = pack(rounded, Pattern(2, 4)).quantized()
+    assert packed.scale is not None
+    assert packed.nbytes <= 0.15 * matrix.nbytes  # half of the values in a quarter of their bytes, and the mask
+    again = unpack(packed.values, packed.mask, packed.coding.table, packed.coding.parts, 64, 1152, packed.scale)
+    assert again.tobytes() == rounded.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("scale", "says"),
+    [(np.ones(3), r"2 rows have a scale of shape \[3\]"), (np.ones((2, 1)), "2 rows have"), (np.array(1.0), "2 rows have")]
+    + [(np.array([1.0, bad]), "a row's scale is not a positive number") for bad in (0.0, -1.0, np.nan, np.inf)],
+)
+def test_a_scale_that_is_none(scale: Any, says: str) -> None:
+    packed = pack(sparse_matrix(2, 8, Pattern(2, 4), 0), Pattern(2, 4)).quantized()
+    with pytest.raises(WeightError, match=says):
+        unpack(packed.values, packed.mask, packed.coding.table, packed.coding.parts, 2, 8, scale.astype(np.float32))

@@ -18,10 +18,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from runtime_models import Weight, call, initializers, layer, model, random_weight, tensor
+from runtime_models import Weight, call, initializers, layer, model, random_weight, tensor, weight_of
 
 from nmconvert import runtime
 from nmconvert.errors import KernelsUnavailableError
+from nmconvert.matrix import MatrixView
+from nmconvert.pattern import Pattern
 
 needs_kernels = pytest.mark.skipif(not runtime.kernels().usable, reason=f"no native kernels: {runtime.kernels().reason}")
 PATTERNS = ("2:4", "1:4", "4:8", "1:8", "1:16", "3:5", "2:32", "4:4")
@@ -91,6 +93,7 @@ def convolve(x: np.ndarray, weight: Weight, bias: np.ndarray | None = None, **at
 
 @given(
     seed=st.integers(0, 2**16),
+    stored=st.sampled_from([np.float32, np.float32, np.int8]),
     pattern=st.sampled_from(PATTERNS),
     tokens=st.sampled_from([1, 2, 3, 4, 5, 8, 9, 17, 40, 130]),
     columns=st.integers(1, 300),
@@ -100,10 +103,10 @@ def convolve(x: np.ndarray, weight: Weight, bias: np.ndarray | None = None, **at
 )
 @settings(max_examples=40)
 def test_linear_layers(
-    isa: str, seed: int, pattern: str, tokens: int, columns: int, rows: int, batch: int, threads: int
+    isa: str, seed: int, stored: Any, pattern: str, tokens: int, columns: int, rows: int, batch: int, threads: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    weight = random_weight(rng, "matmul", (columns, rows), pattern)
+    weight = random_weight(rng, "matmul", (columns, rows), pattern, dtype=stored)
     x = rng.standard_normal((batch, tokens, columns)).astype(np.float32)
     bias = rng.standard_normal(rows).astype(np.float32)
     expected = x.astype(np.float64) @ weight.dense
@@ -117,13 +120,14 @@ def test_linear_layers(
 
 @given(
     seed=st.integers(0, 2**16),
+    stored=st.sampled_from([np.float32, np.float32, np.int8]),
     pattern=st.sampled_from(PATTERNS),
     axis=st.sampled_from(["channel", "kernel"]),
     rank=st.integers(1, 3),
     data=st.data(),
 )
 @settings(max_examples=60)
-def test_convolutions(isa: str, seed: int, pattern: str, axis: Any, rank: int, data: st.DataObject) -> None:
+def test_convolutions(isa: str, seed: int, stored: Any, pattern: str, axis: Any, rank: int, data: st.DataObject) -> None:
     rng = np.random.default_rng(seed)
     draw = data.draw
     kernel = [draw(st.integers(1, 3)) for _ in range(rank)]
@@ -137,7 +141,7 @@ def test_convolutions(isa: str, seed: int, pattern: str, axis: Any, rank: int, d
     outputs, inputs, batch = groups * draw(st.integers(1, 20)), draw(st.integers(1, 24)), draw(st.integers(1, 3))
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, attributes["dilations"], strict=True)]
     size = [draw(st.integers(r, r + (20 if rank < 3 else 6))) for r in reach]
-    weight = random_weight(rng, "conv", (outputs, inputs, *kernel), pattern, axis)
+    weight = random_weight(rng, "conv", (outputs, inputs, *kernel), pattern, axis, stored)
     x = rng.standard_normal((batch, groups * inputs, *size)).astype(np.float32)
     bias = rng.standard_normal(outputs).astype(np.float32)
     proto = layer("Conv", weight, ["b", groups * inputs, *(f"d{d}" for d in range(rank))], {"B": bias}, **attributes)
@@ -210,9 +214,10 @@ def test_auto_pad_is_that_of_the_body(isa: str, mode: str) -> None:
         ((10, 24), (24, 1), (10,), {"transA": 1, "transB": 1}),
     ],
 )
-def test_every_gemm_is_that_of_the_body(isa: str, shape: Any, x_shape: Any, bias: Any, attributes: Any) -> None:
+@pytest.mark.parametrize("stored", [np.float32, np.float16, np.int8])
+def test_every_gemm_is_that_of_the_body(isa: str, stored: Any, shape: Any, x_shape: Any, bias: Any, attributes: Any) -> None:
     rng = np.random.default_rng(1)
-    weight = random_weight(rng, "linear" if attributes.get("transB") else "matmul", shape, "2:4")
+    weight = random_weight(rng, "linear" if attributes.get("transB") else "matmul", shape, "2:4", dtype=stored)
     extra = {} if bias is None else {"B": np.asarray(rng.standard_normal(bias), np.float32)}
     proto = layer("Gemm", weight, ["a", "b"], extra, **attributes)
     x = rng.standard_normal(x_shape).astype(np.float32)
@@ -223,15 +228,16 @@ def test_every_gemm_is_that_of_the_body(isa: str, shape: Any, x_shape: Any, bias
     ("shape", "x_shape", "y_rank"),
     [((24, 10), (24,), 1), ((3, 24, 10), (3, 5, 24), 3), ((3, 24, 10), (4, 1, 5, 24), 4), ((2, 1, 24, 10), (3, 6, 24), 4)],
 )
-def test_batched_weights_broadcast_as_in_numpy(isa: str, shape: Any, x_shape: Any, y_rank: int) -> None:
+@pytest.mark.parametrize("stored", [np.float32, np.int8])
+def test_batched_weights_broadcast_as_in_numpy(isa: str, stored: Any, shape: Any, x_shape: Any, y_rank: int) -> None:
     rng = np.random.default_rng(2)
-    weight = random_weight(rng, "matmul", shape, "2:4")
+    weight = random_weight(rng, "matmul", shape, "2:4", dtype=stored)
     x = rng.standard_normal(x_shape).astype(np.float32)
     proto = layer("MatMul", weight, [f"d{d}" for d in range(len(x_shape))], y_rank=y_rank)
     assert_close(with_kernels(proto).run(None, {"x": x})[0], x.astype(np.float64) @ weight.dense)
 
 
-@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("stored", [np.int8, np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 @pytest.mark.parametrize(
     ("compute", "tolerance"), [(TensorProto.FLOAT16, 2e-3), (TensorProto.FLOAT, 1e-5), (TensorProto.DOUBLE, 1e-12)]
 )
@@ -261,6 +267,23 @@ def test_values_at_the_ends_of_16_bits(isa: str, stored: Any, value: float) -> N
     proto, x = layer("MatMul", weight, ["t", 32]), np.ones((1, 32), np.float32)
     got, expected = with_kernels(proto).run(None, {"x": x})[0], without(proto).run(None, {"x": x})[0]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_rows_of_int8_that_are_zero_or_huge(isa: str, tokens: int) -> None:
+    rng = np.random.default_rng(14)
+    pattern, view = Pattern(2, 4), MatrixView.of("matmul", (64, 21), "channel")
+    matrix = np.tile([0.5, 0, -1, 0], (21, 16)) * rng.standard_normal((21, 64))
+    matrix[3] = 0
+    matrix[7, 0] = 1e20
+    weight = weight_of(matrix, view, pattern, quantized=True)
+    x = rng.standard_normal((tokens, 64)).astype(np.float32)
+    proto = layer("MatMul", weight, ["t", 64])
+    expected = x.astype(np.float64) @ weight.dense
+    for session in (with_kernels(proto), without(proto)):
+        got = session.run(None, {"x": x})[0]
+        assert_close(np.delete(got, 7, 1), np.delete(expected, 7, 1))
+        assert_close(got[:, 7], expected[:, 7])
 
 
 def test_the_number_of_threads_changes_no_bit(isa: str) -> None:
@@ -418,10 +441,49 @@ def test_an_input_that_does_not_fit_is_an_error_of_the_run() -> None:
     assert session.run(None, {"x": np.zeros((0, 32, 9, 9), np.float32)})[0].shape == (0, 16, 7, 7)
 
 
+SCALES: dict[str, np.ndarray] = {
+    "too few": np.ones(15, np.float32),
+    "too many": np.ones(17, np.float32),
+    "of two dimensions": np.ones((16, 1), np.float32),
+    "none": np.ones(0, np.float32),
+    **{f"{bad}": np.array([1.0] * 15 + [bad], np.float32) for bad in (0.0, -1.0, np.nan, np.inf)},
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_scale_that_does_not_fit_is_an_error_at_load(scale: str) -> None:
+    proto = conv_model(stored=np.int8)
+    constant = next(c for c in proto.graph.initializer if c.name == "scale")
+    constant.CopyFrom(tensor("scale", SCALES[scale]))
+    with pytest.raises(Exception, match=r"nmconvert\.ScaledConv: .*scale"):
+        with_kernels(proto)
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", ["left out", "empty", "an input", "of another type"])
+def test_a_scale_that_is_missing_is_an_error_at_load(change: str) -> None:
+    proto = conv_model(stored=np.int8)
+    node = proto.graph.node[0]
+    assert node.input[4] == "scale"
+    if change == "left out":
+        del node.input[4:]
+    elif change == "empty":
+        node.input[4] = ""
+    elif change == "an input":
+        proto.graph.input.append(helper.make_tensor_value_info("scale", TensorProto.FLOAT, [16]))
+    else:
+        constant = next(c for c in proto.graph.initializer if c.name == "scale")
+        constant.CopyFrom(tensor("scale", np.ones(16, np.float64)))
+    with pytest.raises(Exception, match=r"."):
+        with_kernels(proto)
+
+
 def fuzzed_models() -> dict[str, tuple[onnx.ModelProto, np.ndarray]]:
     """One model of each kind of node, with an input."""
     rng = np.random.default_rng(8)
     gemm, linear = random_weight(rng, "linear", (24, 40), "1:4"), random_weight(rng, "matmul", (40, 24), "2:32")
+    scaled = random_weight(rng, "matmul", (40, 24), "2:4", dtype=np.int8)
     extra = {"B": np.ones(24, np.float32), "Z": np.ones((6, 24), np.float32)}
     gemm_attributes = {"alpha": 0.5, "beta": 1.0, "transA": 0, "transB": 1}
     x = rng.standard_normal((6, 40)).astype(np.float32)
@@ -429,11 +491,13 @@ def fuzzed_models() -> dict[str, tuple[onnx.ModelProto, np.ndarray]]:
         "Conv": (conv_model(["b", 32, "h", "w"]), rng.standard_normal((1, 32, 9, 9)).astype(np.float32)),
         "Gemm": (layer("Gemm", gemm, ["t", 40], {"B": extra["B"]}, **gemm_attributes), x),
         "LinearAdd": (layer("LinearAdd", linear, ["t", 40], extra), x),
+        "ScaledLinearAdd": (layer("LinearAdd", scaled, ["t", 40], extra), x),
+        "ScaledConv": (conv_model(["b", 32, "h", "w"], np.int8), rng.standard_normal((1, 32, 9, 9)).astype(np.float32)),
     }
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", ["Conv", "Gemm", "LinearAdd"])
+@pytest.mark.parametrize("kind", ["Conv", "Gemm", "LinearAdd", "ScaledConv", "ScaledLinearAdd"])
 def test_mutated_files_do_not_crash(kind: str) -> None:
     """Files with flipped bytes and swapped numbers either load, and run, or are refused; NMCONVERT_FUZZ says how many."""
     rng = np.random.default_rng(8)
@@ -473,9 +537,9 @@ def mutated(proto: onnx.ModelProto, rng: np.random.Generator) -> onnx.ModelProto
     return copy
 
 
-def conv_model(x_shape: list[Any] | None = None) -> onnx.ModelProto:
+def conv_model(x_shape: list[Any] | None = None, stored: Any = np.float32) -> onnx.ModelProto:
     rng = np.random.default_rng(9)
-    weight = random_weight(rng, "conv", (16, 32, 3, 3), "2:4")
+    weight = random_weight(rng, "conv", (16, 32, 3, 3), "2:4", dtype=stored)
     node = call(
         "Conv", weight, ["x", ""], "y", pads=[0] * 4, strides=[1, 1], dilations=[1, 1], group=1, compute=TensorProto.FLOAT
     )

@@ -15,8 +15,8 @@ from test_export_torch import IMAGE, SPEC, Net, net
 from nmconvert.checkpoint import open_checkpoint
 from nmconvert.errors import CheckpointError, ModelError, UsageError
 from nmconvert.export import export
-from nmconvert.export.functions import DOMAIN
 from nmconvert.inputs import InputSpec
+from nmconvert.onnx_graph import DOMAIN
 from nmconvert.pattern import Pattern
 from nmconvert.prune import prune
 from nmconvert.verify import Verification, verify

@@ -24,8 +24,9 @@ from nmconvert.cli.common import Printer, dimensions, model_options, newest_chec
 @click.option("--static", is_flag=True, help="Fix every dimension.")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), help="Convert the module to this type first.")
 @click.option(
-    "--values", type=click.Choice(["float16", "bfloat16"]),
-    help="Round the kept weights of float32 layers to this type and store them so; the model computes in float32.",
+    "--values", type=click.Choice(["float16", "bfloat16", "int8"]),
+    help="Round the kept weights of float32 layers to this type (int8: with a scale for each output channel) and store them "
+    "so; the model computes in float32.",
 )  # fmt: skip
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Where to write; default: CHECKPOINT with .onnx.")
 @model_options

@@ -29,13 +29,13 @@ from nmconvert.errors import ExportError, UsageError
 from nmconvert.export.check import Difference, check_export, compare, free_memory, memory_to_fold, run, stock_session
 from nmconvert.export.compress import Compressed, compress
 from nmconvert.export.find import patterns_found, sparse_layers
-from nmconvert.export.functions import DOMAIN, FIRST_OPSET, IR_VERSION, OPSET
+from nmconvert.export.functions import FIRST_OPSET, IR_VERSION, OPSET
 from nmconvert.export.fuse import fuse
 from nmconvert.export.narrow import narrow, round_weights
 from nmconvert.export.trace import Traced, trace, trace_program
 from nmconvert.inputs import InputSpec, example_feed
 from nmconvert.manifest import Manifest
-from nmconvert.onnx_graph import graphs, opset
+from nmconvert.onnx_graph import DOMAIN, graphs, opset
 from nmconvert.pattern import Axis, Pattern
 
 FLAVOURS = ("compressed", "dense", "inlined")
@@ -67,6 +67,7 @@ class _Source:
     manifest: Manifest
     storage: torch.dtype | None  # in which a model that is computed in float32 was stored
     notes: tuple[str, ...] = ()
+    quantized: frozenset[str] = frozenset()  # weights that int8 and a scale for each row hold exactly
 
 
 def export(
@@ -85,14 +86,19 @@ def export(
     """Write ``source`` as ONNX, check it, and only then give it its name.
 
     ``model`` and ``inputs`` (needed for state dicts) are taken from the manifest where they are not given. ``dynamic``
-    names the dimensions of the inputs that stay open. ``dtype`` converts the module first. ``values`` (float16 or bfloat16)
-    rounds the kept weights of float32 layers and stores them so; the model still computes in float32. Its outputs are then held
-    against those of the rounded weights, and a note says how far they are from the model's.
+    names the dimensions of the inputs that stay open. ``dtype`` converts the module first. ``values`` (float16, bfloat16, or
+    int8 with a scale for each output channel) rounds the kept weights of float32 layers and stores them so; the model still
+    computes in float32. Its outputs are then held against those of the rounded weights, and a note says how far they are from
+    the model's.
 
     Raises:
-        UsageError: a model or an input is missing, or nothing in ``source`` is sparse.
+        UsageError: a model or an input is missing, nothing in ``source`` is sparse, or ``values`` needs another flavour.
         ExportError: the file would not pass its checks; none is left.
     """
+    if values == "int8" and flavour == "dense":
+        raise UsageError(
+            "--values int8 packs weights with a scale for each row: use --flavour compressed or inlined, or float16"
+        )
     checkpoint = open_checkpoint(source, trust=trust)
     manifest = Manifest.of(checkpoint) or Manifest()
     output = output or default_output(source, flavour)
@@ -173,16 +179,17 @@ def _from_checkpoint(
 
 def _rounded(loaded: _Source, patterns: Collection[tuple[Pattern, Axis]], values: str) -> _Source:
     """The same source with its sparse weights rounded, and with the outputs that follow from that."""
-    names = {layer.name for layer in sparse_layers(loaded.model, patterns) if layer.info.dtype == "float32"}
-    error = round_weights(loaded.model, names, values)
+    layers = [layer for layer in sparse_layers(loaded.model, patterns) if layer.info.dtype == "float32"]
+    errors = round_weights(loaded.model, layers, values)
     with tempfile.TemporaryDirectory(prefix="nmconvert-") as folder:
         file = Path(folder) / "rounded.onnx"
         save_model(loaded.model, file)
         outputs, model = run(stock_session(file), loaded.feed), read_whole_model(file)
     worst = max((compare(new, old).relative for new, old in zip(outputs, loaded.outputs, strict=True)), default=0.0)
-    rounded = f"{len(names)} weights rounded to {values}, by at most {error:.1e} of their norm"
+    rounded = f"{len(errors)} weights rounded to {values}, by at most {max(errors.values(), default=0.0):.1e} of their norm"
     note = f"{rounded}; outputs within {worst:.1e} of the model's"
-    return replace(loaded, model=model, outputs=outputs, notes=(*loaded.notes, note))
+    quantized = frozenset(errors) if values == "int8" else frozenset()
+    return replace(loaded, model=model, outputs=outputs, notes=(*loaded.notes, note), quantized=quantized)
 
 
 def _write(source: Path, output: Path, flavour: str, loaded: _Source, values: str | None) -> ExportResult:
@@ -195,7 +202,7 @@ def _write(source: Path, output: Path, flavour: str, loaded: _Source, values: st
         model = loaded.model
     elif loaded.storage is torch.bfloat16:
         narrow(model)
-    compressed = compress(model, list(patterns)) if flavour != "dense" else Compressed()
+    compressed = compress(model, list(patterns), quantized=loaded.quantized) if flavour != "dense" else Compressed()
     if flavour == "compressed":
         fuse(model)
     if flavour == "inlined":

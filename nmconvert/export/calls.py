@@ -16,14 +16,14 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from nmconvert.errors import CheckpointError, NmconvertError, WeightError
-from nmconvert.export.functions import DOMAIN, FUNCTIONS, GEMM_DEFAULTS
+from nmconvert.export.functions import FUNCTIONS, GEMM_DEFAULTS
 from nmconvert.manifest import Layer
 from nmconvert.matrix import MatrixView
-from nmconvert.onnx_graph import Constants, attribute, graphs
+from nmconvert.onnx_graph import DOMAIN, SCALED, Constants, attribute, graphs, packed_inputs
 from nmconvert.packing import Coding, Packed, coding_for, unpack
 from nmconvert.pattern import AXES, Axis, Pattern
 
-VALUES, MASK, TABLE = 1, 2, 3  # positions of the packed inputs in a call
+VALUES = 1  # position in a call
 _SUFFIX = ".values"
 
 
@@ -40,11 +40,12 @@ class PackedLayer:
     values: npt.NDArray[Any]
     mask: npt.NDArray[np.uint8]
     table: npt.NDArray[np.uint8]
+    scale: npt.NDArray[np.float32] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and mask."""
-        return int(self.values.nbytes + self.mask.nbytes)
+        """Bytes of values, mask and scale."""
+        return int(self.values.nbytes + self.mask.nbytes + (0 if self.scale is None else self.scale.nbytes))
 
     def matrix(self) -> npt.NDArray[Any]:
         """The dense matrix [rows, K].
@@ -53,7 +54,7 @@ class PackedLayer:
             WeightError: the arrays contradict each other.
         """
         try:
-            return unpack(self.values, self.mask, self.table, self.parts, self.view.rows, self.view.columns)
+            return unpack(self.values, self.mask, self.table, self.parts, self.view.rows, self.view.columns, self.scale)
         except WeightError as error:
             raise WeightError(f"{self.name}: {error}") from error
 
@@ -113,8 +114,8 @@ def packed_layers(model: ModelProto, source: str = "the model") -> Iterator[Pack
     seen = set()
     for graph, scope in graphs(model):
         for node in graph.node:
-            if node.domain == DOMAIN and tuple(node.input[1:4]) not in seen:
-                seen.add(tuple(node.input[1:4]))
+            if node.domain == DOMAIN and packed_inputs(node) not in seen:
+                seen.add(packed_inputs(node))
                 yield read_call(node, scope, source)
 
 
@@ -126,8 +127,9 @@ def inlined_layers(model: ModelProto, layers: Iterable[Layer]) -> Iterator[Packe
         parts = [values_name(layer.name), mask_name(layer.name)]
         parts += [name for name in tensors if name.startswith(table_name(coding))][:1]
         if len(parts) == 3 and all(name in tensors for name in parts):
-            values, mask, table = (numpy_helper.to_array(tensors[name]) for name in parts)
-            node = helper.make_node("Inlined", ["", *parts], [])
+            parts += [name for name in [scale_name(layer.name)] if name in tensors]
+            values, mask, table, *scale = (numpy_helper.to_array(tensors[name]) for name in parts)
+            node = helper.make_node(f"{SCALED if scale else ''}Inlined", ["", *parts], [])
             yield PackedLayer(
                 node,
                 layer.name,
@@ -138,6 +140,7 @@ def inlined_layers(model: ModelProto, layers: Iterable[Layer]) -> Iterator[Packe
                 values.reshape(-1),
                 mask.reshape(-1),
                 table,
+                *scale,
             )
 
 
@@ -148,7 +151,7 @@ def read_call(node: NodeProto, scope: Constants, source: str) -> PackedLayer:
         CheckpointError: it is malformed.
     """
     try:
-        values, mask, table = (scope.tensors[name] for name in node.input[VALUES : TABLE + 1])
+        tensors = [scope.tensors[name] for name in packed_inputs(node)]
         axis: Axis = attribute(node, "axis", b"").decode()  # type: ignore[assignment]
         permuted, perm = attribute(node, "permuted", [0]), attribute(node, "perm", [0])
         shape, (_, parts, _) = attribute(node, "shape", [0]), attribute(node, "code_shape", [0, 0, 0])
@@ -158,21 +161,22 @@ def read_call(node: NodeProto, scope: Constants, source: str) -> PackedLayer:
         split = tuple(permuted[p] for p in perm)
         columns = _columns(node, shape, split)
         view = MatrixView(tuple(shape), split, tuple(perm.index(d) for d in range(len(perm))), prod(shape) // columns, columns)
-        arrays = [numpy_helper.to_array(tensor) for tensor in (values, mask, table)]
+        values, mask, table, *scale = (numpy_helper.to_array(tensor) for tensor in tensors)
     except (KeyError, ValueError, TypeError, IndexError, ZeroDivisionError, NmconvertError) as error:
         raise CheckpointError(f"{source}: node '{node.name}' ({node.op_type}) is malformed: {error}") from error
-    name = values.name.removesuffix(_SUFFIX)
-    return PackedLayer(node, name, pattern, axis, view, int(parts), arrays[0].reshape(-1), arrays[1].reshape(-1), arrays[2])
+    name = tensors[0].name.removesuffix(_SUFFIX)
+    return PackedLayer(node, name, pattern, axis, view, int(parts), values.reshape(-1), mask.reshape(-1), table, *scale)
 
 
 def _columns(node: NodeProto, shape: Sequence[int], split: Sequence[int]) -> int:
     """K, the length of the grouped axis, from the dense shape."""
-    if FUNCTIONS[node.op_type].op_type == "Conv":
+    operator = FUNCTIONS[node.op_type].op_type
+    if operator == "Conv":
         return prod(shape[1:])
-    if node.op_type == "ConvTranspose":
+    if operator == "ConvTranspose":
         return split[1] * prod(split[3:])
     left = node.op_type.endswith("Left")
-    flipped = node.op_type.startswith("Gemm") and bool(attribute(node, "transA" if left else "transB", 0))
+    flipped = operator == "Gemm" and bool(attribute(node, "transA" if left else "transB", 0))
     return shape[-1] if left != flipped else shape[-2]
 
 
@@ -184,6 +188,11 @@ def values_name(weight: str) -> str:
 def mask_name(weight: str) -> str:
     """The initialiser that holds the mask of ``weight``."""
     return f"{weight}.mask"
+
+
+def scale_name(weight: str) -> str:
+    """The initialiser that holds the scale of ``weight``, where its values are int8."""
+    return f"{weight}.scale"
 
 
 def table_name(coding: Coding) -> str:

@@ -18,13 +18,12 @@ from nmconvert.checkpoint.onnx_file import read_model, read_whole_model
 from nmconvert.detect import digest
 from nmconvert.errors import ExportError, NmconvertError
 from nmconvert.export.calls import packed_layers, values_name
-from nmconvert.export.functions import DOMAIN
 from nmconvert.manifest import Layer
-from nmconvert.onnx_graph import graphs
+from nmconvert.onnx_graph import DOMAIN, graphs
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 _TOLERANCE = {"float16": 2e-2, "float32": 1e-3, "float64": 1e-9}  # of the largest output; sums run in another order
-_ROUNDED = {"float16": 5e-3, "bfloat16": 4e-2}  # where the weights alone were rounded to these
+_ROUNDED = {"float16": 5e-3, "bfloat16": 4e-2, "int8": 1e-1}  # where the weights alone were rounded to these
 _FOLDING = 15  # times the dense bytes: what each operator of a body gives is kept until all bodies are folded
 _OURS_ALONE = ("CumSum", "ScatterElements")  # operators that only an unfolded body would leave behind
 

@@ -5,7 +5,7 @@ The weights are found on the graph, by their zeros, not by name: exporters renam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,12 +14,13 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from nmconvert.detect import digest, satisfies
 from nmconvert.errors import WeightError
-from nmconvert.export.calls import call_node, initializer, mask_name, table_name, values_name
+from nmconvert.export.calls import call_node, initializer, mask_name, scale_name, table_name, values_name
 from nmconvert.export.find import sparsest_first
-from nmconvert.export.functions import DOMAIN, DOMAIN_VERSION, FUNCTIONS, IR_VERSION, function_proto
+from nmconvert.export.functions import DOMAIN_VERSION, FUNCTIONS, IR_VERSION, function_proto
 from nmconvert.manifest import Layer
 from nmconvert.matrix import MatrixView
 from nmconvert.onnx_graph import (
+    DOMAIN,
     DTYPES,
     FLOATS,
     Constants,
@@ -46,13 +47,14 @@ class Compressed:
     packed_bytes: int = 0
 
 
-def compress(model: ModelProto, patterns: Sequence[tuple[Pattern, Axis]]) -> Compressed:
+def compress(model: ModelProto, patterns: Sequence[tuple[Pattern, Axis]], *, quantized: Collection[str] = ()) -> Compressed:
     """Pack, in place, every weight of ``model`` that satisfies one of ``patterns`` (the sparsest that fits is taken).
 
-    The model needs opset 13 or later. Its initialisers must hold their data (no external references).
+    Those named in ``quantized``, float32, are packed as int8 with a scale for each row, which has to hold them exactly. The
+    model needs opset 13 or later. Its initialisers must hold their data (no external references).
     """
     result = Compressed()
-    packer = _Packer(model, sparsest_first(patterns), result)
+    packer = _Packer(model, sparsest_first(patterns), quantized, result)
     for graph, scope in graphs(model):
         packer.replace_in(graph, scope)
     if result.layers:
@@ -67,9 +69,12 @@ def compress(model: ModelProto, patterns: Sequence[tuple[Pattern, Axis]]) -> Com
 class _Packer:
     """Packs each weight once, however many operators share it, and adds its constants to the main graph."""
 
-    def __init__(self, model: ModelProto, patterns: Sequence[tuple[Pattern, Axis]], result: Compressed) -> None:
+    def __init__(
+        self, model: ModelProto, patterns: Sequence[tuple[Pattern, Axis]], quantized: Collection[str], result: Compressed
+    ) -> None:
         self.model = model
         self.patterns = patterns
+        self.quantized = quantized
         self.result = result
         self.reads = used_names(model)
         self.reasons = {info.name: info.reason for info in tensor_infos(model) if info.reason is not None}
@@ -128,6 +133,8 @@ class _Packer:
             packed = pack(view.to_matrix(weight), pattern)
         except WeightError as error:
             raise WeightError(f"{use.source.name}: {error}") from error
+        if use.source.name in self.quantized:
+            packed = packed.quantized()
         if packed.nbytes >= weight.nbytes:
             self.result.dense[use.source.name] = f"packed at {pattern} it would be no smaller"
             return None
@@ -135,8 +142,9 @@ class _Packer:
         self.result.layers.append(Layer(info, pattern, axis, digest(weight)))
         self.result.dense_bytes += weight.nbytes
         self.result.packed_bytes += packed.nbytes
+        arrays = {values_name: packed.values, mask_name: packed.mask, scale_name: packed.scale}
         self.model.graph.initializer.extend(
-            [initializer(values_name(use.source.name), packed.values), initializer(mask_name(use.source.name), packed.mask)]
+            initializer(name(use.source.name), array) for name, array in arrays.items() if array is not None
         )
         return packed, view, axis
 
@@ -162,14 +170,18 @@ class _Packer:
         node, weight = use.node, use.source.name
         left = use.kind in ("linear", "matmul") and use.position == 0
         function = "Linear" if bias else node.op_type + ("Left" if left else "")
+        parts = [values_name(weight), mask_name(weight), self._table(packed)]
+        if packed.scale is not None:
+            function = FUNCTIONS[function].with_scale.name
+            parts.append(scale_name(weight))
         takes_bias = "B" in FUNCTIONS[function].inputs
         own = node.input[2] if len(node.input) > 2 else ""
-        if function == "Conv" and not own:
+        if node.op_type == "Conv" and not own:
             own = self._zeros(view.shape[0], use.source.element_type)
         third = [bias[1]] if bias else [own] if takes_bias else []
         return call_node(
             function,
-            [node.input[0 if use.position else 1], values_name(weight), mask_name(weight), self._table(packed), *third],
+            [node.input[0 if use.position else 1], *parts, *third],
             bias[0].output[0] if bias else node.output[0],
             packed=packed,
             view=view,

@@ -17,7 +17,9 @@ the output is still in registers: ``ConvRelu``, ``ConvClip``, ``ConvSilu``, ``Co
 ``LinearSilu``, ``LinearGelu``, ``LinearGeluTanh``, ``LinearAdd`` and ``GemmRelu`` take the inputs of their base, those with Add
 a last one, ``Z``, of the output's shape, which is added before the activation; Clip has the attributes ``low`` and ``high``.
 
-``values``, ``mask`` and ``table`` are those of :mod:`nmconvert.packing`, always constant. Attributes of every call:
+Each has a twin for int8 values, ``ScaledConv`` and so on, with one more input, ``scale``, after the table.
+
+``values``, ``mask``, ``table`` and ``scale`` are those of :mod:`nmconvert.packing`, always constant. Attributes of every call:
 
 =============  ======  =========================================================================================
 ``n``, ``m``   int     the pattern: n kept of m
@@ -37,21 +39,23 @@ Why B: an input "" of a function becomes an input "" of its Conv, and onnxruntim
 layout nor fuses a BatchNormalization or an Add into it. A bias of zeros costs nothing, and changes no bit.
 
 Why this body: CumSum, Mul and Gather on int32, plus Cast, Concat, Reshape and Transpose on the values, are folded by every
-onnxruntime tried for fp32, fp16, bf16 and fp64, at any n:m and any K. Pad, Where, Expand and arithmetic on fp16 or bf16
-are not (shared FACTS), and ScatterElements would need the same number of values for each byte.
+onnxruntime tried for fp32, fp16, bf16, fp64 and int8, at any n:m and any K, and so is the product of float32 with a scale. Pad,
+Where, Expand and arithmetic on fp16 or bf16 are not (shared FACTS), and ScatterElements would need the same number of values
+for each byte.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import pi, sqrt
 from typing import Any
 
 import onnx
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 
-DOMAIN = "nmconvert"
+from nmconvert.onnx_graph import DOMAIN, SCALED
+
 DOMAIN_VERSION = 1
 OPSET = 18
 FIRST_OPSET = 13  # Cast, Reshape, ReduceSum with axes as input: the body needs no later one
@@ -88,11 +92,17 @@ class Function:
     adds_bias: bool = False  # the bias is an Add of its own: MatMul has none
     residual: bool = False  # Z is added
     activation: str = ""  # Relu, Clip, Silu, Gelu or GeluTanh comes last
+    scaled: bool = False  # the values are int8, and the rows of the weight have a scale
 
     @property
     def takes_bias(self) -> bool:
         """Whether there is an input B."""
         return self.adds_bias or "B" in self.inputs
+
+    @property
+    def with_scale(self) -> Function:
+        """The twin of a function that has no scale."""
+        return replace(self, name=SCALED + self.name, scaled=True)
 
 
 def _fused(
@@ -111,21 +121,19 @@ def _fused(
     )
 
 
-FUNCTIONS: dict[str, Function] = {
-    f.name: f
-    for f in (
-        Function("Conv", "Conv", ("X", "W", "B"), _CONV),
-        Function("ConvTranspose", "ConvTranspose", ("X", "W", "B"), _CONV_TRANSPOSE),
-        Function("MatMul", "MatMul", ("X", "W"), {}),
-        Function("Linear", "MatMul", ("X", "W"), {}, adds_bias=True),
-        Function("Gemm", "Gemm", ("X", "W", "B"), _GEMM),
-        Function("MatMulLeft", "MatMul", ("W", "X"), {}),
-        Function("GemmLeft", "Gemm", ("W", "X", "B"), _GEMM),
-        *(_fused("Conv", "Conv", ("X", "W", "B"), _CONV, tail) for tail in ("Relu", "Clip", "Silu", "Add", "AddRelu")),
-        *(_fused("Linear", "MatMul", ("X", "W"), {}, tail) for tail in ("Relu", "Silu", "Gelu", "GeluTanh", "Add")),
-        _fused("Gemm", "Gemm", ("X", "W", "B"), _GEMM, "Relu"),
-    )
-}
+_PLAIN = (
+    Function("Conv", "Conv", ("X", "W", "B"), _CONV),
+    Function("ConvTranspose", "ConvTranspose", ("X", "W", "B"), _CONV_TRANSPOSE),
+    Function("MatMul", "MatMul", ("X", "W"), {}),
+    Function("Linear", "MatMul", ("X", "W"), {}, adds_bias=True),
+    Function("Gemm", "Gemm", ("X", "W", "B"), _GEMM),
+    Function("MatMulLeft", "MatMul", ("W", "X"), {}),
+    Function("GemmLeft", "Gemm", ("W", "X", "B"), _GEMM),
+    *(_fused("Conv", "Conv", ("X", "W", "B"), _CONV, tail) for tail in ("Relu", "Clip", "Silu", "Add", "AddRelu")),
+    *(_fused("Linear", "MatMul", ("X", "W"), {}, tail) for tail in ("Relu", "Silu", "Gelu", "GeluTanh", "Add")),
+    _fused("Gemm", "Gemm", ("X", "W", "B"), _GEMM, "Relu"),
+)
+FUNCTIONS: dict[str, Function] = {f.name: f for plain in _PLAIN for f in (plain, plain.with_scale)}
 
 
 def function_proto(name: str, opset: int = OPSET) -> FunctionProto:
@@ -135,7 +143,7 @@ def function_proto(name: str, opset: int = OPSET) -> FunctionProto:
     operator.attribute.extend(
         _reference(key, key, kind) for key, kind in sorted(function.attributes.items()) if key not in _CLIP
     )
-    nodes = [*_rebuild_weight(), operator]
+    nodes = [*_rebuild_weight(scaled=function.scaled), operator]
     if function.adds_bias:
         nodes.append(_node("Add", ["product", "B"], "biased"))
     if function.residual:
@@ -145,7 +153,12 @@ def function_proto(name: str, opset: int = OPSET) -> FunctionProto:
     return helper.make_function(
         DOMAIN,
         name,
-        inputs=["X", "values", "mask", "table", *(["B"] if function.takes_bias else []), *(["Z"] if function.residual else [])],
+        inputs=[
+            *("X", "values", "mask", "table"),
+            *(["scale"] if function.scaled else []),
+            *(["B"] if function.takes_bias else []),
+            *(["Z"] if function.residual else []),
+        ],
         outputs=["Y"],
         nodes=nodes,
         opset_imports=[helper.make_opsetid("", opset)],
@@ -199,8 +212,17 @@ def _gelu(x: str, *, tanh: bool, opset: int) -> list[NodeProto]:
     ]
 
 
-def _rebuild_weight() -> list[NodeProto]:
-    """values, mask, table → W: bits of the mask, their running count, and a gather from [0, *values]."""
+def _rebuild_weight(*, scaled: bool) -> list[NodeProto]:
+    """values, mask, table → W: bits of the mask, their running count, and a gather from [0, *values]; then each row's scale."""
+    scaling = [
+        _constant("column", value_ints=[-1, 1]),
+        _node("Shape", ["scale"], "rows"),
+        _node("Concat", ["rows", "flat"], "by_row", axis=0),
+        _node("Reshape", ["matrix", "by_row"], "integer_rows"),
+        _node("Cast", ["integer_rows"], "float_rows", to=TensorProto.FLOAT),
+        _node("Reshape", ["scale", "column"], "scale_of_rows"),
+        _node("Mul", ["float_rows", "scale_of_rows"], "scaled_matrix"),
+    ]
     return [
         _constant("zero", value_float=0.0),
         _constant("axis", value_int=0),
@@ -224,7 +246,8 @@ def _rebuild_weight() -> list[NodeProto]:
         _node("Reshape", ["typed_zero", "flat"], "no_value"),
         _node("Concat", ["no_value", "values"], "candidates", axis=0),
         _node("Gather", ["candidates", "place"], "matrix", axis=0),
-        _node("Reshape", ["matrix", "permuted"], "unordered"),
+        *(scaling if scaled else []),
+        _node("Reshape", ["scaled_matrix" if scaled else "matrix", "permuted"], "unordered"),
         _referring(_node("Transpose", ["unordered"], "split"), "perm", "perm", AttributeProto.INTS),
         _node("Reshape", ["split", "shape"], "stored_weight"),
         _referring(_node("Cast", ["stored_weight"], "W"), "to", "compute", AttributeProto.INT),

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from nmconvert.export.functions import DOMAIN, FUNCTIONS, function_proto
-from nmconvert.onnx_graph import Constants, attribute, graphs, opset, used_names
+from nmconvert.export.functions import FUNCTIONS, function_proto
+from nmconvert.onnx_graph import DOMAIN, Constants, attribute, graphs, opset, used_names
 
 _INFINITY = float("inf")
 _ROOT_HALF = 0.707107  # √½, as far as _factor() reads

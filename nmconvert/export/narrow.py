@@ -1,11 +1,13 @@
 """Weights stored in fewer bits than the graph computes in: narrow initialisers, cast to float32 when the file is loaded.
 
-:func:`narrow` keeps bfloat16 what was bfloat16, exactly. :func:`round_weights` rounds, because somebody asked for it.
+:func:`narrow` keeps bfloat16 what was bfloat16, exactly. :func:`round_weights` rounds, because somebody asked for it. int8
+needs a scale for each row and is a way of packing (:func:`nmconvert.packing.quantize`): a weight that is rounded to it stays
+float32 in the graph until it is packed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 
 import ml_dtypes
 import numpy as np
@@ -14,8 +16,10 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from nmconvert.errors import ExportError
 from nmconvert.export.calls import initializer
+from nmconvert.manifest import Layer
+from nmconvert.packing import dequantize, quantize
 
-STORAGE: dict[str, npt.DTypeLike] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+STORAGE: dict[str, npt.DTypeLike] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
 _SMALLEST = 256  # entries; a Cast node takes about as many bytes as it would save below that
 
 
@@ -28,28 +32,32 @@ def narrow(model: ModelProto) -> None:
             _store(model, tensor, short, "bf16")
 
 
-def round_weights(model: ModelProto, names: Collection[str], storage: str) -> float:
-    """Round, in place, the float32 initialisers ``names`` to ``storage``, a key of :data:`STORAGE`, to nearest even.
+def round_weights(model: ModelProto, layers: Iterable[Layer], storage: str) -> dict[str, float]:
+    """Round, in place, the float32 weights ``layers`` to ``storage``, a key of :data:`STORAGE`, to nearest even.
 
-    Returns the largest relative error of a weight's norm.
+    Returns, for each that was rounded, the relative error of its norm. Weights in Constant nodes stay as they are.
 
     Raises:
         ExportError: a value is too large for it.
     """
-    worst = 0.0
-    for tensor in _floats(model):
-        if tensor.name not in names:
-            continue
-        wide = numpy_helper.to_array(tensor)
-        with np.errstate(over="ignore"):
-            short = wide.astype(STORAGE[storage])
-        rounded = short.astype(np.float32)
-        if not np.isfinite(rounded).all():
-            largest = float(np.abs(wide).max())
-            raise ExportError(f"{tensor.name}: its largest value {largest:.3g} does not fit into {storage}: store float32")
-        worst = max(worst, float(np.linalg.norm(rounded - wide)) / max(float(np.linalg.norm(wide)), 1e-30))
-        _store(model, tensor, short, storage)
-    return worst
+    errors = {}
+    known = {layer.name: layer for layer in layers}
+    for tensor in [tensor for tensor in _floats(model) if tensor.name in known]:
+        name, wide = tensor.name, numpy_helper.to_array(tensor)
+        if storage == "int8":
+            view = known[name].view
+            rounded = np.ascontiguousarray(view.from_matrix(dequantize(*quantize(view.to_matrix(wide)))))
+            tensor.CopyFrom(initializer(name, rounded))
+        else:
+            with np.errstate(over="ignore"):
+                short = wide.astype(STORAGE[storage])
+            rounded = short.astype(np.float32)
+            if not np.isfinite(rounded).all():
+                largest = float(np.abs(wide).max())
+                raise ExportError(f"{name}: its largest value {largest:.3g} does not fit into {storage}: store float32")
+            _store(model, tensor, short, storage)
+        errors[name] = float(np.linalg.norm(rounded - wide)) / max(float(np.linalg.norm(wide)), 1e-30)
+    return errors
 
 
 def _floats(model: ModelProto) -> list[TensorProto]:

@@ -25,17 +25,17 @@ import onnxruntime
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from nmconvert.inputs import InputSpec, example_array, example_feed
-from nmconvert.onnx_graph import Constants, graphs, opset, used_names
+from nmconvert.onnx_graph import DOMAIN, SCALED, Constants, graphs, opset, packed_inputs, used_names
 from nmconvert.packing import unpack
 from nmconvert.runtime.cache import Cache
 
 Feed = Mapping[str, npt.NDArray[Any]]
 
-DOMAIN = "nmconvert"
 DENSE = "Dense"  # what is appended to the name of a call that is left to its body
 MARGIN = 1.05
 NOISY = 0.2  # a spread of the rounds' ratios
 _SECONDS = 0.03  # for each way of running a layer
+_OTHERS = ("B", "Z")  # inputs of a function beside X and its weight
 _LEFT_ALONE = ("ConvTranspose", "MatMulLeft", "GemmLeft")  # functions that have no kernel
 
 
@@ -52,7 +52,7 @@ class Met:
         """What its speed depends on, as text."""
         skipped = ("permuted", "perm", "code_shape")  # how it is stored
         attributes = {a.name: _readable(helper.get_attribute_value(a)) for a in self.node.attribute if a.name not in skipped}
-        shapes = [list(shape) for shape in (self.shapes[0], *self.shapes[4:])]
+        shapes = [list(shape) for shape in (self.shapes[0], *self.shapes[1 + len(packed_inputs(self.node)) :])]
         return json.dumps([self.node.op_type, shapes, attributes], sort_keys=True)
 
 
@@ -69,7 +69,7 @@ def calls(model: ModelProto) -> list[tuple[NodeProto, Constants]]:
         (node, scope)
         for graph, scope in graphs(model)
         for node in graph.node
-        if node.domain == DOMAIN and node.op_type not in _LEFT_ALONE and not node.op_type.endswith(DENSE)
+        if node.domain == DOMAIN and node.op_type.removeprefix(SCALED) not in _LEFT_ALONE and not node.op_type.endswith(DENSE)
     ]
 
 
@@ -257,12 +257,12 @@ def leave_dense(model: ModelProto, outputs: Collection[str]) -> None:
     weights: dict[tuple[str, ...], str] = {}
     left = [(node, scope) for node, scope in calls(model) if node.output[0] in outputs]
     for node, scope in left:
-        packed = tuple(node.input[1:4])
+        packed = packed_inputs(node)
         if packed not in weights:
             weights[packed] = f"{packed[0]}{DENSE}"
             model.graph.initializer.append(_dense_weight(node, scope, weights[packed]))
         node.op_type += DENSE
-        inputs = [node.input[0], weights[packed], *node.input[4:]]
+        inputs = [node.input[0], weights[packed], *node.input[1 + len(packed) :]]
         del node.input[:]
         node.input.extend(inputs)
     there = {function.name for function in model.functions}
@@ -273,10 +273,10 @@ def leave_dense(model: ModelProto, outputs: Collection[str]) -> None:
 
 def _dense_weight(node: NodeProto, scope: Constants, name: str) -> TensorProto:
     """The weight of a call, as its body would rebuild it."""
-    values, mask, table = (numpy_helper.to_array(scope.tensors[part]) for part in node.input[1:4])
+    values, mask, table, *scale = (numpy_helper.to_array(scope.tensors[part]) for part in packed_inputs(node))
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    rows, parts = prod(given["permuted"]), given["code_shape"][1]
-    flat = unpack(values.reshape(-1), mask.reshape(-1), table, parts, 1, rows)
+    parts, rows = given["code_shape"][1], len(scale[0]) if scale else 1
+    flat = unpack(values.reshape(-1), mask.reshape(-1), table, parts, rows, prod(given["permuted"]) // rows, *scale)
     weight = flat.reshape(given["permuted"]).transpose(given["perm"]).reshape(given["shape"])
     wanted = helper.tensor_dtype_to_np_dtype(given["compute"])
     return numpy_helper.from_array(np.ascontiguousarray(weight.astype(wanted, copy=False)), name)
@@ -295,7 +295,7 @@ def _dense_twin(function: FunctionProto) -> FunctionProto:
     twin.CopyFrom(function)
     twin.name += DENSE
     del twin.node[:], twin.input[:]
-    twin.input.extend([function.input[0], "W", *function.input[4:]])
+    twin.input.extend([function.input[0], "W", *(name for name in function.input[1:] if name in _OTHERS)])
     twin.node.extend(node for node in function.node if node.output[0] not in rebuilding)
     return twin
 

@@ -73,7 +73,7 @@ Constant Info::constant(size_t input) const {
   int is_constant = 0;
   const OrtValue* value = nullptr;
   check(api_, call<OrtStatus*>(api_, ort::kKernelInfoGetConstantInputTensor, info_, input, &is_constant, &value));
-  if (!is_constant || !value) throw InvalidNode("values, mask and table have to be constants of the file");
+  if (!is_constant || !value) throw InvalidNode("values, mask, table and scale have to be constants of the file");
   return describe(api_, value);
 }
 

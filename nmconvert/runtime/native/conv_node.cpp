@@ -50,16 +50,14 @@ ConvAttributes read_conv(const Info& info, const std::vector<int64_t>& shape) {
 }
 
 template <typename Math>
-class ConvNode final : public Node {
-  using Real = typename Math::Real;
+class ConvNode final : public Call<Math> {
+  using typename Call<Math>::Real;
+  using Call<Math>::op_, Call<Math>::packed_, Call<Math>::epilogue_;
 
  public:
   ConvNode(const Operator& op, int compute, const Isa* isa, const Info& info)
-      : op_(op),
-        compute_(compute),
-        packed_(read_packed(info)),
+      : Call<Math>(op, compute, info),
         attributes_(read_conv(info, packed_.shape)),
-        epilogue_(read_epilogue(op, info)),
         math_(isa, packed_, rows_of(packed_.shape.size()), attributes_.groups, read_hint(info), 1.0f) {
     prepare(likely_input(info));
     math_.ready();
@@ -80,16 +78,11 @@ class ConvNode final : public Node {
     out.insert(out.end(), image.out.begin() + 5 - input.shape.size(), image.out.end());
 
     image.x = reals<Real>(input, buffers.x);
-    const Constant bias = context.input(4);
+    const Constant bias = context.input(op_.bias());
     image.bias = reals<Real>(bias, buffers.bias);
     if (image.bias && bias.shape != std::vector<int64_t>{attributes_.outputs}) throw InvalidNode("the bias is " + describe(bias.shape));
-    if (op_.residual) {
-      const Constant residual = context.input(5);
-      image.residual = reals<Real>(residual, buffers.residual);
-      if (!image.residual || residual.shape != out)
-        throw InvalidNode("the residual is " + describe(residual.shape) + ", the output " + describe(out));
-    }
-    Output<Real> output(context, out, compute_, buffers.y);
+    image.residual = this->residual(context, out, buffers);
+    Output<Real> output(context, out, this->compute_, buffers.y);
     image.y = output.reals();
     math_.conv(packed_, attributes, image, epilogue_, context.parallel());
     output.finish();
@@ -117,11 +110,7 @@ class ConvNode final : public Node {
     math_.prepare_conv(packed_, attributes_, input[0], extent(input));
   }
 
-  const Operator& op_;
-  int compute_;
-  Packed packed_;
   ConvAttributes attributes_;
-  Epilogue epilogue_;
   Math math_;
 };
 

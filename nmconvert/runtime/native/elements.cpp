@@ -54,6 +54,9 @@ const float* widen(const Constant& values, std::vector<float>& widened) {
   widened.resize(size);
   const uint16_t* halves = static_cast<const uint16_t*>(values.data);
   switch (values.type) {
+    case ort::kInt8:
+      for (int64_t i = 0; i < size; ++i) widened[i] = static_cast<const int8_t*>(values.data)[i];
+      break;
     case ort::kFloat16:
       for (int64_t i = 0; i < size; ++i) widened[i] = half_to_float(halves[i]);
       break;

@@ -1,4 +1,4 @@
-// Elements of 16 bits and of 64, widened and narrowed.
+// Elements of 8, 16 and 64 bits, widened and narrowed.
 #pragma once
 
 #include <vector>

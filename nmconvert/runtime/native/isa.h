@@ -26,7 +26,7 @@ struct StreamJob {
 };
 
 // How the values of RowJob stand in memory. One token through a large layer is limited by the bytes that it reads.
-enum class Storage { kFloats, kHalves, kBrains };
+enum class Storage { kFloats, kHalves, kBrains, kBytes };
 
 // A tile holds `vectors` accumulators for each of `rows` output rows that advance in lockstep.
 struct Tile {
@@ -40,6 +40,7 @@ constexpr int kTileCount = 6;
 struct RowJob {
   const void* values;         // [row block][word][8][width]
   Storage storage;
+  const float* scales;        // [row block][width]: what the sums are multiplied by, or null
   const uint32_t* positions;  // [row block][word][width]
   int64_t words;              // words of a row block
   int64_t first_block, last_block;

@@ -179,6 +179,7 @@ inline Vector select(const float* x, Ints position) {
 
 // W values as floats; those of 16 bits are finite. A half's bits, moved into place, are its value over 2^112.
 typedef int16_t Shorts __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(W), aligned(1), may_alias));
 
 inline Ints extended(const int16_t* p) { return __builtin_convertvector(*reinterpret_cast<const Shorts*>(p), Ints); }
 
@@ -186,6 +187,10 @@ template <Storage Stored>
 inline Vector stored_values(const void* values, int64_t index) {
   const int16_t* shorts = static_cast<const int16_t*>(values) + index;
   if (Stored == Storage::kFloats) return load(static_cast<const float*>(values) + index);
+  if (Stored == Storage::kBytes) {
+    const Bytes bytes = *reinterpret_cast<const Bytes*>(static_cast<const int8_t*>(values) + index);
+    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Vector);
+  }
   if (Stored == Storage::kBrains) return reinterpret_cast<Vector>(extended(shorts) << 16);
 #if NMC_WIDTH == 16
   return _mm512_cvtph_ps(*reinterpret_cast<const __m256i_u*>(shorts));
@@ -194,12 +199,14 @@ inline Vector stored_values(const void* values, int64_t index) {
 #endif
 }
 
+constexpr int bytes_of(Storage stored) { return stored == Storage::kFloats ? 4 : stored == Storage::kBytes ? 1 : 2; }
+
 // One word's values and positions, some words ahead.
 template <Storage Stored>
 inline void prefetch_word(const void* values, int64_t index, const uint32_t* positions) {
-  constexpr int kAheadWords = 6, kBytes = (Stored == Storage::kFloats ? 4 : 2) * 8 * W;
-  const char* from = static_cast<const char*>(values) + index * (kBytes / (8 * W)) + kAheadWords * kBytes;
-  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(from + i);
+  constexpr int kAheadWords = 6, kWord = bytes_of(Stored) * 8 * W;
+  const char* from = static_cast<const char*>(values) + index * bytes_of(Stored) + kAheadWords * kWord;
+  for (int i = 0; i < kWord; i += 64) __builtin_prefetch(from + i);
   __builtin_prefetch(positions + kAheadWords * W);
 }
 
@@ -238,6 +245,7 @@ void row_blocks(const RowJob& job) {
     for (int t = 0; t < Tokens; ++t) {
       Vector total = sum[t][0];
       for (int i = 1; i < kSums; ++i) total += sum[t][i];
+      if (job.scales) total *= load(job.scales + row);
       float result[W];
       store(result, total);
       for (int lane = 0; lane < valid; ++lane) {
@@ -270,6 +278,7 @@ void rows_for(const RowJob& job) {
   switch (job.storage) {
     case Storage::kHalves: return rows_stored<Tokens, Storage::kHalves>(job);
     case Storage::kBrains: return rows_stored<Tokens, Storage::kBrains>(job);
+    case Storage::kBytes: return rows_stored<Tokens, Storage::kBytes>(job);
     default: return rows_stored<Tokens, Storage::kFloats>(job);
   }
 }

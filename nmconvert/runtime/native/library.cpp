@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
@@ -20,6 +21,11 @@ namespace {
 using ort::call;
 
 constexpr int kTypes[] = {ort::kFloat, ort::kFloat16, ort::kBfloat16, ort::kDouble};
+
+// The element types that the values of an operator may have.
+std::vector<int> stored_types(const Operator& op) {
+  return op.scaled ? std::vector<int>{ort::kInt8} : std::vector<int>(std::begin(kTypes), std::end(kTypes));
+}
 
 // One operator for one pair of types; onnxruntime chooses among those of the same name by the types of the inputs.
 struct CustomOp : OrtCustomOp {
@@ -62,16 +68,19 @@ CustomOp make_custom_op(const Operator& op, int compute, int stored, const Isa* 
   custom.stored = stored;
   custom.isa = isa;
   custom.version = ort::kApiVersion;
-  custom.GetName = [](const OrtCustomOp* it) { return self(it).op->name; };
+  custom.GetName = [](const OrtCustomOp* it) { return self(it).op->name.c_str(); };
   custom.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
   custom.GetInputTypeCount = [](const OrtCustomOp* it) { return self(it).op->inputs(); };
   custom.GetInputType = [](const OrtCustomOp* it, size_t index) {
     if (index == 2 || index == 3) return static_cast<int>(ort::kUint8);
+    if (index == 4 && self(it).op->scaled) return static_cast<int>(ort::kFloat);
     return index == 1 ? self(it).stored : self(it).compute;
   };
   custom.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t{1}; };
   custom.GetOutputType = [](const OrtCustomOp* it, size_t) { return self(it).compute; };
-  custom.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) -> int { return index == 4 ? ort::kOptional : ort::kRequired; };
+  custom.GetInputCharacteristic = [](const OrtCustomOp* it, size_t index) -> int {
+    return index == self(it).op->bias() ? ort::kOptional : ort::kRequired;
+  };
   custom.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return ort::kRequired; };
   custom.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
   custom.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
@@ -80,7 +89,7 @@ CustomOp make_custom_op(const Operator& op, int compute, int stored, const Isa* 
   custom.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
   custom.CreateKernelV2 = [](const OrtCustomOp* it, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
     const CustomOp& custom_op = self(it);
-    return guarded(api, custom_op.op->name, [&] {
+    return guarded(api, custom_op.op->name.c_str(), [&] {
       *kernel = new Kernel{api, make_node(*custom_op.op, custom_op.compute, custom_op.isa, Info(api, info))};
     });
   };
@@ -99,9 +108,9 @@ std::vector<CustomOp>& custom_ops(const Isa* isa) {
   const std::lock_guard<std::mutex> lock(mutex);
   std::vector<CustomOp>& ops = made[isa];
   if (ops.empty())
-    for (size_t i = 0; i < kOperatorCount; ++i)
+    for (const Operator& op : operators())
       for (int compute : kTypes)
-        for (int stored : kTypes) ops.push_back(make_custom_op(kOperators[i], compute, stored, isa));
+        for (int stored : stored_types(op)) ops.push_back(make_custom_op(op, compute, stored, isa));
   return ops;
 }
 

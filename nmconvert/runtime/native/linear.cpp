@@ -24,6 +24,7 @@ void run_few(const Isa* isa, const RowPlan& plan, int64_t rows, int64_t columns,
     job.last_block = std::min(plan.blocks, job.first_block + per_task);
     job.values = plan.values(group * plan.blocks * plan.words * 8 * isa->width);
     job.storage = plan.storage;
+    job.scales = plan.scaled ? plan.scales.data() + group * plan.blocks * isa->width : nullptr;
     job.positions = plan.positions.data() + group * plan.blocks * plan.words * isa->width;
     job.words = plan.words;
     job.rows = rows;

@@ -1,8 +1,10 @@
 #include "matrix.h"
 
+#include <cmath>
 #include <cstring>
 #include <numeric>
 
+#include "ort_abi.h"
 
 namespace nmconvert {
 namespace {
@@ -123,6 +125,18 @@ Walk plan_walk(const Packed& packed, const std::vector<bool>& is_row) {
   return walk;
 }
 
+// A scale belongs to a row of the file, and has to be one that no weight is lost by.
+void check_scale(const Constant& scale, const Walk& walk) {
+  if (scale.type != ort::kFloat) throw InvalidNode("the scale has to be float32");
+  if (scale.shape.size() != 1 || scale.size() != walk.rows)
+    throw InvalidNode("there are " + count(scale.size()) + " scales, " + count(walk.rows) + " rows need one each");
+  if (!walk.rows_lead) throw InvalidNode("permuted and perm do not put the rows first, which have a scale each");
+  const float* scales = static_cast<const float*>(scale.data);
+  for (int64_t row = 0; row < walk.rows; ++row)
+    if (!(scales[row] > 0 && std::isfinite(scales[row])))
+      throw InvalidNode("the scale of row " + count(row) + " is " + std::to_string(scales[row]) + ", not a positive number");
+}
+
 // Sum over dimensions of (coordinate of `flat`) × step.
 int64_t along(const std::vector<int64_t>& extent, const std::vector<int64_t>& step, int64_t flat) {
   int64_t at = 0;
@@ -165,6 +179,7 @@ SparseRows decode(const Packed& packed, const std::vector<bool>& is_row) {
   if (checked_size(packed.permuted, "permuted") != size) throw InvalidNode("permuted does not have the size of shape");
   const Coding coding = check_coding(packed, size);
   const Walk walk = plan_walk(packed, is_row);
+  if (packed.scale.type) check_scale(packed.scale, walk);
   const int64_t kept = packed.values.size();
 
   SparseRows matrix;

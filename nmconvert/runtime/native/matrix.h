@@ -23,6 +23,7 @@ struct Constant {
 
 struct Packed {
   Constant values, mask, table;
+  Constant scale;  // of every row, float32; of no type where the values are the weights themselves
   std::vector<int64_t> shape, permuted, perm, code_shape;
 };
 
@@ -37,6 +38,16 @@ struct SparseRows {
   std::vector<uint32_t> order;
 
   uint32_t value_index(uint32_t entry) const { return source.empty() ? entry : source[entry]; }
+};
+
+// What the values of a row are multiplied by.
+struct RowScales {
+  const float* of_rows;  // null where the rows have none
+  float all;
+
+  RowScales(const Packed& packed, float factor) : of_rows(static_cast<const float*>(packed.scale.data)), all(factor) {}
+  bool any() const { return of_rows || all != 1; }
+  float of(int64_t row) const { return of_rows ? of_rows[row] * all : all; }
 };
 
 // Decodes `packed`. `is_row[d]` says whether dimension d of the dense shape counts rows (output channels).

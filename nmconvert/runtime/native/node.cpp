@@ -4,7 +4,14 @@
 
 namespace nmconvert {
 
-const Operator kOperators[] = {
+namespace {
+
+constexpr struct {
+  const char* name;
+  Base base;
+  bool residual;
+  Activation activation;
+} kFunctions[] = {
     {"Conv", Base::kConv, false, Activation::kNone},
     {"ConvRelu", Base::kConv, false, Activation::kClip},
     {"ConvClip", Base::kConv, false, Activation::kClip},
@@ -21,7 +28,19 @@ const Operator kOperators[] = {
     {"Gemm", Base::kGemm, false, Activation::kNone},
     {"GemmRelu", Base::kGemm, false, Activation::kClip},
 };
-const size_t kOperatorCount = sizeof(kOperators) / sizeof(kOperators[0]);
+
+}  // namespace
+
+const std::vector<Operator>& operators() {
+  static const std::vector<Operator> all = [] {
+    std::vector<Operator> made;
+    for (const bool scaled : {false, true})
+      for (const auto& function : kFunctions)
+        made.push_back({(scaled ? "Scaled" : "") + std::string(function.name), function.base, function.residual, function.activation, scaled});
+    return made;
+  }();
+  return all;
+}
 
 std::unique_ptr<Node> make_node(const Operator& op, int compute, const Isa* isa, const Info& info) {
   return op.base == Base::kConv ? make_conv_node(op, compute, isa, info) : make_product_node(op, compute, isa, info);

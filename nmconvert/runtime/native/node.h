@@ -17,15 +17,16 @@ enum class Base { kConv, kMatMul, kLinear, kGemm };
 
 // One function of nmconvert/export/functions.py.
 struct Operator {
-  const char* name;
+  std::string name;
   Base base;
   bool residual;  // the last input is added before the activation
   Activation activation;
+  bool scaled = false;  // the values are int8, and the input after the table is the scale of every row
 
-  size_t inputs() const { return (base == Base::kMatMul ? 4 : 5) + (residual ? 1 : 0); }
+  size_t bias() const { return scaled ? 5 : 4; }  // its input, if there is one
+  size_t inputs() const { return bias() + (base == Base::kMatMul ? 0 : 1) + (residual ? 1 : 0); }
 };
-extern const Operator kOperators[];
-extern const size_t kOperatorCount;
+const std::vector<Operator>& operators();
 
 // An error that onnxruntime reported.
 struct OrtError : std::runtime_error {

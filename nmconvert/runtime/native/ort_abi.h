@@ -56,7 +56,7 @@ constexpr uint32_t kApiVersion = 16;
 
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
 
-enum ElementType : int { kFloat = 1, kUint8 = 2, kFloat16 = 10, kDouble = 11, kBfloat16 = 16 };
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kFloat16 = 10, kDouble = 11, kBfloat16 = 16 };
 
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 

@@ -41,7 +41,7 @@ uint64_t place_blocks(StreamPlan& plan, const std::vector<uint32_t>& counts, int
 
 }  // namespace
 
-StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scale, int64_t groups, int tile_rows,
+StreamPlan plan_stream(const SparseRows& matrix, const float* values, const RowScales& scales, int64_t groups, int tile_rows,
                        const Layout& layout) {
   StreamPlan plan;
   plan.rows = matrix.rows / groups;
@@ -56,6 +56,7 @@ StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scal
   std::vector<uint32_t> next(plan.chunks);
   for (int64_t row = 0; row < matrix.rows; ++row) {
     const int64_t group = row / plan.rows, in_group = row % plan.rows;
+    const float scale = scales.of(row);
     std::fill(next.begin(), next.end(), 0);
     for (uint32_t entry = matrix.starts[row]; entry < matrix.starts[row + 1]; ++entry) {
       const Layout::Place place = places[matrix.column[entry]];
@@ -86,9 +87,10 @@ int64_t most_in_block(const SparseRows& matrix, int64_t size) {
   return most;
 }
 
-// How the values are kept: those of 16 bits as they are, if the loops can widen them.
-Storage storage_of(const Constant& values, float scale) {
-  if (scale != 1 || (values.type != ort::kFloat16 && values.type != ort::kBfloat16)) return Storage::kFloats;
+// How the values are kept: those of 8 and 16 bits as they are, if the loops can widen them.
+Storage storage_of(const Constant& values) {
+  if (values.type == ort::kInt8) return Storage::kBytes;
+  if (values.type != ort::kFloat16 && values.type != ort::kBfloat16) return Storage::kFloats;
   const uint16_t* bits = static_cast<const uint16_t*>(values.data);
   const uint16_t infinity = values.type == ort::kFloat16 ? 0x7c00 : 0x7f80;
   for (int64_t i = 0; i < values.size(); ++i)
@@ -104,9 +106,9 @@ int64_t padded_entries(int64_t entries) {
   return entries > 2 ? 4 : entries;
 }
 
-RowPlan plan_rows(const SparseRows& matrix, const Constant& values, float scale, int64_t groups, int width) {
+RowPlan plan_rows(const SparseRows& matrix, const Constant& values, const RowScales& scales, int64_t groups, int width) {
   RowPlan plan;
-  plan.storage = storage_of(values, scale);
+  plan.storage = storage_of(values);
   const int64_t narrow = padded_entries(most_in_block(matrix, width));
   int64_t entries = narrow, size = width;
   if (width < 16) {
@@ -125,16 +127,17 @@ RowPlan plan_rows(const SparseRows& matrix, const Constant& values, float scale,
 
   const int64_t size_of_all = groups * plan.blocks * plan.words * 8 * width;
   uint32_t* positions = plan.positions.at_least(size_of_all / 8);
+  const auto block_of = [&](int64_t row) { return row / rows * plan.blocks + row % rows / width; };
   const auto place_all = [&](auto* out, auto value) {
     for (int64_t row = 0; row < matrix.rows; ++row) {
-      const int64_t block = row / rows * plan.blocks + row % rows / width, lane = row % rows % width;
+      const int64_t block = block_of(row), lane = row % rows % width;
       int64_t next = 0, current = -1;
       for (uint32_t i = matrix.starts[row]; i < matrix.starts[row + 1]; ++i) {
         const int64_t here = matrix.column[i] / size;
         next = here == current ? next + 1 : here * entries;
         current = here;
         const int64_t word = block * plan.words + next / 8;
-        out[(word * 8 + next % 8) * width + lane] = value(matrix.value_index(i));
+        out[(word * 8 + next % 8) * width + lane] = value(row, matrix.value_index(i));
         positions[word * width + lane] |= static_cast<uint32_t>(matrix.column[i] % size) << (4 * (next % 8));
       }
     }
@@ -142,9 +145,18 @@ RowPlan plan_rows(const SparseRows& matrix, const Constant& values, float scale,
   if (plan.storage == Storage::kFloats) {
     std::vector<float> widened;
     const float* floats = widen(values, widened);
-    place_all(plan.floats.at_least(size_of_all), [&](uint32_t i) { return floats[i] * scale; });
+    place_all(plan.floats.at_least(size_of_all), [&](int64_t row, uint32_t i) { return floats[i] * scales.of(row); });
+    return plan;
+  }
+  if (plan.storage == Storage::kBytes) {
+    place_all(plan.bytes.at_least(size_of_all), [&](int64_t, uint32_t i) { return static_cast<const int8_t*>(values.data)[i]; });
   } else {
-    place_all(plan.shorts.at_least(size_of_all), [&](uint32_t i) { return static_cast<const uint16_t*>(values.data)[i]; });
+    place_all(plan.shorts.at_least(size_of_all), [&](int64_t, uint32_t i) { return static_cast<const uint16_t*>(values.data)[i]; });
+  }
+  plan.scaled = scales.any();
+  if (plan.scaled) {
+    float* of_lanes = plan.scales.at_least(groups * plan.blocks * width);
+    for (int64_t row = 0; row < matrix.rows; ++row) of_lanes[block_of(row) * width + row % rows % width] = scales.of(row);
   }
   return plan;
 }

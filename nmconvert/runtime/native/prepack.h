@@ -36,18 +36,22 @@ struct RowPlan {
   Storage storage = Storage::kFloats;
   Buffer<float> floats;
   Buffer<uint16_t> shorts;  // where the file stores 16 bits
+  Buffer<int8_t> bytes;     // or 8
+  bool scaled = false;      // what is not stored in floats may be
+  Buffer<float> scales;     // [row block][width]
   Buffer<uint32_t> positions;
 
   // The values from `index` on.
   const void* values(int64_t index) const {
-    return storage == Storage::kFloats ? static_cast<const void*>(floats.data() + index) : shorts.data() + index;
+    if (storage == Storage::kFloats) return floats.data() + index;
+    return storage == Storage::kBytes ? static_cast<const void*>(bytes.data() + index) : shorts.data() + index;
   }
 };
 
-StreamPlan plan_stream(const SparseRows& matrix, const float* values, float scale, int64_t groups, int tile_rows,
+StreamPlan plan_stream(const SparseRows& matrix, const float* values, const RowScales& scales, int64_t groups, int tile_rows,
                        const Layout& layout);
 // Of the entries that a column block keeps, how many it takes up in a row plan.
 int64_t padded_entries(int64_t entries);
-RowPlan plan_rows(const SparseRows& matrix, const Constant& values, float scale, int64_t groups, int width);
+RowPlan plan_rows(const SparseRows& matrix, const Constant& values, const RowScales& scales, int64_t groups, int width);
 
 }  // namespace nmconvert

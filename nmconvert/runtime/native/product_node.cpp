@@ -26,16 +26,14 @@ ProductAttributes read_product(const Operator& op, const Info& info, const std::
 }
 
 template <typename Math>
-class ProductNode final : public Node {
-  using Real = typename Math::Real;
+class ProductNode final : public Call<Math> {
+  using typename Call<Math>::Real;
+  using Call<Math>::op_, Call<Math>::packed_, Call<Math>::epilogue_;
 
  public:
   ProductNode(const Operator& op, int compute, const Isa* isa, const Info& info)
-      : op_(op),
-        compute_(compute),
-        packed_(read_packed(info)),
+      : Call<Math>(op, compute, info),
         attributes_(read_product(op, info, packed_.shape)),
-        epilogue_(read_epilogue(op, info)),
         k_(packed_.shape[packed_.shape.size() - (attributes_.transposes_w ? 1 : 2)]),
         n_(packed_.shape[packed_.shape.size() - (attributes_.transposes_w ? 2 : 1)]),
         math_(isa, packed_, rows_of(packed_.shape.size()), product(attributes_.batch, 0, attributes_.batch.size()), read_hint(info),
@@ -64,7 +62,7 @@ class ProductNode final : public Node {
     add_inputs(context, out, job, buffers);
     std::vector<int64_t> named = out;
     if (vector) named.erase(named.end() - 2);
-    Output<Real> output(context, named, compute_, buffers.y);
+    Output<Real> output(context, named, this->compute_, buffers.y);
     job.y = output.reals();
     if (attributes_.batch.empty()) {
       math_.linear(packed_, 0, job, epilogue_, context.parallel());
@@ -142,16 +140,15 @@ class ProductNode final : public Node {
   // Bias and residual: what is one value for each column is a bias, anything else is spread out to the output's shape.
   void add_inputs(const Context& context, const std::vector<int64_t>& out, TokensOf<Real>& job, Buffers<Real>& buffers) const {
     if (op_.base != Base::kMatMul) {
-      const Constant input = context.input(4);
+      const Constant input = context.input(op_.bias());
       if (const Real* b = reals<Real>(input, buffers.bias)) add_bias(b, input.shape, out, job, buffers);
     }
-    if (!op_.residual) return;
-    const Constant input = context.input(op_.inputs() - 1);
-    const Real* residual = reals<Real>(input, buffers.residual);
-    if (!residual || input.shape != out) throw InvalidNode("the residual is " + describe(input.shape) + ", the output " + describe(out));
+    const Real* residual = this->residual(context, out, buffers);
+    if (!residual) return;
     if (job.residual) {  // the bias was spread out, too
-      Real* both = buffers.ready_residual.at_least(input.size());
-      for (int64_t i = 0; i < input.size(); ++i) both[i] += residual[i];
+      const int64_t size = product(out, 0, out.size());
+      Real* both = buffers.ready_residual.at_least(size);
+      for (int64_t i = 0; i < size; ++i) both[i] += residual[i];
     } else {
       job.residual = residual;
     }
@@ -185,11 +182,7 @@ class ProductNode final : public Node {
     (by_column ? job.bias : job.residual) = to;
   }
 
-  const Operator& op_;
-  int compute_;
-  Packed packed_;
   ProductAttributes attributes_;
-  Epilogue epilogue_;
   int64_t k_, n_;
   Math math_;
 };

@@ -50,7 +50,7 @@ Streaming Weights::choose_and_plan(const Packed& packed, const Size& size, const
   if (!plan) {
     std::vector<float> widened;
     const float* values = widen(packed.values, widened);
-    plan = std::make_unique<StreamPlan>(plan_stream(take(packed), values, scale_, groups_, choice.shape().rows, choice.layout));
+    plan = std::make_unique<StreamPlan>(plan_stream(take(packed), values, {packed, scale_}, groups_, choice.shape().rows, choice.layout));
   }
   return chosen_[size] = {choice, plan.get()};
 }
@@ -60,7 +60,7 @@ const RowPlan& Weights::few(const Packed& packed, const Isa& isa) {
   meet(few_.count(&isa) != 0);
   std::unique_ptr<RowPlan>& plan = few_[&isa];
   if (!plan) {
-    plan = std::make_unique<RowPlan>(plan_rows(take(packed), packed.values, scale_, groups_, isa.width));
+    plan = std::make_unique<RowPlan>(plan_rows(take(packed), packed.values, {packed, scale_}, groups_, isa.width));
   }
   return *plan;
 }

@@ -28,9 +28,13 @@ WideWeights make_wide(const Packed& packed, const std::vector<bool>& is_row, int
   std::vector<float> widened;
   const double* doubles = packed.values.type == ort::kDouble ? static_cast<const double*>(packed.values.data) : nullptr;
   const float* floats = doubles ? nullptr : widen(packed.values, widened);
-  for (uint32_t i = 0; i < weights.values.size(); ++i) {
-    const uint32_t from = weights.matrix.value_index(i);
-    weights.values[i] = scale * (doubles ? doubles[from] : static_cast<double>(floats[from]));
+  const float* scales = static_cast<const float*>(packed.scale.data);
+  for (int64_t row = 0; row < weights.matrix.rows; ++row) {
+    const double factor = scales ? scale * static_cast<double>(scales[row]) : scale;
+    for (uint32_t i = weights.matrix.starts[row]; i < weights.matrix.starts[row + 1]; ++i) {
+      const uint32_t from = weights.matrix.value_index(i);
+      weights.values[i] = factor * (doubles ? doubles[from] : static_cast<double>(floats[from]));
+    }
   }
   return weights;
 }
