@@ -95,8 +95,11 @@ class Constants:
         if source is None or node.op_type == "Identity":
             return source
         if node.op_type == "Transpose":
-            rank = len(source.shape)
-            return source.through_transpose(attribute(node, "perm", list(range(rank))[::-1]))
+            dims = list(range(len(source.shape)))
+            perm = attribute(node, "perm", dims[::-1])
+            if source.obstacle or sorted(perm) != dims:  # what was reshaped before has other dimensions
+                return replace(source, obstacle=source.obstacle or "Transpose")
+            return source.through_transpose(perm)
         if node.op_type == "Cast":
             to = attribute(node, "to", source.element_type)
             if source.element_type not in (self.tensors[source.name].data_type, to):  # the cast before may have rounded

@@ -73,6 +73,22 @@ def test_what_cannot_be_followed_is_left_with_its_reason(op_type: str) -> None:
     assert info(model_of(nodes, {"W": W, "shape": shape}, ["n", "k"])).reason == f"float behind {op_type}: left as it is"
 
 
+def test_what_is_transposed_after_a_reshape_has_other_dimensions() -> None:
+    """As the tables of relative positions in Swin: two dimensions in the file, three by the time they are transposed."""
+    nodes = [
+        make("Reshape", ["W", "shape"], ["cube"]),
+        make("Transpose", ["cube"], ["w"], perm=[2, 0, 1]),
+        make("MatMul", ["X", "w"], ["Y"]),
+    ]
+    shape = np.array([4, 4, 8], np.int64)
+    assert info(model_of(nodes, {"W": W, "shape": shape}, ["n", "k"])).reason == "float behind Reshape: left as it is"
+
+
+def test_a_transpose_of_dimensions_that_are_not_there_is_left() -> None:
+    nodes = [make("Transpose", ["W"], ["w"], perm=[1, 7]), make("MatMul", ["X", "w"], ["Y"])]
+    assert info(model_of(nodes, {"W": W}, ["n", "k"])).reason == "float behind Transpose: left as it is"
+
+
 def test_two_casts_are_not_followed() -> None:
     """The first one may have rounded, so the constant is not the weight."""
     nodes = [
