@@ -183,6 +183,46 @@ def test_convolutions_of_the_sizes_of_networks(
     assert_close(with_kernels(added).run(None, {"x": x})[0], np.maximum(expected + residual, 0))
 
 
+@pytest.mark.parametrize("start", [0, 4])  # floats beyond the start of a cache line
+@pytest.mark.parametrize(
+    ("size", "attributes"),
+    [((56, 16), {}), ((28, 28), {}), ((112,), {}), ((2, 112), {"strides": [2, 1], "pads": [2, 0, 0, 0]})],
+)
+def test_pixels_of_convolutions_of_one_pixel_are_read_where_they_are(isa: str, size: Any, attributes: Any, start: int) -> None:
+    rng = np.random.default_rng(7)
+    weight = random_weight(rng, "conv", (40, 200, *(1 for _ in size)), "2:4")
+    room = np.zeros(2 * 200 * np.prod(size) + 32, np.float32)
+    first = -room.ctypes.data // 4 % 16 + start
+    x = room[first : first + 2 * 200 * np.prod(size)].reshape(2, 200, *size)
+    x[:] = rng.standard_normal(x.shape)
+    attributes = {"pads": [0] * 2 * len(size), **attributes}
+    expected = convolve(x, weight, **attributes)
+    residual = rng.standard_normal(expected.shape).astype(np.float32)
+    for model_of, more in (("Conv", {}), ("ConvAdd", {"Z": residual})):
+        session = with_kernels(layer(model_of, weight, list(x.shape), more, **attributes))
+        assert_close(session.run(None, {"x": x})[0], expected + more.get("Z", 0))
+
+
+@pytest.mark.parametrize("read", ["once", "later", "twice"])
+@pytest.mark.parametrize("tokens", [1, 20, None])
+def test_a_sum_replaces_its_residual_only_where_nothing_reads_that(isa: str, tokens: int | None, read: str) -> None:
+    rng = np.random.default_rng(8)
+    kind, function, shape = ("matmul", "Linear", (96, 96)) if tokens else ("conv", "Conv", (96, 96, 1, 1))
+    x_shape = [2, tokens, 96] if tokens else [2, 96, 28, 8]
+    weights = [random_weight(rng, kind, shape, "2:4") for _ in range(2)]  # type: ignore[arg-type]
+    added = f"{function}AddRelu" if kind == "conv" else "LinearAdd"
+    nodes = [
+        call(function, weights[0], ["x", "B"], "z", "a."),
+        call(added, weights[1], ["z" if read == "twice" else "x", "B", "z"], "s", "b."),
+        helper.make_node("Add", ["s", "z" if read == "later" else "s"], ["y"]),
+    ]
+    bias = tensor("B", rng.standard_normal(96).astype(np.float32))
+    proto = model(nodes, [bias, *initializers(weights[0], "a."), *initializers(weights[1], "b.")], x_shape)
+    proto.graph.value_info.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, x_shape) for name in ("z", "s"))
+    x = rng.standard_normal(x_shape).astype(np.float32)
+    assert_close(with_kernels(proto).run(None, {"x": x})[0], without(proto).run(None, {"x": x})[0])
+
+
 def test_pixels_picked_for_a_linear_layer_are_not_overwritten_by_it(isa: str) -> None:
     rng = np.random.default_rng(0)
     weight = random_weight(rng, "conv", (3, 8, 1), "2:4")
@@ -289,11 +329,13 @@ def test_rows_of_int8_that_are_zero_or_huge(isa: str, tokens: int) -> None:
 def test_the_number_of_threads_changes_no_bit(isa: str) -> None:
     rng = np.random.default_rng(4)
     linear, conv = random_weight(rng, "matmul", (640, 500), "2:4"), random_weight(rng, "conv", (64, 32, 3, 3), "1:4")
+    pointwise = random_weight(rng, "conv", (64, 32, 1, 1), "2:4")
     for proto, shape in (
         (layer("MatMul", linear, ["t", 640]), (1, 640)),
         (layer("MatMul", linear, ["t", 640]), (70, 640)),
         (layer("Conv", conv, [1, 32, 30, 30], pads=[1] * 4), (1, 32, 30, 30)),
         (layer("Conv", conv, [3, 32, 7, 7], pads=[1] * 4), (3, 32, 7, 7)),
+        (layer("Conv", pointwise, [2, 32, 28, 28], pads=[0] * 4), (2, 32, 28, 28)),
     ):
         x = rng.standard_normal(shape).astype(np.float32)
         first, *others = (with_kernels(proto, threads).run(None, {"x": x})[0].tobytes() for threads in (1, 2, 4))

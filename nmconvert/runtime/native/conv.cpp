@@ -19,6 +19,7 @@ bool takes_strips(const ConvAttributes& attributes, const Image& image) {
 double column_fill(const ConvAttributes& attributes, const Image& image, int64_t width) {
   return volume(attributes.kernel) == 1 && image.out[1] == 1 ? 2.0 : 3.5 + 2.0 * static_cast<double>(width / (image.out[2] + 1));
 }
+constexpr double kFirstTouch = 1.0;  // of a vector that is read in place
 double strip_fill(int64_t pieces) { return pieces == 1 ? 1.4 : 1.2 * static_cast<double>(pieces); }
 
 // Panels that the output is cut into.
@@ -30,11 +31,22 @@ int64_t count_panels(const TileChoice& choice, const Image& image) {
 
 double cycles(const TileChoice& choice, const ConvAttributes& attributes, const Image& image, const Weights& weights) {
   const bool strips = choice.layout.strips, direct = !strips && volume(image.out) % choice.panel_width() == 0;
-  const double fill = strips ? strip_fill(choice.pieces) : column_fill(attributes, image, choice.isa->width);
+  const double fill = strips                      ? strip_fill(choice.pieces)
+                      : choice.layout.in_place() ? kFirstTouch
+                                                 : column_fill(attributes, image, choice.isa->width);
   const double finish = direct ? 0.5 : 2.0 + static_cast<double>(choice.pieces);
   const double moved = fill * static_cast<double>(choice.layout.lines() * choice.layout.height) +
                        finish * static_cast<double>(weights.rows() * choice.shape().vectors);
   return static_cast<double>(count_panels(choice, image)) * (panel_cycles(choice, weights) + moved);
+}
+
+// Images of onnxruntime's own start at a cache line; those that a user gives it need not.
+bool is_aligned(const Image& image) { return reinterpret_cast<uintptr_t>(image.x) % 64 == 0; }
+
+// Whether panels of `width` pixels can be read where they are: a 1×1 convolution, whose images divide into such panels.
+bool takes_in_place(const ConvAttributes& attributes, const Image& image, int64_t width) {
+  return volume(attributes.kernel) * volume(attributes.strides) == 1 && image.in[2] == volume(image.in) && image.out == image.in &&
+         volume(image.in) % width == 0 && is_aligned(image);
 }
 
 // The choice with the fewest estimated cycles.
@@ -50,6 +62,11 @@ TileChoice choose_panels(const Isa* isa, const Weights& weights, const ConvAttri
     for (int tile = 0; candidate && tile < kTileCount; ++tile) {
       const int64_t vectors = candidate->tiles[tile].vectors, width = candidate->width;
       consider({candidate, tile, column_layout(weights.columns(), weights.density(), weights.hint(), vectors, width)});
+      if (takes_in_place(attributes, image, vectors * width)) {
+        const int64_t pitch = volume(image.in) / width;
+        const Layout layout = in_place_layout(weights.columns(), weights.density(), weights.hint(), vectors, width, pitch);
+        if (layout.fits()) consider({candidate, tile, layout});
+      }
       if (!takes_strips(attributes, image)) continue;
       const Layout strips = strip_layout(attributes.inputs, kernel, weights.density(), weights.hint(), vectors, width);
       for (int64_t pieces = 1; strips.fits() && pieces <= 4; pieces *= 2) consider({candidate, tile, strips, pieces});
@@ -168,7 +185,7 @@ void Run::operator()(const Task& task) const {
   const Layout& layout = choice.layout;
   const int64_t width = choice.panel_width(), size = volume(image.out), channel = task.group * plan.rows + task.row;
   Scratch& scratch = Scratch::mine();
-  float* panel = scratch.own_panel.at_least(layout.chunk_size() + width);
+  float* panel = layout.in_place() ? nullptr : scratch.own_panel.at_least(layout.chunk_size() + width);
   float* sums = scratch.own_sums.at_least(task.rows * width);
   Segment* segments = scratch.own_segments.at_least(2 * width);
   Window window{segments, segments + width};
@@ -181,10 +198,12 @@ void Run::operator()(const Task& task) const {
   job.values = plan.values.data();
   job.offsets = plan.offsets.data();
   job.rows = task.rows;
-  job.panel = panel;
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
     const int64_t line = chunk * layout.chunk_lines(), count = std::min(layout.chunk_lines(), layout.lines() - line);
-    if (layout.strips) {
+    job.panel = panel;
+    if (layout.in_place()) {
+      job.panel = base + lines[line] + window.reads[0].from;
+    } else if (layout.strips) {
       const int64_t step = attributes.strides[1] * source.row;
       choice.isa->gather_strips(base, lines + line, count, window.reads, choice.pieces, layout.height, step, panel);
     } else {
@@ -226,7 +245,7 @@ bool is_product(const ConvAttributes& a, const Image& image) {
 }
 
 Streaming stream_image(const Isa* isa, Weights& weights, const Packed& packed, const ConvAttributes& attributes, const Image& image) {
-  const Size size{image.batch, image.in[0], image.in[1], image.in[2]};
+  const Size size{image.batch, image.in[0], image.in[1], image.in[2], is_aligned(image)};
   return weights.stream(packed, size, [&] { return choose_panels(isa, weights, attributes, image); });
 }
 

@@ -13,7 +13,7 @@ constexpr int kStep = 4;  // kept entries that are read at once: four values, an
 // One chunk of one panel: out[r] = clip(in[r] + bias[r] + sum over kept entries of value * panel[offset]).
 struct StreamJob {
   const float* values;      // [step][tile row][kStep]
-  const uint16_t* offsets;  // the same order: bytes from the start of the panel
+  const uint16_t* offsets;  // the same order: vectors from the start of the panel
   const uint32_t* starts;   // [blocks + 1]: the first step of every block of tile rows
   int64_t rows;             // output rows; the last block may be short
   const float* panel;

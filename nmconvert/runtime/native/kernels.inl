@@ -71,10 +71,13 @@ inline Vector clip(Vector v, Vector low, Vector high) {
 // sum += value · panel row, for the I-th of four kept entries.
 template <int I, int N>
 inline void accumulate(Vector (&sum)[N], const char* panel, Vector values, uint64_t offsets) {
-  const float* source = reinterpret_cast<const float*>(panel + ((offsets >> (16 * I)) & 0xffff));
+  constexpr int kShift = W == 16 ? 6 : W == 8 ? 5 : 4;  // of a vector's bytes
+  static_assert(sizeof(Vector) == 1 << kShift, "offsets count vectors");
+  const uint64_t shifted = 16 * I >= kShift ? offsets >> (16 * I - kShift) : offsets << (kShift - 16 * I);
+  const float* source = reinterpret_cast<const float*>(panel + (shifted & uint64_t{0xffff} << kShift));
   const Vector value = one_of<I>(values);
 #pragma GCC unroll 16
-  for (int n = 0; n < N; ++n) sum[n] += value * *reinterpret_cast<const Vector*>(source + n * W);
+  for (int n = 0; n < N; ++n) sum[n] += value * load(source + n * W);
 }
 
 // One step of R rows. Rows inside entries, so that a sum is not needed again at once, where the registers suffice.
@@ -111,16 +114,28 @@ inline void prefetch_step(const float* values, const uint16_t* offsets) {
   for (int i = 0; i < R * kStep; i += 2 * kInLine) __builtin_prefetch(offsets + i);
 }
 
+// The next R of `left` rows of an image, which lie too far apart for the processor to foresee, to be read or written.
+template <int N, int R, int Write>
+inline void prefetch_rows(const float* rows, int64_t stride, int64_t left) {
+  for (int r = 0; r < R && r < left; ++r)
+    for (int n = 0; n < N; ++n) __builtin_prefetch(rows + r * stride + n * W, Write);
+}
+
 template <int N, int R>
 void stream(const StreamJob& job) {
   const Vector low = splat(job.low), high = splat(job.high);
   const bool clips = job.low > -__builtin_inff() || job.high < __builtin_inff();
+  const bool afar = job.out_stride > N * W;
   const char* const panel = reinterpret_cast<const char*>(job.panel);
   const float* values = job.values + static_cast<int64_t>(job.starts[0]) * R * kStep;
   const uint16_t* offsets = job.offsets + static_cast<int64_t>(job.starts[0]) * R * kStep;
   for (int64_t row = 0, block = 0; row < job.rows; row += R, ++block) {
     const int valid = job.rows - row < R ? static_cast<int>(job.rows - row) : R;
     Vector sum[R][N];
+    if (afar) {
+      prefetch_rows<N, R, 1>(job.out + (row + R) * job.out_stride, job.out_stride, job.rows - row - R);
+      if (job.in) prefetch_rows<N, R, 0>(job.in + (row + R) * job.in_stride, job.in_stride, job.rows - row - R);
+    }
     for (int r = 0; r < R; ++r) {
       const int64_t from = row + (r < valid ? r : 0);
       const Vector bias = splat(job.bias ? job.bias[from] : 0.0f);

@@ -37,7 +37,8 @@ int64_t best_chunk(int64_t channels, double entries, int64_t unit, int64_t most)
 void choose_chunk(Layout& layout, double density, Hint hint) {
   const int64_t bytes = layout.channel_lines * layout.height * layout.width * 4;
   const double entries = static_cast<double>(layout.columns) / static_cast<double>(layout.channels) * density;
-  layout.chunk = best_chunk(layout.channels, entries, hint.m, panel_budget() / bytes);
+  const int64_t reach = 0x10000 / (layout.channel_lines * layout.pitch);
+  layout.chunk = best_chunk(layout.channels, entries, hint.m, std::min(panel_budget() / bytes, reach));
 }
 
 }  // namespace
@@ -45,8 +46,15 @@ void choose_chunk(Layout& layout, double density, Hint hint) {
 Layout column_layout(int64_t columns, double density, Hint hint, int64_t vectors, int64_t width) {
   Layout layout;
   layout.columns = layout.channels = columns;
-  layout.height = vectors;
+  layout.height = layout.pitch = vectors;
   layout.width = width;
+  choose_chunk(layout, density, hint);
+  return layout;
+}
+
+Layout in_place_layout(int64_t columns, double density, Hint hint, int64_t vectors, int64_t width, int64_t pitch) {
+  Layout layout = column_layout(columns, density, hint, vectors, width);
+  layout.pitch = pitch;
   choose_chunk(layout, density, hint);
   return layout;
 }
@@ -56,12 +64,19 @@ Layout strip_layout(int64_t channels, const Kernel& kernel, double density, Hint
   layout.strips = true;
   layout.columns = channels * kernel.rows * kernel.columns;
   layout.channels = channels;
-  layout.height = vectors + (kernel.rows - 1) * kernel.dilation / kernel.stride;
+  layout.height = layout.pitch = vectors + (kernel.rows - 1) * kernel.dilation / kernel.stride;
   layout.width = width;
   layout.kernel = kernel;
   layout.channel_lines = kernel.columns * kernel.remainders();
   choose_chunk(layout, density, hint);
   return layout;
+}
+
+bool Layout::fits() const {
+  constexpr int64_t kLine = 64, kSets = 64;  // bytes, lines: of any L1 cache of today
+  if (chunk_lines() * pitch > 0x10000) return false;
+  const int64_t bytes = pitch * width * 4;
+  return !in_place() || std::gcd(bytes, kLine * kSets) <= height * width * 4;
 }
 
 std::vector<Layout::Place> Layout::places(const std::vector<uint32_t>& order) const {
@@ -74,8 +89,8 @@ std::vector<Layout::Place> Layout::places(const std::vector<uint32_t>& order) co
       line = y % kernel.stride / kernel.remainder_step() * kernel.columns + x;
       down = y / kernel.stride;
     }
-    const int64_t at = (channel % chunk * channel_lines + line) * height + down;
-    places[column] = {static_cast<uint32_t>(channel / chunk), static_cast<uint16_t>(at * width * 4)};
+    const int64_t at = (channel % chunk * channel_lines + line) * pitch + down;
+    places[column] = {static_cast<uint32_t>(channel / chunk), static_cast<uint16_t>(at)};
   }
   return places;
 }

@@ -61,13 +61,22 @@ OrtStatus* guarded(const OrtApi* api, const char* name, Body body) {
 
 const CustomOp& self(const OrtCustomOp* op) { return *static_cast<const CustomOp*>(op); }
 
+// The output may take the place of input `Residual` where nothing else reads that: kernels read each number before they write it.
+template <int Residual>
+size_t replace(int** inputs, int** outputs) {
+  static int input = Residual, output = 0;
+  *inputs = &input;
+  *outputs = &output;
+  return 1;
+}
+
 CustomOp make_custom_op(const Operator& op, int compute, int stored, const Isa* isa) {
   CustomOp custom{};
   custom.op = &op;
   custom.compute = compute;
   custom.stored = stored;
   custom.isa = isa;
-  custom.version = ort::kApiVersion;
+  custom.version = ort::kCustomOpVersion;
   custom.GetName = [](const OrtCustomOp* it) { return self(it).op->name.c_str(); };
   custom.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
   custom.GetInputTypeCount = [](const OrtCustomOp* it) { return self(it).op->inputs(); };
@@ -87,6 +96,11 @@ CustomOp make_custom_op(const Operator& op, int compute, int stored, const Isa* 
   custom.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
   custom.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
   custom.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
+  if (op.residual) {
+    constexpr size_t (*kLast[])(int**, int**) = {replace<4>, replace<5>, replace<6>};
+    custom.GetMayInplace = kLast[op.inputs() - 1 - 4];
+    custom.ReleaseMayInplace = [](int*, int*) {};
+  }
   custom.CreateKernelV2 = [](const OrtCustomOp* it, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
     const CustomOp& custom_op = self(it);
     return guarded(api, custom_op.op->name.c_str(), [&] {

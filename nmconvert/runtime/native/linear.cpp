@@ -96,7 +96,7 @@ void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group,
 // What `tokens` run through; no plan where by the row loops.
 Streaming stream_tokens(const Isa* isa, Weights& weights, const Packed& packed, int64_t tokens) {
   if (tokens <= kFew) return {};
-  return weights.stream(packed, {tokens, 0, 0, 0}, [&] { return choose_tile(isa, weights, tokens); });
+  return weights.stream(packed, {tokens, 0, 0, 0, 0}, [&] { return choose_tile(isa, weights, tokens); });
 }
 
 }  // namespace

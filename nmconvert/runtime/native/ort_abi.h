@@ -1,7 +1,7 @@
 // The part of onnxruntime's public, append-only C ABI that this library uses, declared from its specification.
 //
 // OrtApi is a table of function pointers whose order never changes; Slot names the entries used. OrtCustomOp is the
-// 208-byte structure of API version 16, which every onnxruntime from 1.16 on accepts.
+// 208-byte structure of API version 18, which every onnxruntime from 1.18 on accepts; what is null in it is not asked for.
 #pragma once
 
 #include <cstddef>
@@ -44,15 +44,23 @@ struct OrtCustomOp {
   int (*GetVariadicOutputHomogeneity)(const OrtCustomOp*);
   OrtStatus* (*CreateKernelV2)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*, void**);
   OrtStatus* (*KernelComputeV2)(void*, OrtKernelContext*);
-  void* since_version_17[7];
+  OrtStatus* (*InferOutputShapeFn)(const OrtCustomOp*, void*);
+  int (*GetStartVersion)(const OrtCustomOp*);
+  int (*GetEndVersion)(const OrtCustomOp*);
+  // Pairs of an input and the output that may be written in its place; returns their number.
+  size_t (*GetMayInplace)(int** inputs, int** outputs);
+  void (*ReleaseMayInplace)(int* inputs, int* outputs);
+  size_t (*GetAliasMap)(int** inputs, int** outputs);
+  void (*ReleaseAliasMap)(int* inputs, int* outputs);
 };
-static_assert(sizeof(OrtCustomOp) == 208, "the layout of API version 16");
+static_assert(sizeof(OrtCustomOp) == 208, "the layout of API version 18");
 
 }  // extern "C"
 
 namespace nmconvert::ort {
 
-constexpr uint32_t kApiVersion = 16;
+constexpr uint32_t kApiVersion = 16;       // of the table of functions
+constexpr uint32_t kCustomOpVersion = 18;  // of the structure
 
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
 

@@ -44,7 +44,7 @@ void Weights::meet(bool known) {
 Streaming Weights::choose_and_plan(const Packed& packed, const Size& size, const TileChoice& choice) {
   if (chosen_.size() >= kMostSizes) chosen_.clear();
   if (!choice.isa) return chosen_[size] = {choice, nullptr};
-  const Plan key{choice.isa, choice.tile, choice.layout.strips};
+  const Plan key{choice.isa, choice.tile, choice.layout.strips, choice.layout.pitch};
   meet(streams_.count(key) != 0);
   std::unique_ptr<StreamPlan>& plan = streams_[key];
   if (!plan) {

@@ -29,8 +29,8 @@ struct Streaming {
   const StreamPlan* plan;  // null: by the row loops
 };
 
-// Tokens, or the batch and extent of images.
-using Size = std::array<int64_t, 4>;
+// Tokens, or the batch and extent of images and whether they start at a vector.
+using Size = std::array<int64_t, 5>;
 
 class Weights {
  public:
@@ -56,7 +56,7 @@ class Weights {
   const std::vector<uint32_t>& order() const { return order_; }
 
  private:
-  using Plan = std::tuple<const Isa*, int, bool>;
+  using Plan = std::tuple<const Isa*, int, bool, int64_t>;
   SparseRows take(const Packed& packed);
   Streaming choose_and_plan(const Packed& packed, const Size& size, const TileChoice& choice);
   void meet(bool known);
