@@ -230,6 +230,13 @@ def hugging_face(kind: str) -> tuple[Any, list[InputSpec]]:
     elif kind == "bert":
         config = transformers.BertConfig(**small, intermediate_size=64, max_position_embeddings=32)
         model = transformers.BertForSequenceClassification(config)
+    elif kind == "t5":  # its attention has a bias, and its decoder a configuration of its own
+        config = transformers.T5Config(vocab_size=64, d_model=32, d_ff=64, num_layers=2, num_heads=2, d_kv=16)
+        config.decoder_start_token_id = 0
+        return transformers.T5ForConditionalGeneration(config).eval(), [
+            InputSpec("input_ids", (1, 8), "int64"),
+            InputSpec("decoder_input_ids", (1, 8), "int64"),
+        ]
     else:
         config = transformers.LlamaConfig(**small, intermediate_size=64, max_position_embeddings=32, num_key_value_heads=1)
         model = transformers.LlamaForCausalLM(config)
@@ -237,7 +244,7 @@ def hugging_face(kind: str) -> tuple[Any, list[InputSpec]]:
     return model.eval(), inputs[:1] if kind == "llama" else inputs
 
 
-@pytest.mark.parametrize(("kind", "layers"), [("gpt2", 8), ("bert", 13), ("llama", 14)])
+@pytest.mark.parametrize(("kind", "layers"), [("gpt2", 8), ("bert", 13), ("llama", 14), ("t5", 32)])
 def test_hugging_face_folders(tmp_path: Path, kind: str, layers: int) -> None:
     model, inputs = hugging_face(kind)
     model.save_pretrained(tmp_path / kind)

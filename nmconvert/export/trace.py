@@ -42,21 +42,33 @@ def trace(module: nn.Module, specs: Sequence[InputSpec], dynamic: Mapping[int, s
         ExportError: torch cannot export it.
     """
     module, dtype = _computing(module)
-    arguments = _arguments(module, specs, dtype, dynamic)
-    outputs = _outputs(module, arguments)
-    notes: tuple[str, ...] = ()
-    try:
-        model = _export(module, arguments, dynamic)
-    except ExportError:
-        if not dynamic:
-            raise
-        arguments = _arguments(module, specs, dtype, {})
+    failed: ExportError | None = None
+    for shapes, notes in _ways(module, dynamic):
+        arguments = _arguments(module, specs, dtype, shapes)
         outputs = _outputs(module, arguments)
-        model = _export(module, arguments, {})
-        notes = ("the shape of the inputs is fixed: torch could not export it with a dynamic one",)
+        try:
+            model = _export(module, arguments, shapes)
+            break
+        except ExportError as error:
+            failed = error
+    else:
+        assert failed is not None
+        raise failed
     restore_names(model, module.state_dict())
     feed = dict(zip((value.name for value in model.graph.input), (a.numpy() for a in arguments.values()), strict=True))
     return Traced(model, feed, outputs, notes)
+
+
+def _ways(module: nn.Module, dynamic: Mapping[int, str]) -> Iterator[tuple[Mapping[int, str], tuple[str, ...]]]:
+    """Which dimensions stay open, and what there is to say of it, the best way first; ``module`` is changed between them."""
+    notes: tuple[str, ...] = ()
+    yield dynamic, notes
+    if hasattr(module, "set_attn_implementation"):  # Hugging Face; with a bias, as in T5 or Swin, torch cannot trace the fused one
+        module.set_attn_implementation("eager")
+        notes = ("attention is written out as products and a softmax: torch could not export the fused one",)
+        yield dynamic, notes
+    if dynamic:
+        yield {}, (*notes, "the shape of the inputs is fixed: torch could not export it with a dynamic one")
 
 
 def trace_program(program: torch.export.ExportedProgram) -> Traced:
@@ -179,8 +191,9 @@ def _computing(module: nn.Module) -> tuple[nn.Module, torch.dtype]:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if dtype == torch.bfloat16:
         module, dtype = module.float(), torch.float32
-    if hasattr(module, "config") and hasattr(module.config, "use_cache"):
-        module.config.use_cache = False
+    for part in module.modules():  # a Hugging Face decoder has a configuration of its own
+        if hasattr(part, "config") and hasattr(part.config, "use_cache"):
+            part.config.use_cache = False
     return module, dtype
 
 
