@@ -48,23 +48,23 @@ def trace(module: nn.Module, specs: Sequence[InputSpec], dynamic: Mapping[int, s
         outputs = _outputs(module, arguments)
         try:
             model = _export(module, arguments, shapes)
-            break
         except ExportError as error:
             failed = error
-    else:
-        assert failed is not None
-        raise failed
-    restore_names(model, module.state_dict())
-    feed = dict(zip((value.name for value in model.graph.input), (a.numpy() for a in arguments.values()), strict=True))
-    return Traced(model, feed, outputs, notes)
+            continue
+        restore_names(model, module.state_dict())
+        names = (value.name for value in model.graph.input)
+        return Traced(model, dict(zip(names, (a.numpy() for a in arguments.values()), strict=True)), outputs, notes)
+    assert failed is not None
+    raise failed
 
 
 def _ways(module: nn.Module, dynamic: Mapping[int, str]) -> Iterator[tuple[Mapping[int, str], tuple[str, ...]]]:
-    """Which dimensions stay open, and what there is to say of it, the best way first; ``module`` is changed between them."""
+    """Which dimensions stay open, and what to say of it, the best way first; ``module`` is changed between them."""
     notes: tuple[str, ...] = ()
     yield dynamic, notes
-    if hasattr(module, "set_attn_implementation"):  # Hugging Face; with a bias, as in T5 or Swin, torch cannot trace the fused one
-        module.set_attn_implementation("eager")
+    write_out: Any = getattr(module, "set_attn_implementation", None)  # of Hugging Face; fused, T5 and Swin fail
+    if write_out is not None:
+        write_out("eager")
         notes = ("attention is written out as products and a softmax: torch could not export the fused one",)
         yield dynamic, notes
     if dynamic:
