@@ -1,6 +1,9 @@
 """Layers alone: dense onnxruntime against the kernels, in interleaved rounds.
 
-    python -m benchmarks.kernels [--threads 1] [--patterns 2:4,1:4] [--only linear] [--rounds 15] [--json out.json]
+    python -m benchmarks.kernels [--threads 1] [--patterns 2:4,1:4] [--only linear] [--rounds 15] [--json out.json] [--grid]
+
+With --grid, layers in sizes that suit sparse kernels least, narrow ones and such with few pixels or few tokens, instead of
+those of the usual networks: where does registering the library alone, with no choice by measurement, run slower than dense?
 
 One model holds one dense layer, another the same layer packed; they are run in turn, so that both meet the same neighbours.
 With one thread its processor time is taken, which does not count what other processes use; with more, wall time.
@@ -73,6 +76,25 @@ SHAPES = [
 ]
 
 
+# Sizes from hardly anything to a few hundred megaflops.
+GRID = [
+    *(
+        Shape(f"linear, {tokens} tokens", weight, (tokens, weight[0]))
+        for tokens in (1, 4, 8, 16, 32, 64, 128)
+        for weight in ((64, 64), (128, 512), (256, 256), (768, 768), (2048, 1000))
+    ),
+    *(
+        Shape(f"conv {kernel}×{kernel}, side {side}", (outputs, inputs, kernel, kernel), (1, inputs, side, side))
+        for kernel, widths in (
+            (1, ((64, 64), (64, 256), (512, 128), (256, 1024), (2048, 512))),
+            (3, ((16, 16), (64, 64), (256, 256))),
+        )
+        for side in (1, 2, 4, 7, 8, 14, 16, 28, 32)
+        for outputs, inputs in widths
+    ),
+]
+
+
 def sessions(shape: Shape, pattern: str, threads: int) -> tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession]:
     """The dense layer in stock onnxruntime, and the packed one on the kernels."""
     rng = np.random.default_rng(0)
@@ -130,12 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--patterns", default="2:4,1:4,1:16")
     parser.add_argument("--only", default="", help="families whose name contains this")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--grid", action="store_true", help="layers that suit sparse kernels least")
     parser.add_argument("--json")
     chosen = parser.parse_args(arguments)
     rows, summary = [], []
     for pattern in chosen.patterns.split(","):
         families: dict[str, list[tuple[float, float]]] = {}
-        for shape in SHAPES:
+        for shape in GRID if chosen.grid else SHAPES:
             if chosen.only not in shape.family:
                 continue
             dense, sparse = race(shape, pattern, chosen.threads, chosen.rounds)

@@ -29,7 +29,9 @@ from torch import Tensor, nn
 
 from nmconvert import runtime
 from nmconvert.export.compress import compress
+from nmconvert.export.find import sparse_layers
 from nmconvert.export.fuse import fuse
+from nmconvert.export.narrow import round_weights
 from nmconvert.export.trace import trace
 from nmconvert.inputs import InputSpec, example_feed
 from nmconvert.masks import nm_mask
@@ -122,6 +124,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 }
 
 
+FULL = "float32"  # how weights are stored that are not rounded
+
+
 def prune(module: nn.Module, pattern: Pattern) -> nn.Module:
     """Zero all but the largest n of m weights, along the input channels, in every layer but a stem of 3 channels."""
     kinds = {nn.Linear: "linear", nn.Conv2d: "conv"}
@@ -141,14 +146,15 @@ def build(name: str, pattern: Pattern) -> nn.Module:
     return prune(MODELS[name][0](), pattern)
 
 
-def write(name: str, pattern: Pattern, batch: int, folder: Path) -> tuple[Path, Path]:
-    """The dense and the sparse file of one model, where they are not there yet."""
-    dense, sparse = folder / "dense.onnx", folder / "sparse.onnx"
+def write(name: str, pattern: Pattern, batch: int, folder: Path, values: str = FULL) -> tuple[Path, Path]:
+    """The dense and the sparse file of one model, where they are not there yet; ``values`` is the type of the kept weights."""
+    dense, sparse = folder / "dense.onnx", folder / f"sparse{'' if values == FULL else f'.{values}'}.onnx"
     if not sparse.exists():
         specs = [InputSpec.parse(text.format(batch=batch)) for text in MODELS[name][1]]
         model = trace(build(name, pattern), specs, {}).model
         onnx.save(model, dense)
-        compress(model, [(pattern, "channel")])
+        rounded = round_weights(model, sparse_layers(model, [(pattern, "channel")]), values) if values != FULL else {}
+        compress(model, [(pattern, "channel")], quantized=rounded if values == "int8" else ())
         fuse(model)
         onnx.save(model, sparse)
     return dense, sparse
@@ -254,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--patterns", default="2:4,1:4,1:16")
+    parser.add_argument("--values", default=FULL, help="Types of the kept weights: float32, float16, bfloat16, int8.")
     parser.add_argument("--threads", default="1")
     parser.add_argument("--batch", default="1")
     parser.add_argument("--layers", default="auto", choices=("auto", "sparse"))
@@ -263,15 +270,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
     with tempfile.TemporaryDirectory() as scratch:
-        for name, batch, pattern in product(chosen.models.split(","), chosen.batch.split(","), chosen.patterns.split(",")):
+        for name, batch, pattern, values in product(
+            *(given.split(",") for given in (chosen.models, chosen.batch, chosen.patterns, chosen.values))
+        ):
             folder = (chosen.keep or Path(scratch)) / f"{name}.{pattern.replace(':', '-')}.b{batch}"
             folder.mkdir(exist_ok=True)
-            files = write(name, Pattern.parse(pattern), int(batch), folder)
+            files = write(name, Pattern.parse(pattern), int(batch), folder, values)
+            label = pattern if values == FULL else f"{pattern}, {values}"
             feed = example_feed(onnx.load(files[0]))
             for threads in map(int, chosen.threads.split(",")):
                 runs = dict(contestants(name, Pattern.parse(pattern), files, feed, threads, chosen.layers))
                 times = race(runs, rounds=chosen.rounds, seconds=chosen.seconds, threads=threads)
-                print(row(name, pattern, int(batch), threads, times), flush=True)
+                print(row(name, label, int(batch), threads, times), flush=True)
 
 
 if __name__ == "__main__":

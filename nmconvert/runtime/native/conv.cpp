@@ -20,6 +20,7 @@ double column_fill(const ConvAttributes& attributes, const Image& image, int64_t
   return volume(attributes.kernel) == 1 && image.out[1] == 1 ? 2.0 : 3.5 + 2.0 * static_cast<double>(width / (image.out[2] + 1));
 }
 constexpr double kFirstTouch = 1.0;  // of a vector that is read in place
+constexpr double kGather = 1.5;  // a float, one by one
 double strip_fill(int64_t pieces) { return pieces == 1 ? 1.4 : 1.2 * static_cast<double>(pieces); }
 
 // Panels that the output is cut into.
@@ -49,10 +50,16 @@ bool takes_in_place(const ConvAttributes& attributes, const Image& image, int64_
          volume(image.in) % width == 0 && is_aligned(image);
 }
 
-// The choice with the fewest estimated cycles.
+// Few pixels are gathered one by one, as the tokens of a linear layer.
+double pixel_cycles(const Isa& isa, const Image& image, const Weights& weights) {
+  const double pixels = static_cast<double>(pixels_of(image)), moved = static_cast<double>(weights.columns() + weights.rows());
+  return row_cycles(isa, weights, pixels_of(image)) + kGather * pixels * moved;
+}
+
+// The choice with the fewest estimated cycles; none (no isa) where the row loops take fewer.
 TileChoice choose_panels(const Isa* isa, const Weights& weights, const ConvAttributes& attributes, const Image& image) {
   TileChoice best{};
-  double least = 0;
+  double least = pixels_of(image) <= kMostByRows ? pixel_cycles(*isa, image, weights) : 0;
   const auto consider = [&](const TileChoice& choice) {
     const double cost = cycles(choice, attributes, image, weights);
     if (least == 0 || cost < least) least = cost, best = choice;
@@ -74,6 +81,19 @@ TileChoice choose_panels(const Isa* isa, const Weights& weights, const ConvAttri
   return best;
 }
 
+// For every column of the weight, in the file's order, where it reads relative to the pixel.
+void column_offsets(const ConvAttributes& a, const Source& source, const std::vector<uint32_t>& order, int64_t* offsets) {
+  for (size_t i = 0; i < order.size(); ++i) {
+    int64_t rest = order[i];
+    const int64_t x = rest % a.kernel[2] * a.dilations[2];
+    rest /= a.kernel[2];
+    const int64_t y = rest % a.kernel[1] * a.dilations[1];
+    rest /= a.kernel[1];
+    const int64_t z = rest % a.kernel[0] * a.dilations[0], channel = rest / a.kernel[0];
+    offsets[i] = channel * source.channel + z * source.slice + y * source.row + source.column(x, a.strides[2]);
+  }
+}
+
 // For every line of a panel, where it reads relative to the pixel.
 const int64_t* line_offsets(const ConvAttributes& a, const Layout& layout, const Source& source, const std::vector<uint32_t>& order) {
   int64_t* offsets = Scratch::mine().shared_offsets.at_least(layout.lines());
@@ -86,15 +106,7 @@ const int64_t* line_offsets(const ConvAttributes& a, const Layout& layout, const
                     source.column(x * a.dilations[2], a.strides[2]);
     return offsets;
   }
-  for (size_t i = 0; i < order.size(); ++i) {
-    int64_t rest = order[i];
-    const int64_t x = rest % a.kernel[2] * a.dilations[2];
-    rest /= a.kernel[2];
-    const int64_t y = rest % a.kernel[1] * a.dilations[1];
-    rest /= a.kernel[1];
-    const int64_t z = rest % a.kernel[0] * a.dilations[0], channel = rest / a.kernel[0];
-    offsets[i] = channel * source.channel + z * source.slice + y * source.row + source.column(x, a.strides[2]);
-  }
+  column_offsets(a, source, order, offsets);
   return offsets;
 }
 
@@ -249,6 +261,41 @@ Streaming stream_image(const Isa* isa, Weights& weights, const Packed& packed, c
   return weights.stream(packed, size, [&] { return choose_panels(isa, weights, attributes, image); });
 }
 
+// Every pixel of the output as a token, through the row loops; their sums, turned round, go where panels' would.
+void run_pixels(const Isa* isa, Weights& weights, const Packed& packed, const ConvAttributes& attributes, const Image& image,
+                const Epilogue& epilogue, const Parallel& parallel) {
+  const Source source = make_source(attributes, image, 0, parallel);
+  const Triple& out = image.out;
+  const int64_t columns = weights.columns(), rows = weights.rows(), size = volume(out), pixels = pixels_of(image);
+  const int64_t width = ceil_div(pixels, isa->width) * isa->width;
+  Scratch& scratch = Scratch::mine();
+  int64_t* offsets = scratch.shared_offsets.at_least(columns);
+  column_offsets(attributes, source, weights.order(), offsets);
+  float* tokens = scratch.shared_tokens.at_least(attributes.groups * pixels * columns);
+  float* sums = scratch.shared_sums.at_least(pixels * rows + rows * width);
+  float* turned = sums + pixels * rows;
+  std::vector<Segment> writes;
+  for (int64_t n = 0; n < image.batch; ++n) writes.push_back({n * size, n * attributes.outputs * size, size});
+  // Of all groups, before the row loops take the memory of the source.
+  parallel(attributes.groups * pixels, [&](int64_t index) {
+    const int64_t group = index / pixels, n = index % pixels / size, pixel = index % pixels % size;
+    const int64_t x = pixel % out[2], y = pixel / out[2] % out[1], z = pixel / out[2] / out[1];
+    const float* from = source.data + n * source.image + group * attributes.inputs * source.channel +
+                        z * attributes.strides[0] * source.slice + y * attributes.strides[1] * source.row + x;
+    float* to = tokens + index * columns;
+    for (int64_t column = 0; column < columns; ++column) to[column] = from[offsets[column]];
+  });
+  const Epilogue none{Activation::kNone, -__builtin_inff(), __builtin_inff()};
+  for (int64_t group = 0; group < attributes.groups; ++group) {
+    const float* bias = image.bias ? image.bias + group * rows : nullptr;
+    run_rows(isa, weights, packed, group, {tokens + group * pixels * columns, pixels, bias, nullptr, sums}, none, parallel);
+    isa->pack_tokens(sums, rows, pixels, rows, turned, width);
+    const int64_t at = group * rows * size;
+    isa->finish({turned, width, rows, writes.data(), image.batch, image.residual ? image.residual + at : nullptr, image.y + at, size,
+                 epilogue.low, epilogue.high, epilogue.activation});
+  }
+}
+
 }  // namespace
 
 Triple conv_output(ConvAttributes& a, const Triple& in) {
@@ -278,6 +325,7 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
   if (pointwise && is_product(attributes, image))
     return run_linear(isa, weights, packed, 0, {image.x, image.batch, image.bias, image.residual, image.y}, epilogue, parallel);
   const auto [choice, plan] = stream_image(isa, weights, packed, attributes, image);
+  if (!plan) return run_pixels(isa, weights, packed, attributes, image, epilogue, parallel);
   const Source source = make_source(attributes, image, strip_slack(choice, attributes, image), parallel);
   const int64_t* lines = line_offsets(attributes, choice.layout, source, weights.order());
   const Run run{choice, *plan, attributes, image, source, lines, epilogue};
@@ -301,7 +349,7 @@ void prepare_conv(const Isa* isa, Weights& weights, const Packed& packed, const 
   for (int64_t size : image.out) likely *= static_cast<double>(size);
   if (likely == 0 || likely > 1e10) return;  // what cannot run is not prepared for
   if (flatten_pointwise(attributes, image) && is_product(attributes, image)) return prepare_linear(isa, weights, packed, batch);
-  stream_image(isa, weights, packed, attributes, image);
+  if (!stream_image(isa, weights, packed, attributes, image).plan) weights.few(packed, *isa);
 }
 
 }  // namespace nmconvert

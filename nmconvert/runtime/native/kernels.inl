@@ -194,18 +194,27 @@ inline Vector select(const float* x, Ints position) {
 
 // W values as floats; those of 16 bits are finite. A half's bits, moved into place, are its value over 2^112.
 typedef int16_t Shorts __attribute__((vector_size(2 * W), aligned(2), may_alias));
-typedef int8_t Bytes __attribute__((vector_size(W), aligned(1), may_alias));
 
 inline Ints extended(const int16_t* p) { return __builtin_convertvector(*reinterpret_cast<const Shorts*>(p), Ints); }
+
+// W bytes as floats. GCC converts vectors of bytes one by one.
+inline Vector signed_bytes(const int8_t* p) {
+#if NMC_WIDTH == 16
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(*reinterpret_cast<const __m128i_u*>(p)));
+#elif NMC_WIDTH == 8
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i_u*>(p))));
+#else
+  int32_t bytes;
+  __builtin_memcpy(&bytes, p, 4);
+  return __builtin_convertvector((Ints{bytes, bytes, bytes, bytes} << Ints{24, 16, 8, 0}) >> 24, Vector);
+#endif
+}
 
 template <Storage Stored>
 inline Vector stored_values(const void* values, int64_t index) {
   const int16_t* shorts = static_cast<const int16_t*>(values) + index;
   if (Stored == Storage::kFloats) return load(static_cast<const float*>(values) + index);
-  if (Stored == Storage::kBytes) {
-    const Bytes bytes = *reinterpret_cast<const Bytes*>(static_cast<const int8_t*>(values) + index);
-    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Vector);
-  }
+  if (Stored == Storage::kBytes) return signed_bytes(static_cast<const int8_t*>(values) + index);
   if (Stored == Storage::kBrains) return reinterpret_cast<Vector>(extended(shorts) << 16);
 #if NMC_WIDTH == 16
   return _mm512_cvtph_ps(*reinterpret_cast<const __m256i_u*>(shorts));

@@ -101,12 +101,16 @@ Streaming stream_tokens(const Isa* isa, Weights& weights, const Packed& packed, 
 
 }  // namespace
 
+void run_rows(const Isa* isa, Weights& weights, const Packed& packed, int64_t group, const Tokens& tokens, const Epilogue& epilogue,
+              const Parallel& parallel) {
+  run_few(isa, weights.few(packed, *isa), weights.rows(), weights.columns(), group, tokens, epilogue, parallel);
+}
+
 void run_linear(const Isa* isa, Weights& weights, const Packed& packed, int64_t group, const Tokens& tokens, const Epilogue& epilogue,
                 const Parallel& parallel) {
   if (tokens.tokens == 0) return;
   const Streaming streaming = stream_tokens(isa, weights, packed, tokens.tokens);
-  if (!streaming.plan)
-    return run_few(isa, weights.few(packed, *isa), weights.rows(), weights.columns(), group, tokens, epilogue, parallel);
+  if (!streaming.plan) return run_rows(isa, weights, packed, group, tokens, epilogue, parallel);
   run_stream(streaming.choice, *streaming.plan, group, tokens, epilogue, weights.density(), parallel);
 }
 

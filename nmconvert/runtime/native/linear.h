@@ -23,6 +23,10 @@ using Tokens = TokensOf<float>;
 void run_linear(const Isa* isa, Weights& weights, const Packed& packed, int64_t group, const Tokens& tokens, const Epilogue& epilogue,
                 const Parallel& parallel);
 
+// The same by the row loops, whatever the number of tokens.
+void run_rows(const Isa* isa, Weights& weights, const Packed& packed, int64_t group, const Tokens& tokens, const Epilogue& epilogue,
+              const Parallel& parallel);
+
 // Prepacks what run_linear reads for this many tokens.
 void prepare_linear(const Isa* isa, Weights& weights, const Packed& packed, int64_t tokens);
 

@@ -56,7 +56,7 @@ class Buffer {
 
 // One set for each thread. `shared_*` belong to the thread that runs the node and are read by all; `own_*` to each task.
 struct Scratch {
-  Buffer<float> shared_input, shared_pixels, shared_bias, shared_residual, shared_widened[4];
+  Buffer<float> shared_input, shared_pixels, shared_tokens, shared_sums;
   Buffer<float> own_panel, own_sums;
   Buffer<int64_t> shared_offsets;
   Buffer<Segment> own_segments;

@@ -7,8 +7,7 @@
 
 namespace nmconvert {
 
-constexpr size_t kMostSizes = 256;   // that choices are kept for
-constexpr int64_t kMostByRows = 32;  // tokens
+constexpr size_t kMostSizes = 256;  // that choices are kept for
 
 Weights::Weights(const Packed& packed, const std::vector<bool>& is_row, int64_t groups, Hint hint, float scale)
     : is_row_(is_row), groups_(groups), hint_(hint), scale_(scale), decoded_(new SparseRows(decode(packed, is_row))) {
@@ -99,7 +98,9 @@ double stream_cycles(const TileChoice& choice, const Weights& weights, int64_t t
   return static_cast<double>(ceil_div(tokens, choice.panel_width())) * (panel_cycles(choice, weights) + moved);
 }
 
-// And of the row loops, as measured on Zen 5: a vector of weights is read once for up to four tokens, and permuted for each.
+}  // namespace
+
+// As measured on Zen 5: a vector of weights is read once for up to four tokens, and permuted for each.
 double row_cycles(const Isa& isa, const Weights& weights, int64_t tokens) {
   const bool wide = weights.hint().m > isa.width;
   const int64_t block = wide ? 16 : isa.width;
@@ -109,8 +110,6 @@ double row_cycles(const Isa& isa, const Weights& weights, int64_t tokens) {
   const int64_t passes = tokens / 4 + (tokens % 4 ? (tokens % 4 == 3 ? 2 : 1) : 0);
   return vectors * (once * static_cast<double>(passes) + each * static_cast<double>(tokens));
 }
-
-}  // namespace
 
 TileChoice choose_tile(const Isa* isa, const Weights& weights, int64_t tokens) {
   TileChoice best{};

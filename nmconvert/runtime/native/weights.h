@@ -75,6 +75,10 @@ class Weights {
   std::map<const Isa*, std::unique_ptr<RowPlan>> few_;
 };
 
+// Tokens, or pixels, that the row loops may be chosen for.
+constexpr int64_t kMostByRows = 32;
+// Estimated cycles of the row loops.
+double row_cycles(const Isa& isa, const Weights& weights, int64_t tokens);
 // Estimated cycles of all rows of `weights` for one panel.
 double panel_cycles(const TileChoice& choice, const Weights& weights);
 // The tile that takes the fewest cycles for `tokens`; none (no isa) where the row loops take fewer.
