@@ -1,7 +1,7 @@
 """The real data of the benchmarks, from the folder that NMCONVERT_DATA names, in the formats that nmconvert reads.
 
     python benchmarks/data.py cifar10|cifar10_choice OUT.npz
-    python benchmarks/data.py coco128|coco128_halves|bccd|nuclei|multi30k|tinyshakespeare|g2p OUT_FOLDER
+    python benchmarks/data.py coco128|coco128_halves|bccd|nuclei|nuclei_choice|multi30k|tinyshakespeare|g2p OUT_FOLDER
     python -m benchmarks.data tinystories|tinystories_told OUT_FOLDER
 
 Each function below makes one of them, and says where nmconvert's own figures for it come from. Boxes are [x, y, width,
@@ -114,8 +114,19 @@ def nuclei(out: Path) -> None:
     """``train.json`` (267 images) and ``val.json`` (67), ``images``: nuclei of cells, one class, masks."""
     with np.load(ROOT / "nuclei_dsb2018" / "nuclei_dsb2018_256.npz") as stored:
         pixels, labels, n_train = stored["images"], stored["labels"], int(stored["n_train"])
+    _nuclei(out, pixels, labels, {"train": range(n_train), "val": range(n_train, len(pixels))})
+
+
+def nuclei_choice(out: Path) -> None:
+    """The same of the training images alone, to choose settings by: the first 200, and the other 67 as ``val``."""
+    with np.load(ROOT / "nuclei_dsb2018" / "nuclei_dsb2018_256.npz") as stored:
+        pixels, labels, n_train = stored["images"], stored["labels"], int(stored["n_train"])
+    _nuclei(out, pixels, labels, {"train": range(200), "val": range(200, n_train)})
+
+
+def _nuclei(out: Path, pixels: np.ndarray, labels: np.ndarray, parts: dict[str, range]) -> None:
     (out / "images").mkdir(parents=True, exist_ok=True)
-    for part, numbers in (("train", range(n_train)), ("val", range(n_train, len(pixels)))):
+    for part, numbers in parts.items():
         images, found = [], []
         for number in numbers:
             Image.fromarray(pixels[number]).save(out / "images" / f"{number:03d}.png")
@@ -142,7 +153,9 @@ def tinystories(out: Path) -> None:
 
 
 def tinystories_told(out: Path) -> None:
-    """The same, and ``train.npz`` and ``val.npz``: 2,048 and 64 stories that stories260K tells itself, two minutes' work.
+    """The same, and ``train.npz`` and ``val.npz``: 2,048 and 64 stories that stories260K tells itself, three minutes' work.
+
+    They are as long as those that are measured, 512 ids at most: what was told 256 of taught nothing about the places after.
 
     Its training text is not to be had here, and a teacher needs none (Liu et al. 2023, "LLM-QAT: data-free quantization aware
     training for large language models").
@@ -150,7 +163,7 @@ def tinystories_told(out: Path) -> None:
     from benchmarks.models.llama import told
 
     tinystories(out)
-    stories = told(ROOT / "checkpoints" / "stories260K.pt", count=2112, length=256)
+    stories = told(ROOT / "checkpoints" / "stories260K.pt", count=2112, length=512)
     for part, some in (("train", stories[:2048]), ("val", stories[2048:])):
         np.savez(out / f"{part}.npz", ids=np.concatenate(some), lengths=np.array([len(story) for story in some]))
 
@@ -220,8 +233,8 @@ def _unpack(source: Path, target: Path) -> None:
 
 
 MADE = (
-    cifar10, cifar10_choice, coco128, coco128_halves, bccd, nuclei, multi30k, tinystories, tinystories_told, tinyshakespeare,
-    g2p,
+    cifar10, cifar10_choice, coco128, coco128_halves, bccd, nuclei, nuclei_choice, multi30k, tinystories, tinystories_told,
+    tinyshakespeare, g2p,
 )  # fmt: skip
 SETS = {function.__name__: function for function in MADE}
 

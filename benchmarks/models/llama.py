@@ -14,8 +14,24 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-Past = list[Tensor]
-"""Keys and values [B, kv_heads, T, size] of all positions so far; empty before the first."""
+
+class Past:
+    """Keys and values of all positions so far, in memory that doubles where it is full, so that few are ever copied."""
+
+    def __init__(self) -> None:
+        self.length, self.kept = 0, torch.empty(0)
+
+    def joined(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """``k`` and ``v`` [B, kv_heads, 1, size] of the next position, after those of all before."""
+        if self.length == (self.kept.shape[3] if self.length else 0):
+            room = torch.empty(2, *k.shape[:2], max(2 * self.length, 32), k.shape[3], dtype=k.dtype, device=k.device)
+            if self.length:
+                room[:, :, :, : self.length] = self.kept
+            self.kept = room
+        self.kept[0, :, :, self.length], self.kept[1, :, :, self.length] = k[:, :, 0], v[:, :, 0]
+        self.length += 1
+        keys, values = self.kept[:, :, :, : self.length]
+        return keys, values
 
 
 class Attention(nn.Module):
@@ -31,13 +47,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         """[B, T, width]; with ``past`` T is 1, and x follows the positions whose keys and values are there, and joins them."""
-        first = past[0].shape[2] if past else 0
+        first = past.length if past is not None else 0
         q, k, v = (w(x).unflatten(2, (-1, self.size)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
         q, k = self.turned(q, first), self.turned(k, first)
-        if past is not None:
-            past[:] = k, v = [torch.cat([*pair], 2) for pair in zip(past, (k, v), strict=True)] if past else [k, v]
-        k, v = (t.repeat_interleave(self.repeats, 1) for t in (k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        if past is None:
+            k, v = (t.repeat_interleave(self.repeats, 1) for t in (k, v))
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # the queries that share keys stand in a row, as positions do
+            shared = q.unflatten(1, (-1, self.repeats)).squeeze(3)
+            mixed = F.scaled_dot_product_attention(shared, *past.joined(k, v)).flatten(1, 2).unsqueeze(2)
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
     def turned(self, x: Tensor, first: int = 0) -> Tensor:
@@ -103,15 +121,18 @@ def stories260k() -> Llama:
 
 
 @torch.inference_mode()
-def told(checkpoint: Path, count: int, length: int) -> list[NDArray[np.int64]]:
+def told(checkpoint: Path, count: int, length: int, at_once: int = 256) -> list[NDArray[np.int64]]:
     """``count`` stories of at most ``length`` ids that the model of ``checkpoint`` tells, drawn at temperature 1, seed 0.
 
-    A story begins with id 1, and ends before the next one.
+    A story begins with id 1, and ends before the next one. ``at_once`` are told side by side, until all have ended.
     """
     model, generator = stories260k().eval(), torch.Generator().manual_seed(0)
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
-    ids, past = torch.ones(count, 1, dtype=torch.int64), [Past() for _ in model.layers]
-    while ids.shape[1] < length:
-        chances = model(ids[:, -1:], past)[:, -1].softmax(-1)
-        ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
-    return [row[: [*row[1:], 1].index(1) + 1] for row in ids.numpy()]
+    stories: list[NDArray[np.int64]] = []
+    while len(stories) < count:
+        ids, past = torch.ones(min(at_once, count - len(stories)), 1, dtype=torch.int64), [Past() for _ in model.layers]
+        while ids.shape[1] < length and not (ids[:, 1:] == 1).any(1).all():
+            chances = model(ids[:, -1:], past)[:, -1].softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
+        stories += [row[: [*row[1:], 1].index(1) + 1] for row in ids.numpy()]
+    return stories
