@@ -16,6 +16,8 @@ from torch import Tensor
 
 from nmconvert.matrix import MatrixView, is_dense
 from nmconvert.pattern import Pattern
+from nmconvert.runtime.masking import Passes, passes
+from nmconvert.tensor import dtype_name
 
 _CHUNK = 1 << 17  # entries at a time on a CPU: what one pass reads and writes stays in the L2 cache
 
@@ -96,10 +98,13 @@ def update_magnitude_mask(mask: Tensor, weight: Tensor, view: MatrixView, patter
     """Make ``mask`` the `magnitude_mask` of ``weight``, in place; how many entries changed.
 
     No weight moves where a group's are evenly spaced, if not consecutive: the input channels of a convolution are, in
-    either memory format.
+    either memory format. One native pass does it then, where the library has one.
     """
     groups = in_memory(mask, weight.detach())
     spacing = None if groups is None else view.group_spacing(weight.stride(), pattern.m)
+    if spacing is not None and (native := native_passes(weight, mask)):
+        count = weight.numel() // pattern.m
+        return native.renew_mask(weight.data_ptr(), mask.data_ptr(), count, spacing, pattern, dtype_name(weight.dtype))
     if groups is None or spacing is None:
         new = view.from_matrix(nm_mask(magnitude(view.to_matrix(weight)), pattern))
         flips = torch.count_nonzero(new ^ mask)
@@ -119,6 +124,20 @@ def _replace(old: Tensor, new: Tensor) -> Tensor | int:
     count = int(np.count_nonzero(entries != others))
     entries[...] = others
     return count
+
+
+def native_passes(weight: Tensor, mask: Tensor, *others: Tensor) -> Passes | None:
+    """The library's passes, if they can be used on a weight, its bool mask, and others of the weight's kind.
+
+    All have to lie alike in memory, without gaps; see `nmconvert.runtime.masking` for the numbers that they know.
+    """
+    plain = (Tensor, torch.nn.Parameter)
+    tensors = (weight, mask, *others)
+    if any(type(tensor) not in plain or tensor.device.type != "cpu" for tensor in tensors) or mask.dtype != torch.bool:
+        return None
+    if weight.dtype not in (torch.float32, torch.float64) or any(other.dtype != weight.dtype for other in others):
+        return None
+    return None if torch.compiler.is_compiling() or in_memory(*tensors) is None else passes()
 
 
 def in_memory(*tensors: Tensor) -> tuple[Tensor, ...] | None:

@@ -6,43 +6,31 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nmconvert import dist
 from nmconvert.errors import ModelError
-from nmconvert.masks import in_memory, magnitude_mask, update_magnitude_mask
+from nmconvert.masks import magnitude_mask, update_magnitude_mask
 from nmconvert.matrix import Kind, MatrixView
 from nmconvert.pattern import Axis, Pattern
+from nmconvert.srste.passes import Spare, masked
 from nmconvert.tensor import Row
 
 
-def masked(weight: Tensor, mask: Tensor) -> Tensor:
-    """mask ⊙ weight."""
-    plain = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
-    flat = in_memory(weight, mask) if plain and not torch.compiler.is_compiling() else None
-    if flat is None:
-        return weight * mask
-    product = torch.empty_like(weight)
-    # NumPy takes half of torch's time, which makes floats of the whole mask first. Tensor.numpy() would forbid for good that
-    # the weight's storage be resized, as FSDP2 does with it.
-    dense, kept = (np.from_dlpack(part.detach()) for part in flat)
-    np.multiply(dense, kept, out=product.as_strided((product.numel(),), (1,)).numpy())
-    return product
-
-
-class _StraightThrough(torch.autograd.Function):
-    """mask ⊙ w forward, the identity backward."""
+class _Masked(torch.autograd.Function):
+    """mask ⊙ w forward; backward the identity where the gradient goes straight through, else mask ⊙ gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
-        return masked(weight, mask)
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, straight_through: bool, spare: Spare) -> Tensor:
+        if not straight_through:
+            ctx.save_for_backward(mask)
+        return masked(weight, mask, spare)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return (grad * ctx.saved_tensors[0] if ctx.saved_tensors else grad), None, None, None
 
 
 class WeightMask(nn.Module):
@@ -57,14 +45,13 @@ class WeightMask(nn.Module):
         super().__init__()
         self.kind, self.groups, self.pattern, self.axis = kind, groups, pattern, axis
         self.straight_through = True
+        self._spare = Spare()
         self.register_buffer("mask", self.mask_of(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The masked weight."""
-        if self.straight_through:
-            masked: Tensor = _StraightThrough.apply(weight, self.mask)  # type: ignore[no-untyped-call]
-            return masked
-        return weight * self.mask
+        masked: Tensor = _Masked.apply(weight, self.mask, self.straight_through, self._spare)  # type: ignore[no-untyped-call]
+        return masked
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """What is assigned to the weight becomes the dense weight."""

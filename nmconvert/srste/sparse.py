@@ -19,6 +19,7 @@ from nmconvert.pattern import Axis, Pattern
 from nmconvert.plan import Plan, make_plan
 from nmconvert.rules import output_matrix
 from nmconvert.srste.masked import SparseWeight, mask_weight, masked_weights
+from nmconvert.srste.passes import add_pruned
 from nmconvert.tensor import TensorInfo, dtype_name
 
 Method = Literal["sr-ste", "ste", "fixed-mask"]
@@ -158,17 +159,13 @@ class Sparse:
         skipped = getattr(optimizer, "found_inf", None)  # and then skips the step itself, too
         for weight, group in self._held(optimizer):
             w = dist.local(weight.dense)
-            pruned = ~dist.local_part(weight.mask.mask, like=weight.dense)
+            mask = dist.local_part(weight.mask.mask, like=weight.dense)
             if in_gradient:
-                sign = -1 if group.get("maximize") else 1
+                signed = -decay if group.get("maximize") else decay
                 gradient = dist.local(weight.dense.grad)  # type: ignore[arg-type]
-                if scale is None:
-                    gradient.addcmul_(w, pruned, value=sign * decay)
-                else:
-                    gradient.addcmul_(w * (scale * sign * decay), pruned)
+                add_pruned(gradient, w, mask, signed if scale is None else scale * signed)
             else:
-                shrink = group["lr"] * decay * (1.0 if skipped is None else 1.0 - skipped)
-                w.addcmul_(w * shrink, pruned, value=-1)
+                add_pruned(w, w, mask, -group["lr"] * decay * (1.0 if skipped is None else 1.0 - skipped))
 
     @torch.no_grad()
     def _renew_masks(self, optimizer: Optimizer) -> None:

@@ -99,6 +99,10 @@ struct Isa {
   // For float, half, bfloat16 and double: weights [rows][columns], pruned in place to the n largest of every m; energy[0] and
   // [1] are the sums of squares before and after. False where one of them is NaN or infinite.
   bool (*prune[4])(void* weights, int64_t rows, int64_t columns, int n, int m, double* energy);
+  // Training under masks of one byte an entry, for float and double; see masking.inl.
+  int64_t (*renew_mask[2])(const void* weights, uint8_t* mask, int64_t groups, int64_t spacing, int n, int m);
+  void (*masked[2])(const void* weights, const uint8_t* mask, int64_t count, void* out);
+  void (*add_pruned[2])(const void* weights, const uint8_t* mask, int64_t count, double factor, void* sum);
 };
 
 const Isa* isa_portable();

@@ -525,6 +525,7 @@ void finish(const FinishJob& job) {
 }
 
 #include "prune.inl"
+#include "masking.inl"
 
 template <int N, int R>
 constexpr Tile tile() {
@@ -550,6 +551,9 @@ constexpr Isa kIsa = {
     gather_strips,
     finish,
     {prune_rows<Single>, prune_rows<Half>, prune_rows<Brain>, prune_rows<Double>},
+    {renew_mask<Single>, renew_mask<Double>},
+    {masked<float>, masked<double>},
+    {add_pruned<float>, add_pruned<double>},
 };
 
 }  // namespace NMC_NAMESPACE

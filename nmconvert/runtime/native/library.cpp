@@ -149,6 +149,22 @@ __attribute__((visibility("default"))) int NmconvertPrune(void* weights, int64_t
   return isa->prune[type](weights, rows, columns, n, m, energy) ? 0 : 1;
 }
 
+// Training under a mask, for Python (see masking.inl); `type` is 0 for float, 1 for double. The caller has checked NmconvertIsa.
+__attribute__((visibility("default"))) int64_t NmconvertRenewMask(const void* weights, uint8_t* mask, int64_t groups,
+                                                                  int64_t spacing, int n, int m, int type) {
+  return nmconvert::select_isa()->renew_mask[type](weights, mask, groups, spacing, n, m);
+}
+
+__attribute__((visibility("default"))) void NmconvertMasked(const void* weights, const uint8_t* mask, int64_t count, void* out,
+                                                            int type) {
+  nmconvert::select_isa()->masked[type](weights, mask, count, out);
+}
+
+__attribute__((visibility("default"))) void NmconvertAddPruned(const void* weights, const uint8_t* mask, int64_t count,
+                                                               double factor, void* sum, int type) {
+  nmconvert::select_isa()->add_pruned[type](weights, mask, count, factor, sum);
+}
+
 // What onnxruntime calls. On a CPU that is not supported it registers nothing: the bodies of the functions serve.
 __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   using namespace nmconvert;

@@ -34,6 +34,23 @@ struct Double {
 
 constexpr int kGroups = 64;  // groups side by side, so that a comparison runs along them
 
+// |w| of kGroups groups of m (M, where it is known at compile time, else m_) → in `keep` all bits of the n largest of each.
+template <int M, typename Bits>
+void keep_of(const Bits (*size)[kGroups], Bits (*keep)[kGroups], int m_, int n) {
+  const int m = M ? M : m_;
+  for (int j = 0; j < m; ++j)
+    for (int g = 0; g < kGroups; ++g) keep[j][g] = 0;
+  for (int j = 1; j < m; ++j)
+    for (int i = 0; i < j; ++i)
+      for (int g = 0; g < kGroups; ++g) {
+        const Bits earlier = size[i][g] >= size[j][g];
+        keep[j][g] += earlier;
+        keep[i][g] += 1 - earlier;
+      }
+  for (int j = 0; j < m; ++j)
+    for (int g = 0; g < kGroups; ++g) keep[j][g] = -(keep[j][g] < n);  // until here its rank
+}
+
 template <typename Type>
 struct Pruning {
   typename Type::Bits largest = 0;
@@ -51,32 +68,21 @@ struct Pruning {
   void tile(typename Type::Bits* weights, int groups, int m_, int n) {
     typedef typename Type::Bits Bits;
     const int m = M ? M : m_;
-    Bits size[M ? M : 32][kGroups], rank[M ? M : 32][kGroups];
+    Bits size[M ? M : 32][kGroups], keep[M ? M : 32][kGroups];
     if (groups < kGroups) __builtin_memset(size, 0, sizeof(size));
     for (int g = 0; g < groups; ++g)
       for (int j = 0; j < m; ++j) size[j][g] = weights[g * m + j] & Type::kMagnitude;
     for (int j = 0; j < m; ++j)
-      for (int g = 0; g < kGroups; ++g) {
-        largest = size[j][g] > largest ? size[j][g] : largest;
-        rank[j][g] = 0;
-      }
-    for (int j = 1; j < m; ++j)
-      for (int i = 0; i < j; ++i)
-        for (int g = 0; g < kGroups; ++g) {
-          const Bits earlier = size[i][g] >= size[j][g];
-          rank[j][g] += earlier;
-          rank[i][g] += 1 - earlier;
-        }
-    for (int j = 0; j < m; ++j)
-      for (int g = 0; g < kGroups; ++g) rank[j][g] = -(rank[j][g] < n);  // from here on all bits of what is kept
+      for (int g = 0; g < kGroups; ++g) largest = size[j][g] > largest ? size[j][g] : largest;
+    keep_of<M>(size, keep, m, n);
     for (int j = 0; j < m; ++j)
       for (int g = 0; g < kGroups; g += 8)
         for (int lane = 0; lane < 8; ++lane) {
           total[lane] += Type::square(size[j][g + lane]);
-          kept[lane] += Type::square(size[j][g + lane] & rank[j][g + lane]);
+          kept[lane] += Type::square(size[j][g + lane] & keep[j][g + lane]);
         }
     for (int g = 0; g < groups; ++g)
-      for (int j = 0; j < m; ++j) weights[g * m + j] &= rank[j][g];
+      for (int j = 0; j < m; ++j) weights[g * m + j] &= keep[j][g];
   }
 
   void many(typename Type::Bits* weights, int64_t groups, int m, int n) {
