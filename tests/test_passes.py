@@ -79,7 +79,7 @@ def test_a_masked_weight_is_its_product_with_the_mask(way: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("factor", [0.1, -3.7e-5, torch.tensor(0.3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_is_added_of_pruned_weights(way: str, dtype: torch.dtype, factor: float | Tensor) -> None:
     weight, total = special(0, dtype), special(1, dtype).roll(5, 0)
     mask = torch.empty_like(weight, dtype=torch.bool).copy_(random_weight(weight.shape, 1) > 0)
