@@ -88,7 +88,8 @@ CASES = {
         "detector", "bccd", "detection", TRAINED + "bccd", None, ("--batch", "8", "--lr", "1e-3", *ADAMW), tested=True
     ),
     "nuclei": Case(
-        "segmenter", "nuclei", "segmentation", TRAINED + "nuclei", None, ("--batch", "6", "--lr", "1e-3", *ADAMW, "--ema", "0.98"),
+        "segmenter", "nuclei", "segmentation", TRAINED + "nuclei", None,
+        ("--batch", "6", "--lr", "1e-3", *ADAMW, "--ema", "0.98"),
     ),
     "fastestdet": Case(
         "FastestDet", "coco128_halves", "detection", "benchmarks.models.fastestdet:fastestdet",
