@@ -59,10 +59,30 @@ def test_settings_are_read_as_their_field_says():
     assert (task.mean, task.size, task.flip) == ((0.5, 0.25, 0.0), 64, False)
 
 
-@pytest.mark.parametrize("settings", [{"colour": "red"}, {"size": "big"}, {"flip": "maybe"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"colour": "red"},
+        {"size": "big"},
+        {"flip": "maybe"},
+        {"size": "0"},
+        {"temperature": "0"},
+        {"temperature": "nan"},
+        {"std": "0.5,0,0.5"},
+        {"crop": "-1"},
+        {"label_smoothing": "2"},
+        {"mean": "0.5,0.5"},
+    ],
+)
 def test_a_setting_that_does_not_fit_is_named(settings):
     with pytest.raises(UsageError, match=next(iter(settings))):
         build_task("classification", settings)
+
+
+@pytest.mark.parametrize("task", ["classification", "detection", "translation", "language_model"])
+def test_settings_at_their_limits_are_taken(task):
+    limits = {"classification": {"size": "", "crop": "0"}, "detection": {"zoom": "1"}, "translation": {"label_smoothing": "1"}}
+    build_task(task, limits.get(task, {"block": "1"}))
 
 
 def test_an_unknown_task_lists_the_known():

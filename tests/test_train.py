@@ -384,6 +384,11 @@ def test_bad_settings_and_data_are_named():
     for wrong in (
         {"epochs": 0},
         {"lr": -1.0},
+        {"lr": math.inf},
+        {"weight_decay": -1e-4},
+        {"decay": math.nan},
+        {"seed": -1},
+        {"save_minutes": math.nan},
         {"freeze_masks": 1.5},
         {"ema": 1.0},
         {"patience": 0},

@@ -7,7 +7,7 @@ texts, as the command line has them. The protocol that all follow is `nmconvert.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -29,6 +29,15 @@ TASKS: dict[str, type[Task]] = {
     "translation": Translation,
     "language_model": LanguageModel,
 }
+
+LIMITS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
+    (lambda value: value > 0, "more than 0", ("size", "temperature", "block", "max_length", "beams")),
+    (lambda value: all(part > 0 for part in value), "more than 0", ("std",)),
+    (lambda value: value >= 0, "0 or more", ("crop",)),
+    (lambda value: value >= 1, "1 or more", ("zoom",)),
+    (lambda value: 0 <= value <= 1, "a share, 0 to 1", ("label_smoothing", "teacher_score")),
+)
+"""What must hold for a setting that is not None, in words, and of which settings."""
 
 
 def build_task(name: str, settings: Mapping[str, str] | None = None, *, folder: Path | None = None) -> Task:
@@ -53,6 +62,9 @@ def build_task(name: str, settings: Mapping[str, str] | None = None, *, folder: 
             values[key] = _parse(text, hints[key])
         except ValueError as error:
             raise UsageError(f"{key}={text}: {error}") from error
+        for holds, words, names in LIMITS:
+            if key in names and values[key] is not None and not holds(values[key]):
+                raise UsageError(f"{key}={text}: has to be {words}")
     return TASKS[name](**values)
 
 

@@ -14,7 +14,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nmconvert.errors import DataError
+from nmconvert.errors import DataError, UsageError
 from nmconvert.tasks import images
 from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, need_labels, on_bad, tensor_of
 from nmconvert.tasks.labelled import Source, open_source
@@ -54,6 +54,11 @@ class Classification:
     name: ClassVar[str] = "classification"
     metric: ClassVar[str] = "top1"
     higher_is_better: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            counts = f"mean has {len(self.mean)} and std {len(self.std)}"
+            raise UsageError(f"{counts} values: give one of each for every channel of the model, as in --mean 0.5 --std 0.25")
 
     def dataset(self, data: str, *, split: Split, augment: bool) -> Samples:
         """Samples of an image folder, an .npz file, or ``package.module:callable``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from math import cos, pi
+from math import cos, inf, pi
 from typing import Literal, get_args
 
 import numpy as np
@@ -93,14 +93,18 @@ class Settings:
             "accumulate": self.accumulate >= 1,
             "optimizer": self.optimizer in (None, *OPTIMIZERS),
             "precision": self.precision in PRECISIONS,
-            "lr": self.lr is None or self.lr > 0,
+            "lr": self.lr is None or 0 < self.lr < inf,
+            "weight_decay": 0 <= self.weight_decay < inf,
             "warmup": 0 <= self.warmup <= 1,
             "clip": self.clip is None or self.clip > 0,
             "ema": self.ema is None or 0 <= self.ema < 1,
             "distill": 0 <= self.distill <= 1,
+            "decay": self.decay is None or 0 <= self.decay < inf,
             "freeze_masks": 0 <= self.freeze_masks <= 1,
             "patience": self.patience is None or self.patience >= 1,
             "workers": self.workers >= 0,
+            "seed": self.seed >= 0,
+            "save_minutes": self.save_minutes >= 0,
         }
         for name, holds in checks.items():
             if not holds:
