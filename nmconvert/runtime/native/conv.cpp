@@ -321,12 +321,12 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
   Image image = given_image;
   if (pixels_of(image) == 0) return;
   const bool pointwise = flatten_pointwise(attributes, image);
-  if (pointwise) image.x = subsample(given, given_image, parallel);
+  if (pointwise) image.x = subsample(isa, given, given_image, parallel);
   if (pointwise && is_product(attributes, image))
     return run_linear(isa, weights, packed, 0, {image.x, image.batch, image.bias, image.residual, image.y}, epilogue, parallel);
   const auto [choice, plan] = stream_image(isa, weights, packed, attributes, image);
   if (!plan) return run_pixels(isa, weights, packed, attributes, image, epilogue, parallel);
-  const Source source = make_source(attributes, image, strip_slack(choice, attributes, image), parallel);
+  const Source source = make_source(isa, attributes, image, strip_slack(choice, attributes, image), parallel);
   const int64_t* lines = line_offsets(attributes, choice.layout, source, weights.order());
   const Run run{choice, *plan, attributes, image, source, lines, epilogue};
 

@@ -88,6 +88,8 @@ struct Isa {
   void (*unpack_tokens)(const float* panel, int64_t panel_width, int64_t rows, int64_t tokens, const float* residual, float* y,
                         int64_t y_stride, float low, float high);
   void (*activate)(float* y, int64_t count, Activation activation);
+  // to[i] = from[i · stride], for i in 0 … count - 1.
+  void (*every)(const float* from, int64_t stride, int64_t count, float* to);
   // Row c of the panel is filled from the runs `segments`, starting at from + offsets[c]. Up to a vector is read and written
   // beyond each run: runs are in rising order, so that the next one overwrites it.
   void (*gather)(const float* from, const int64_t* offsets, int64_t columns, const Segment* segments, int64_t count, float* panel,

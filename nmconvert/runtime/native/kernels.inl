@@ -440,6 +440,16 @@ void activate(float* y, int64_t count, Activation activation) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Convolutions: pixels into panels, sums into images.
 
+void every(const float* from, int64_t stride, int64_t count, float* to) {
+  int64_t i = 0;
+  if (stride == 2) {
+    Ints even;
+    for (int lane = 0; lane < W; ++lane) even[lane] = 2 * lane;
+    for (; i + W < count; i += W) store(to + i, __builtin_shuffle(load(from + 2 * i), load(from + 2 * i + W), even));
+  }
+  for (; i < count; ++i) to[i] = from[i * stride];
+}
+
 constexpr int kAhead = 8;  // lines: channels lie too far apart for the processor to foresee
 
 void gather(const float* from, const int64_t* offsets, int64_t columns, const Segment* segments, int64_t count, float* panel,
@@ -547,6 +557,7 @@ constexpr Isa kIsa = {
     pack_tokens,
     unpack_tokens,
     activate,
+    every,
     gather,
     gather_strips,
     finish,

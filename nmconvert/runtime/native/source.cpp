@@ -14,20 +14,20 @@ bool has_pads(const ConvAttributes& attributes) {
 }
 
 // One row of pixels, those of each remainder modulo the stride together, behind `before` zeros.
-void copy_row(const float* from, int64_t count, int64_t before, int64_t stride, int64_t phase, float* to) {
+void copy_row(const Isa* isa, const float* from, int64_t count, int64_t before, int64_t stride, int64_t phase, float* to) {
   for (int64_t first = 0; first < std::min(stride, count); ++first) {
     float* next = to + (first + before) % stride * phase + (first + before) / stride;
     if (stride == 1) {
       std::copy_n(from, count, next);
     } else {
-      for (int64_t x = first; x < count; x += stride) *next++ = from[x];
+      isa->every(from + first, stride, (count - first + stride - 1) / stride, next);
     }
   }
 }
 
 }  // namespace
 
-Source make_source(const ConvAttributes& attributes, const Image& image, int64_t slack, const Parallel& parallel) {
+Source make_source(const Isa* isa, const ConvAttributes& attributes, const Image& image, int64_t slack, const Parallel& parallel) {
   const int64_t stride = attributes.strides[2], channels = attributes.groups * attributes.inputs;
   const Triple& in = image.in;
   if (!has_pads(attributes) && stride == 1 && slack == 0) {
@@ -49,7 +49,7 @@ Source make_source(const ConvAttributes& attributes, const Image& image, int64_t
       std::fill_n(to, channel, 0.0f);
       for (int64_t z = 0; z < in[0]; ++z)
         for (int64_t y = 0; y < in[1]; ++y, from += in[2])
-          copy_row(from, in[2], attributes.before[2], stride, phase,
+          copy_row(isa, from, in[2], attributes.before[2], stride, phase,
                    to + (z + attributes.before[0]) * slice + (y + attributes.before[1]) * row);
     }
   });
@@ -63,7 +63,7 @@ bool flatten_pointwise(ConvAttributes& attributes, Image& image) {
   return true;
 }
 
-const float* subsample(const ConvAttributes& given, const Image& image, const Parallel& parallel) {
+const float* subsample(const Isa* isa, const ConvAttributes& given, const Image& image, const Parallel& parallel) {
   if (volume(given.strides) == 1) return image.x;
   const int64_t channels = given.groups * given.inputs, size = volume(image.out);
   // Not the shared input: a linear layer packs these pixels into that.
@@ -74,7 +74,8 @@ const float* subsample(const ConvAttributes& given, const Image& image, const Pa
     for (int64_t z = 0; z < image.out[0]; ++z)
       for (int64_t y = 0; y < image.out[1]; ++y) {
         const float* row = slice + (z * given.strides[0] * image.in[1] + y * given.strides[1]) * image.in[2];
-        for (int64_t x = 0; x < image.out[2]; ++x) *to++ = row[x * given.strides[2]];
+        isa->every(row, given.strides[2], image.out[2], to);
+        to += image.out[2];
       }
   });
   return copy;

@@ -19,12 +19,12 @@ struct Source {
 };
 
 // A copy is made where there are pads or strides, and where `slack` floats have to be readable beyond the end.
-Source make_source(const ConvAttributes& attributes, const Image& image, int64_t slack, const Parallel& parallel);
+Source make_source(const Isa* isa, const ConvAttributes& attributes, const Image& image, int64_t slack, const Parallel& parallel);
 
 // A 1×1 convolution without pads takes an image for one long row. Says whether this is one; pixels between strides are left out
 // by subsample().
 bool flatten_pointwise(ConvAttributes& attributes, Image& image);
 // The pixels of `given` that a flattened convolution with strides reads.
-const float* subsample(const ConvAttributes& given, const Image& image, const Parallel& parallel);
+const float* subsample(const Isa* isa, const ConvAttributes& given, const Image& image, const Parallel& parallel);
 
 }  // namespace nmconvert
