@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nmconvert.calibrate.answers import answer_of, heads
-from nmconvert.calibrate.correct import augment, held_out_error, is_images, keep_if_better, reconstruct, reestimate_norms
+from nmconvert.calibrate.correct import held_out_error, keep_if_better, reconstruct, reestimate_norms
 from nmconvert.calibrate.driver import Recipe, prune_model
+from nmconvert.calibrate.images import augment, is_images, scenes
 from nmconvert.calibrate.moments import Moments, find_followers, find_sites, inputs_seen
 from nmconvert.calibrate.replay import Call, Replay, as_call, find_units, outputs_of, trace
 from nmconvert.calibrate.resume import fingerprint, read, write
@@ -445,6 +446,20 @@ def test_images_in_a_list_may_differ_in_size():
     assert not any(torch.equal(a, b) for a, b in zip(changed, batch[0], strict=True))
     assert not is_images((batch[0][0],))
     assert not is_images(([torch.zeros(2, 3)],))
+
+
+def test_scenes_are_parts_of_the_images_and_other_every_time():
+    coloured = [torch.full((3, 32, 48), float(value)) for value in (1, 2, 3)]
+    batch, generator = torch.full((16, 3, 32, 48), 4.0), torch.Generator().manual_seed(0)
+    changed = scenes(batch, coloured, generator)
+    assert changed.shape == batch.shape
+    assert {bool((image == image[0, 0, 0]).all()) for image in changed} == {True, False}  # of one image, and of several
+    assert changed.min() > 0.999
+    assert changed.max() < 4.001
+    varied = torch.rand(4, 3, 32, 48, generator=generator)
+    assert not torch.equal(scenes(varied, [*varied], generator), scenes(varied, [*varied], generator))
+    one, other = (scenes(varied, [*varied], torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(one, other)
 
 
 # ── models that choose ────────────────────────────────────────────────────────────────────────────────────────────────

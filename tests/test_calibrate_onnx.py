@@ -7,6 +7,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from nmconvert.calibrate.distance import Said
 from nmconvert.calibrate.driver import Recipe, prune_model
 from nmconvert.calibrate.onnx_driver import check, compared, prune_onnx
 from nmconvert.calibrate.onnx_module import GraphModule
@@ -315,11 +316,63 @@ def test_a_graph_is_judged_before_its_last_concat_and_by_its_last_layers():
         node("Concat", ["p", "c"], ["y"], axis=1),
     ]
     shapes = {"w": (8, 4, 1), "u": (2, 8, 1), "v": (4, 8, 1)}
-    assert sorted(compared(graph_of(nodes, shapes))) == ["b", "c", "p"]
+    assert compared(graph_of(nodes, shapes)) == [Said("c"), Said("b", "chance")]
     skipping = [*nodes[:2], node("Add", ["b", "x"], ["y"])]
-    assert compared(graph_of(skipping, {"w": (8, 4, 1), "u": (4, 8, 1)})) == ["b", "y"]
+    assert compared(graph_of(skipping, {"w": (8, 4, 1), "u": (4, 8, 1)})) == [Said("b"), Said("y")]
     chosen = [*nodes[:-1], node("TopK", ["p", "k"], ["y", "places"], axis=2)]
-    assert compared(graph_of(chosen, {**shapes, "k": (1,)})) == ["b"]
+    assert compared(graph_of(chosen, {**shapes, "k": (1,)})) == [Said("b")]
+
+
+def test_a_softmax_between_transposes_is_judged_by_what_it_is_given():
+    node = helper.make_node
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Transpose", ["a"], ["b"], perm=[0, 2, 1]),
+        node("Softmax", ["b"], ["c"], axis=2),
+        node("Transpose", ["c"], ["p"], perm=[0, 2, 1]),
+        node("Conv", ["x", "u"], ["d"]),
+        node("Transpose", ["d"], ["e"], perm=[2, 0, 1]),
+        node("Sigmoid", ["e"], ["f"]),
+        node("Transpose", ["f"], ["q"], perm=[1, 2, 0]),
+        node("Concat", ["p", "q"], ["y"], axis=1),
+    ]
+    found = compared(graph_of(nodes, {"w": (8, 4, 1), "u": (2, 4, 1)}))
+    assert found == [Said("b", "choice", 2), Said("e", "chance", 2)]
+
+
+def detector():
+    node = helper.make_node
+    nodes = [
+        node("Conv", ["x", "stem"], ["a"], pads=[1, 1, 1, 1]),
+        node("Relu", ["a"], ["b"]),
+        node("Conv", ["b", "w1", "b1"], ["c"], pads=[1, 1, 1, 1]),
+        node("Relu", ["c"], ["d"]),
+        node("Conv", ["d", "w2", "b2"], ["e"], pads=[1, 1, 1, 1]),
+        node("Relu", ["e"], ["f"]),
+        node("Conv", ["f", "u"], ["g"]),
+        node("Sigmoid", ["g"], ["p"]),
+        node("Conv", ["f", "v"], ["h"]),
+        node("Conv", ["f", "k"], ["i"]),
+        node("Softmax", ["i"], ["q"], axis=1),
+        node("Concat", ["p", "h", "q"], ["y"], axis=1),
+    ]
+    shapes = {"stem": (8, 3, 3, 3), "w1": (16, 8, 3, 3), "b1": (16,), "w2": (16, 16, 3, 3), "b2": (16,)}
+    return graph_of(nodes, {**shapes, "u": (1, 16, 1, 1), "v": (4, 16, 1, 1), "k": (6, 16, 1, 1)})
+
+
+def test_a_graph_that_answers_by_place_is_fitted_to_what_its_maps_mean():
+    model, told = detector(), []
+    rows = rows_of(model, ["w1", "w2", "u", "v", "k"])
+    batches, other = images(20), images(21)[20]
+    fitted = prune_onnx(model, batches, rows, Recipe(model_steps=60, model_rate=2e-3), told.append)
+    what, _, errors = told[-1].partition("  ")
+    assert what == "model: reconstruction"
+    before, after = (float(error) for error in errors.split(" -> "))
+    assert after < 0.9 * before
+    plain = prune_onnx(model, batches, rows, Recipe(model_steps=0))
+    target, *others = (run(changed(model, tensors), other) for tensors in ({}, plain, fitted))
+    lost = [float((target[:, 5:] * (target[:, 5:] / output[:, 5:]).log()).sum()) for output in others]
+    assert lost[1] < 0.9 * lost[0]
 
 
 def test_an_interrupted_graph_goes_on_and_ends_with_the_same_bytes(tmp_path):

@@ -10,6 +10,8 @@
 ``moments``         layer inputs → the statistics that the solvers need
 ``correct``         norms, biases and reconstruction, each kept only if held-out samples say that it helps
 ``answers``         what a whole model is judged by
+``distance``        how far two answers are apart where they are probabilities
+``images``          few images made many
 ``axes, permute``   which input channels may be put in another order, and which order keeps more
 ``budget``          which pattern for which layer, under a budget of accuracy, size or speed
 ``resume``          where an interrupted run goes on

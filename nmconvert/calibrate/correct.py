@@ -23,6 +23,9 @@ _USUAL = 0.5  # size of a tensor at which a relative rate is the absolute one; w
 Pair = tuple[Call, Any]
 """A call, and what the dense module answers to it."""
 
+Measure = Callable[[Any, Any], Tensor]
+"""How far outputs are from targets: a scalar."""
+
 
 def output_error(outputs: Any, targets: Any) -> Tensor:
     """Mean over the floating tensors of ‖output − target‖² / ‖target‖²; both any nest of tensors of equal shapes."""
@@ -37,9 +40,12 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def held_out_error(answer: Answer, calls: Sequence[Sequence[Call]], targets: Sequence[Sequence[Any]]) -> float:
-    """:func:`output_error` of ``answer`` over batches of calls."""
-    errors = [output_error(a, b) for a, b in zip(outputs_of(answer, calls), targets, strict=True)]
+def held_out_error(
+    answer: Answer, calls: Sequence[Sequence[Call]], targets: Sequence[Sequence[Any]], distance: Measure = output_error
+) -> float:
+    """Mean ``distance`` of what ``answer`` gives from ``targets``, over batches of calls."""
+    outputs = outputs_of(answer, calls)
+    errors = [distance(a, b) for some, wanted in zip(outputs, targets, strict=True) for a, b in zip(some, wanted, strict=True)]
     return float(torch.stack(errors).mean())
 
 
@@ -115,6 +121,7 @@ def reconstruct(
     rate: float,
     together: int = 1,
     relative: bool = False,
+    distance: Measure = output_error,
 ) -> None:
     """Fit the kept weights, biases and norms of ``module`` to the dense answers: Adam, cosine rate, masks fixed.
 
@@ -138,7 +145,7 @@ def reconstruct(
             for number in range(step * together, (step + 1) * together):
                 call, target = pairs(number)
                 call = Call(*tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs)))
-                (output_error(answer(*call.args, **call.kwargs), target) / together).backward()
+                (distance(answer(*call.args, **call.kwargs), target) / together).backward()
             optimizer.step()
             with torch.no_grad():
                 for name, mask in masks.items():
@@ -152,29 +159,3 @@ def _size(parameter: Tensor) -> float:
     """The root mean square of what is not zero."""
     values = parameter.detach()[parameter.detach() != 0]
     return float(values.square().mean().sqrt()) if values.numel() else 1e-2
-
-
-def image_count(batch: Any) -> int:
-    """How many images a batch is (see :func:`is_images`)."""
-    return len(batch if isinstance(batch, Tensor) else batch[0])
-
-
-def is_images(batch: Any) -> bool:
-    """Whether a batch is a tensor of images [B, C, H, W], or a list of images [C, H, W], which may be flipped and shifted."""
-    if isinstance(batch, tuple | list) and len(batch) == 1 and isinstance(batch[0], list):
-        return all(isinstance(image, Tensor) and is_images(image[None]) for image in batch[0])
-    return isinstance(batch, Tensor) and batch.dim() == 4 and batch.is_floating_point() and batch.shape[1] <= 4
-
-
-def augment(batch: Any, generator: torch.Generator) -> Any:
-    """Each image of ``batch`` (see :func:`is_images`) mirrored with probability ½ and shifted by up to an eighth."""
-    if not isinstance(batch, Tensor):
-        return ([augment(image[None], generator)[0] for image in batch[0]],)
-    size = len(batch)
-    flip = torch.rand(size, generator=generator) < 0.5
-    batch = torch.where(flip[:, None, None, None], batch.flip(3), batch)
-    reach = max(1, min(batch.shape[2:]) // 8)
-    padded = nn.functional.pad(batch, [reach] * 4, mode="reflect")
-    offsets = torch.randint(0, 2 * reach + 1, (size, 2), generator=generator).tolist()
-    height, width = batch.shape[2:]
-    return torch.stack([image[:, y : y + height, x : x + width] for image, (y, x) in zip(padded, offsets, strict=True)])

@@ -19,15 +19,16 @@ from torch import Tensor, nn
 
 from nmconvert.calibrate.answers import Answer, answer_of
 from nmconvert.calibrate.correct import (
-    augment,
+    Measure,
     held_out_error,
-    image_count,
-    is_images,
     keep_if_better,
     norms,
+    output_error,
     reconstruct,
     reestimate_norms,
 )
+from nmconvert.calibrate.distance import Distance, Said
+from nmconvert.calibrate.images import augment, image_count, is_images, scenes
 from nmconvert.calibrate.moments import Moments, Site, find_followers, find_sites, inputs_seen, solve_rows
 from nmconvert.calibrate.replay import Batch, Call, Replay, as_call, find_units, outputs_of, trace
 from nmconvert.calibrate.resume import Done, fingerprint, read, write
@@ -37,6 +38,7 @@ from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Axis, Pattern
 
 _IMAGES = 16  # of a step of reconstruction at least: gradients of few are noisy
+_BY_PLACE = 2.0  # times the rate where no two steps see the same images (:func:`nmconvert.calibrate.images.scenes`)
 _LARGE = 0.08  # relative error of the outputs at which the model is fitted at the full rate
 
 
@@ -106,6 +108,7 @@ def prune_model(
     recipe: Recipe = DEFAULT,
     progress: Callable[[str], None] = lambda line: None,
     resume: Path | None = None,
+    said: Sequence[Said] = (),
 ) -> Pruned:
     """Prune the parameters of ``plan`` in place of ``model``, with unlabelled ``batches``.
 
@@ -119,6 +122,8 @@ def prune_model(
         progress: called with one line for each layer.
         resume: a file that keeps what is done after each unit; a run that finds its own goes on there, and ends with the
             same bytes. Removed at the end.
+        said: what each output of the model is. Where some are probabilities, the model as a whole is compared by a
+            :class:`~nmconvert.calibrate.distance.Distance`; else by the relative squared error of its outputs.
 
     Raises:
         DataError: fewer than two batches.
@@ -130,7 +135,7 @@ def prune_model(
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it computes whole transformer layers past their modules
     try:
-        return _Run(model.eval(), batches, plan, recipe, progress).run(resume)
+        return _Run(model.eval(), batches, plan, recipe, progress, said).run(resume)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -145,6 +150,7 @@ class _Run:
         plan: Mapping[str, tuple[Pattern, Axis]],
         recipe: Recipe,
         progress: Callable[[str], None],
+        said: Sequence[Said],
     ):
         self.model, self.recipe, self.progress = model, recipe, progress
         self.dense = deepcopy(model).requires_grad_(False)
@@ -158,6 +164,7 @@ class _Run:
         self.together = max(1, _IMAGES // image_count(batches[0])) if is_images(batches[0]) else 1
         self.train, self.batches = len(train), train + batches[-held:]
         self.generator = generator
+        self.said = [] if all(one.kind == "value" for one in said) else said
         self.followers = find_followers(model, batches[0], list({site.module for site in self.sites}))
         self.masks: dict[str, Tensor] = {}
         self.result = Pruned({})
@@ -309,9 +316,12 @@ class _Run:
         change: Callable[[], None],
         inputs: list[list[Call]],
         targets: list[list[Any]],
+        distance: Measure = output_error,
     ) -> None:
-        answer = self._answer(unit)
-        before, after = keep_if_better(self.model.get_submodule(unit), change, lambda: held_out_error(answer, inputs, targets))
+        def error() -> float:
+            return held_out_error(self._answer(unit), inputs, targets, distance)
+
+        before, after = keep_if_better(self.model.get_submodule(unit), change, error)
         self.result.corrections.append(Correction(unit, what, before, after))
         self.progress(f"{unit or 'model'}: {what}  {before:.4f} -> {after:.4f}")
 
@@ -327,7 +337,7 @@ class _Run:
             return inputs[order[number]][0], targets[order[number]][0]
 
         def change() -> None:
-            self._fit(unit, pair, masks, self.recipe.block_steps, self.recipe.block_rate)
+            self._fit(unit, pair, masks, self.recipe.block_steps, self.recipe.block_rate, output_error)
 
         self._correct(unit, "reconstruction", change, inputs[self.train :], targets[self.train :])
 
@@ -335,33 +345,63 @@ class _Run:
         """The model as a whole, as one more block."""
         held = [[as_call(batch)] for batch in self.batches[self.train :]]
         targets = outputs_of(self.answer_dense, held)
+        distance = self._distance()
         if self.recipe.reestimate and norms(self.model):
             train = [[as_call(batch)] for batch in self.fresh]
-            self._correct("", "norms", lambda: reestimate_norms(self.model, self.dense, train, train), held, targets)
+            self._correct("", "norms", lambda: reestimate_norms(self.model, self.dense, train, train), held, targets, distance)
         if not self.recipe.model_steps:
             return
+        by_place = bool(self.said) and any(output.dim() > 2 for output in targets[0][0])
         order = self._shuffled(self.recipe.model_steps * self.together, len(self.fresh))
-        images = is_images(self.fresh[0])
 
         def pair(number: int) -> tuple[Call, Any]:
-            batch = self.fresh[order[number]]
-            batch = augment(batch, self.generator) if images else batch
-            call = as_call(batch)
+            call = as_call(self._changed(self.fresh[order[number]], by_place))
             return call, outputs_of(self.answer_dense, [[call]])[0][0]
 
-        error = held_out_error(self.answer, held, targets)
-        rate = self.recipe.model_rate * min(1.0, (error / _LARGE) ** 0.5)  # a good model is spoilt by large steps
+        error = held_out_error(self.answer, held, targets, distance)
+        usual = self.recipe.model_rate * (_BY_PLACE if by_place else 1.0)
+        rate = usual * min(1.0, (error / _LARGE) ** 0.5)  # a good model is spoilt by large steps
 
         def change() -> None:
-            self._fit("", pair, self.masks, self.recipe.model_steps, rate)
+            self._fit("", pair, self.masks, self.recipe.model_steps, rate, distance)
 
-        self._correct("", "reconstruction", change, held, targets)
+        self._correct("", "reconstruction", change, held, targets, distance)
+
+    def _changed(self, batch: Batch, by_place: bool) -> Batch:
+        """A batch of images at random: where the model answers for every place, changed more than for one answer."""
+        if not is_images(batch):
+            return batch
+        if not by_place or not isinstance(batch, Tensor):
+            return augment(batch, self.generator)
+        return scenes(batch, [image for other in self.fresh for image in other], self.generator)
+
+    def _distance(self) -> Measure:
+        """How far answers of the model as a whole are apart."""
+        if not self.said:
+            return output_error
+        return Distance(self.said, (outputs_of(self.answer_dense, [[as_call(batch)]])[0][0] for batch in self.fresh))
 
     def _fit(
-        self, unit: str, pair: Callable[[int], tuple[Call, Any]], masks: Mapping[str, Tensor], steps: int, rate: float
+        self,
+        unit: str,
+        pair: Callable[[int], tuple[Call, Any]],
+        masks: Mapping[str, Tensor],
+        steps: int,
+        rate: float,
+        distance: Measure,
     ) -> None:
         module, relative = self.model.get_submodule(unit), self.recipe.relative_rates
-        reconstruct(module, self._answer(unit), pair, masks, steps=steps, rate=rate, together=self.together, relative=relative)
+        reconstruct(
+            module,
+            self._answer(unit),
+            pair,
+            masks,
+            steps=steps,
+            rate=rate,
+            together=self.together,
+            relative=relative,
+            distance=distance,
+        )
 
     def _shuffled(self, count: int, among: int | None = None) -> list[int]:
         order: list[int] = []

@@ -1,12 +1,12 @@
 """Pruning a bare ONNX file with calibration data: the graph as a module, by the driver for modules.
 
-What is compared are the graph's outputs, before a last Concat puts them together, and what its last layers say: an activation
-that saturates hides how far these are off.
+What is compared are the graph's outputs, before a last Concat puts them together, and what its last layers say. Where outputs
+are probabilities, by a Sigmoid or Softmax, :mod:`nmconvert.calibrate.distance` says how far two of them are apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 from torch import Tensor
 
 from nmconvert.calibrate.correct import output_error
+from nmconvert.calibrate.distance import Said
 from nmconvert.calibrate.driver import DEFAULT, Recipe, prune_model
 from nmconvert.calibrate.onnx_module import GraphModule
 from nmconvert.calibrate.onnx_ops import session
 from nmconvert.calibrate.replay import Batch, as_call
 from nmconvert.errors import DataError, ModelError
-from nmconvert.onnx_graph import DTYPES, Constants, weight_uses
+from nmconvert.onnx_graph import DTYPES, Constants, attribute, weight_uses
 from nmconvert.tensor import Row
 
 _AGREES = 1e-6  # relative squared error between torch and onnxruntime; half precision adds its own
@@ -49,7 +50,8 @@ def prune_onnx(
         ModelError: a row's weight is in a nested graph, or is used in a way that cannot be calibrated.
     """
     inputs = _inputs(model.graph, list(batches))
-    module = GraphModule(model, compared(model))
+    said = compared(model)
+    module = GraphModule(model, [one.name for one in said])
     plan = {}
     for row in rows:
         place = module.places.get(row.name)
@@ -69,7 +71,7 @@ def prune_onnx(
         first, gap, rest = line.partition("  ")
         progress(own.get(first, first) + gap + rest)
 
-    result = prune_model(module, inputs, plan, replace(recipe, relative_rates=True), tell, resume)
+    result = prune_model(module, inputs, plan, replace(recipe, relative_rates=True), tell, resume, said)
     dtypes = {name: getattr(torch, DTYPES[tensor.data_type]) for name, tensor in Constants.of(model.graph).tensors.items()}
     changed = {own[name]: tensor for name, tensor in result.state.items() if name in own}  # a shared weight has several names
     return {name: module.places[name].back(tensor).to(dtypes[name]) for name, tensor in changed.items()}
@@ -103,7 +105,7 @@ def check(module: GraphModule, model: ModelProto, batch: Batch) -> None:
         )
 
 
-def compared(model: ModelProto) -> list[str]:
+def compared(model: ModelProto) -> list[Said]:
     """The values by which a graph is judged: see the module's docstring."""
     scope = Constants.of(model.graph)
     outputs = [value.name for value in model.graph.output]
@@ -111,10 +113,40 @@ def compared(model: ModelProto) -> list[str]:
     layers = [use.node for use in weight_uses(model.graph, scope) if use.node.output[0] in used]
     passed = set(_before([name for node in layers for name in node.input], scope, lambda node: True))
     heads = [node.output[0] for node in layers if node.output[0] not in passed]
-    joined = _before(outputs, scope, lambda node: node.op_type == "Concat")
-    ends = [name for name in joined if name in scope.producers and scope.producers[name].op_type != "Concat"]
-    chooses = any(node.op_type in _CHOOSING for node in model.graph.node)
-    return list(dict.fromkeys([*heads, *([] if chooses and heads else ends)]))
+    if heads and any(node.op_type in _CHOOSING for node in model.graph.node):
+        return [Said(name) for name in heads]
+    ends = [_meant(name, axis, scope) for name, axis in _joined(outputs, scope)]
+    logits = [end.name for end in ends if end.kind != "value"]
+    shown = set(_before(logits, scope, lambda node: node.output[0] not in heads))
+    found = {said.name: said for said in [*(Said(name) for name in heads if name not in shown), *ends]}
+    return list(found.values())
+
+
+def _joined(outputs: Sequence[str], scope: Constants) -> Iterator[tuple[str, int]]:
+    """What Concats make ``outputs`` of, and along which axis."""
+    pending = [(name, 1) for name in outputs]
+    while pending:
+        name, axis = pending.pop(0)
+        node = scope.producers.get(name)
+        if node is not None and node.op_type == "Concat":
+            pending.extend((part, attribute(node, "axis", 1)) for part in node.input)
+        elif node is not None:
+            yield name, axis
+
+
+def _meant(name: str, axis: int, scope: Constants) -> Said:
+    """A value, or where it is a probability, what this is computed from; ``axis`` is where its channels are."""
+    below, channels = name, axis
+    node = scope.producers[below]
+    while node.op_type == "Transpose" and node.input[0] in scope.producers:
+        below, order = node.input[0], attribute(node, "perm", ())
+        channels = order[channels] if order else channels
+        node = scope.producers[below]
+    if node.op_type == "Sigmoid":
+        return Said(node.input[0], "chance", channels)
+    if node.op_type in ("Softmax", "LogSoftmax"):
+        return Said(node.input[0], "choice", attribute(node, "axis", -1))
+    return Said(name, "value", axis)
 
 
 def _before(names: Sequence[str], scope: Constants, through: Callable[[NodeProto], bool]) -> list[str]:
