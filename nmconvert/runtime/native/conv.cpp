@@ -264,7 +264,7 @@ Streaming stream_image(const Isa* isa, Weights& weights, const Packed& packed, c
 // Every pixel of the output as a token, through the row loops; their sums, turned round, go where panels' would.
 void run_pixels(const Isa* isa, Weights& weights, const Packed& packed, const ConvAttributes& attributes, const Image& image,
                 const Epilogue& epilogue, const Parallel& parallel) {
-  const Source source = make_source(attributes, image, 0, parallel);
+  const Source source = make_source(isa, attributes, image, 0, parallel);
   const Triple& out = image.out;
   const int64_t columns = weights.columns(), rows = weights.rows(), size = volume(out), pixels = pixels_of(image);
   const int64_t width = ceil_div(pixels, isa->width) * isa->width;
