@@ -9,6 +9,7 @@ import sys
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -154,9 +155,12 @@ def test_without_a_compiler_the_package_is_built_without_kernels(tmp_path: Path)
     not os.environ.get("NMCONVERT_OTHER_ORT"),
     reason="set NMCONVERT_OTHER_ORT to a folder (pip install --target) with another onnxruntime, for example 1.20.1",
 )
-def test_another_onnxruntime_gives_the_same_answers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", [np.float32, np.float16, np.int8])
+def test_another_onnxruntime_gives_the_same_answers(tmp_path: Path, stored: Any) -> None:
     rng = np.random.default_rng(3)
-    onnx.save(layer("Conv", random_weight(rng, "conv", (16, 32, 3, 3), "2:4"), [1, 32, 9, 9]), tmp_path / "model.onnx")
+    weight = random_weight(rng, "conv", (16, 32, 3, 3), "2:4", dtype=stored)
+    proto = layer("ConvRelu", weight, [1, 32, 9, 9], {"B": rng.standard_normal(16).astype(np.float32)})
+    onnx.save(proto, tmp_path / "model.onnx")
     program = """
 import sys, numpy, onnxruntime
 options = onnxruntime.SessionOptions()

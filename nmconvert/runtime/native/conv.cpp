@@ -20,7 +20,7 @@ double column_fill(const ConvAttributes& attributes, const Image& image, int64_t
   return volume(attributes.kernel) == 1 && image.out[1] == 1 ? 2.0 : 3.5 + 2.0 * static_cast<double>(width / (image.out[2] + 1));
 }
 constexpr double kFirstTouch = 1.0;  // of a vector that is read in place
-constexpr double kGather = 1.5;  // a float, one by one
+constexpr double kTurn = 6;  // a vector, out of a panel or into one
 double strip_fill(int64_t pieces) { return pieces == 1 ? 1.4 : 1.2 * static_cast<double>(pieces); }
 
 // Panels that the output is cut into.
@@ -50,10 +50,11 @@ bool takes_in_place(const ConvAttributes& attributes, const Image& image, int64_
          volume(image.in) % width == 0 && is_aligned(image);
 }
 
-// Few pixels are gathered one by one, as the tokens of a linear layer.
+// Few pixels are turned into the tokens of a linear layer, a row of them at a time.
 double pixel_cycles(const Isa& isa, const Image& image, const Weights& weights) {
-  const double pixels = static_cast<double>(pixels_of(image)), moved = static_cast<double>(weights.columns() + weights.rows());
-  return row_cycles(isa, weights, pixels_of(image)) + kGather * pixels * moved;
+  const double pixels = static_cast<double>(pixels_of(image)), lines = pixels / static_cast<double>(image.out[2]);
+  return row_cycles(isa, weights, pixels_of(image)) + kTurn * (lines * static_cast<double>(weights.columns()) + static_cast<double>(weights.rows())) +
+         0.2 * pixels * static_cast<double>(weights.columns());
 }
 
 // The choice with the fewest estimated cycles; none (no isa) where the row loops take fewer.
@@ -82,31 +83,29 @@ TileChoice choose_panels(const Isa* isa, const Weights& weights, const ConvAttri
 }
 
 // For every column of the weight, in the file's order, where it reads relative to the pixel.
-void column_offsets(const ConvAttributes& a, const Source& source, const std::vector<uint32_t>& order, int64_t* offsets) {
-  for (size_t i = 0; i < order.size(); ++i) {
-    int64_t rest = order[i];
-    const int64_t x = rest % a.kernel[2] * a.dilations[2];
-    rest /= a.kernel[2];
-    const int64_t y = rest % a.kernel[1] * a.dilations[1];
-    rest /= a.kernel[1];
-    const int64_t z = rest % a.kernel[0] * a.dilations[0], channel = rest / a.kernel[0];
-    offsets[i] = channel * source.channel + z * source.slice + y * source.row + source.column(x, a.strides[2]);
-  }
+const int64_t* column_offsets(const ConvAttributes& a, const Source& source, const std::vector<uint32_t>& order) {
+  const int64_t columns = static_cast<int64_t>(order.size());
+  int64_t* offsets = Scratch::mine().shared_offsets.at_least(2 * columns);
+  int64_t *own = offsets + columns, *next = own;  // in the operator's order: to find them from `order` takes divisions
+  for (int64_t channel = 0; channel < a.inputs; ++channel)
+    for (int64_t z = 0; z < a.kernel[0]; ++z)
+      for (int64_t y = 0; y < a.kernel[1]; ++y) {
+        const int64_t row = channel * source.channel + z * a.dilations[0] * source.slice + y * a.dilations[1] * source.row;
+        for (int64_t x = 0; x < a.kernel[2]; ++x) *next++ = row + source.column(x * a.dilations[2], a.strides[2]);
+      }
+  for (int64_t i = 0; i < columns; ++i) offsets[i] = own[order[i]];
+  return offsets;
 }
 
 // For every line of a panel, where it reads relative to the pixel.
 const int64_t* line_offsets(const ConvAttributes& a, const Layout& layout, const Source& source, const std::vector<uint32_t>& order) {
-  int64_t* offsets = Scratch::mine().shared_offsets.at_least(layout.lines());
-  if (layout.strips) {
-    int64_t* next = offsets;
-    for (int64_t channel = 0; channel < a.inputs; ++channel)
-      for (int64_t remainder = 0; remainder < layout.kernel.remainders(); ++remainder)
-        for (int64_t x = 0; x < a.kernel[2]; ++x)
-          *next++ = channel * source.channel + remainder * layout.kernel.remainder_step() * source.row +
-                    source.column(x * a.dilations[2], a.strides[2]);
-    return offsets;
-  }
-  column_offsets(a, source, order, offsets);
+  if (!layout.strips) return column_offsets(a, source, order);
+  int64_t *offsets = Scratch::mine().shared_offsets.at_least(layout.lines()), *next = offsets;
+  for (int64_t channel = 0; channel < a.inputs; ++channel)
+    for (int64_t remainder = 0; remainder < layout.kernel.remainders(); ++remainder)
+      for (int64_t x = 0; x < a.kernel[2]; ++x)
+        *next++ = channel * source.channel + remainder * layout.kernel.remainder_step() * source.row +
+                  source.column(x * a.dilations[2], a.strides[2]);
   return offsets;
 }
 
@@ -269,21 +268,19 @@ void run_pixels(const Isa* isa, Weights& weights, const Packed& packed, const Co
   const int64_t columns = weights.columns(), rows = weights.rows(), size = volume(out), pixels = pixels_of(image);
   const int64_t width = ceil_div(pixels, isa->width) * isa->width;
   Scratch& scratch = Scratch::mine();
-  int64_t* offsets = scratch.shared_offsets.at_least(columns);
-  column_offsets(attributes, source, weights.order(), offsets);
+  const int64_t* offsets = column_offsets(attributes, source, weights.order());
   float* tokens = scratch.shared_tokens.at_least(attributes.groups * pixels * columns);
   float* sums = scratch.shared_sums.at_least(pixels * rows + rows * width);
   float* turned = sums + pixels * rows;
   std::vector<Segment> writes;
   for (int64_t n = 0; n < image.batch; ++n) writes.push_back({n * size, n * attributes.outputs * size, size});
-  // Of all groups, before the row loops take the memory of the source.
-  parallel(attributes.groups * pixels, [&](int64_t index) {
-    const int64_t group = index / pixels, n = index % pixels / size, pixel = index % pixels % size;
-    const int64_t x = pixel % out[2], y = pixel / out[2] % out[1], z = pixel / out[2] / out[1];
-    const float* from = source.data + n * source.image + group * attributes.inputs * source.channel +
-                        z * attributes.strides[0] * source.slice + y * attributes.strides[1] * source.row + x;
-    float* to = tokens + index * columns;
-    for (int64_t column = 0; column < columns; ++column) to[column] = from[offsets[column]];
+  // Of all groups, before the row loops take the memory of the source; a task for each row of pixels.
+  const int64_t lines = pixels / out[2];
+  parallel(attributes.groups * lines, [&](int64_t index) {
+    const int64_t group = index / lines, line = index % lines, y = line % out[1], z = line / out[1] % out[0], n = line / out[1] / out[0];
+    const int64_t first = n * source.image + group * attributes.inputs * source.channel + z * attributes.strides[0] * source.slice +
+                          y * attributes.strides[1] * source.row;
+    isa->turn_pixels(source.data + first, source.size - first, offsets, columns, out[2], tokens + index * out[2] * columns);
   });
   const Epilogue none{Activation::kNone, -__builtin_inff(), __builtin_inff()};
   for (int64_t group = 0; group < attributes.groups; ++group) {

@@ -97,6 +97,8 @@ struct Isa {
   // Lines of `height` vectors, each of `pieces` equal parts; vector v of a line reads v · step further on.
   void (*gather_strips)(const float* from, const int64_t* offsets, int64_t lines, const Segment* segments, int64_t pieces, int64_t height,
                         int64_t step, float* panel);
+  // A row of pixels from `from`, of which `size` floats may be read: to[pixel][column] = from[offsets[column] + pixel].
+  void (*turn_pixels)(const float* from, int64_t size, const int64_t* offsets, int64_t columns, int64_t pixels, float* to);
   void (*finish)(const FinishJob& job);
   // For float, half, bfloat16 and double: weights [rows][columns], pruned in place to the n largest of every m; energy[0] and
   // [1] are the sums of squares before and after. False where one of them is NaN or infinite.

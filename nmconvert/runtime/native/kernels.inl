@@ -512,6 +512,28 @@ inline void store_part(float* p, Vector v, int64_t count) {
 #endif
 }
 
+void turn_pixels(const float* from, int64_t size, const int64_t* offsets, int64_t columns, int64_t pixels, float* to) {
+  for (int64_t pixel = 0; pixel < pixels; pixel += W, from += W, size -= W, to += W * columns) {
+    const int64_t valid = pixels - pixel < W ? pixels - pixel : W;
+    int64_t column = 0;
+    for (; column + W <= columns; column += W) {
+      Vector v[W];
+      for (int i = 0; i < W; ++i) {
+        const int64_t at = offsets[column + i];
+        v[i] = at + W <= size ? load(from + at) : load_part(from + at, valid);
+      }
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        if (i >= valid) break;
+        store(to + i * columns + column, v[i]);
+      }
+    }
+    for (; column < columns; ++column)
+      for (int64_t i = 0; i < valid; ++i) to[i * columns + column] = from[offsets[column] + i];
+  }
+}
+
 void finish(const FinishJob& job) {
   const Vector low = splat(job.low), high = splat(job.high);
   const float* sums = job.sums;
@@ -560,6 +582,7 @@ constexpr Isa kIsa = {
     every,
     gather,
     gather_strips,
+    turn_pixels,
     finish,
     {prune_rows<Single>, prune_rows<Half>, prune_rows<Brain>, prune_rows<Double>},
     {renew_mask<Single>, renew_mask<Double>},

@@ -11,10 +11,14 @@ constexpr int64_t kFew = 4;                 // tokens, that are never streamed
 // Few tokens: lanes are output rows, and every weight is read once.
 void run_few(const Isa* isa, const RowPlan& plan, int64_t rows, int64_t columns, int64_t group, const Tokens& tokens,
              const Epilogue& epilogue, const Parallel& parallel) {
-  float* x = Scratch::mine().shared_input.at_least(tokens.tokens * plan.padded_columns);
-  for (int64_t t = 0; t < tokens.tokens; ++t) {
-    std::copy_n(tokens.x + t * columns, columns, x + t * plan.padded_columns);
-    std::fill_n(x + t * plan.padded_columns + columns, plan.padded_columns - columns, 0.0f);
+  const float* x = tokens.x;
+  if (plan.padded_columns > columns) {
+    float* padded = Scratch::mine().shared_input.at_least(tokens.tokens * plan.padded_columns);
+    for (int64_t t = 0; t < tokens.tokens; ++t) {
+      std::copy_n(tokens.x + t * columns, columns, padded + t * plan.padded_columns);
+      std::fill_n(padded + t * plan.padded_columns + columns, plan.padded_columns - columns, 0.0f);
+    }
+    x = padded;
   }
   const int64_t work = plan.words * 8 * isa->width * tokens.tokens;
   const int64_t per_task = std::max({ceil_div(plan.blocks, wanted_tasks()), ceil_div(kSmallestTask, work), int64_t{1}});
