@@ -3,6 +3,9 @@
 //   g++ -std=c++17 -I onnxruntime/include run_model.cpp -L onnxruntime/lib -lonnxruntime -o run_model
 //   ./run_model LIBRARY MODEL DIMENSION…
 //
+// Where a layer may be faster dense, give it the file that `nmconvert bench MODEL --tuned FILE` writes on the same kind of CPU:
+// registering the library alone runs every packed layer on the kernels.
+//
 // LIBRARY is what `python -c "from nmconvert import runtime; print(runtime.library())"` prints. The model takes one float
 // input, x, of the DIMENSIONs, which is filled with ones, and gives y.
 #include <onnxruntime_c_api.h>

@@ -15,6 +15,8 @@ from pathlib import Path
 import onnx
 import onnxruntime
 
+from nmconvert import runtime
+from nmconvert.checkpoint.onnx_file import save_model
 from nmconvert.errors import UsageError
 from nmconvert.export import export
 from nmconvert.inputs import InputSpec, example_feed
@@ -73,6 +75,8 @@ class BenchResult:
     onnxruntime: str
     models: tuple[ModelTimes, ...]
     layers: tuple[LayerTimes, ...]
+    tuned: Path | None = None
+    sparse_layers: int = 0  # that are left in ``tuned``
 
     @property
     def noisy(self) -> bool:
@@ -98,30 +102,40 @@ def bench(
     rounds: int = 15,
     seconds: float = 2.0,
     per_layer: bool = True,
+    tuned: Path | None = None,
 ) -> BenchResult:
     """Time ``model`` on the kernels against ``against`` in stock onnxruntime (default: the same file with dense weights).
 
     ``against`` is an ONNX file, or a checkpoint, which is exported for that; ``module``, ``module_arguments`` and ``trust`` are
     those of :func:`nmconvert.export.export`. ``seconds`` is the time that each side gets for each number of threads and batch
-    size. Layers are timed with the first of both.
+    size. Layers are timed with the first of both. ``tuned`` is where the model goes as it runs fastest here, with the first of
+    both (:func:`nmconvert.runtime.tuned`).
 
     Raises:
-        UsageError: the model has no compressed layer, or cannot take the batch size; ``against`` takes other inputs.
+        UsageError: the model has no compressed layer, or cannot take the batch size; ``against`` takes other inputs; ``tuned``
+            is the model itself.
         KernelsUnavailableError: there are no kernels to measure.
     """
-    from nmconvert.runtime import library
-
-    path = library()
+    path = runtime.library()
     proto = onnx.load(model)
     if not calls(proto):
         raise UsageError(f"{model}: has no compressed layer to measure; write one with nmconvert export --flavour compressed")
+    if tuned is not None and tuned.resolve() == model.resolve():
+        raise UsageError(f"{tuned}: is the model itself; give another name with --tuned")
     rows = []
     with _dense(model, proto, against, module, module_arguments, trust, inputs) as other:
         for batch in batches:
             feed = example_feed(proto, inputs, batch=batch)
             rows += [ModelTimes(count, batch, _race(model, other, feed, count, seconds, rounds)) for count in threads]
-    layers = _time_layers(proto, path, threads[0], _specs(proto, inputs, batches[0])) if per_layer else ()
-    return BenchResult(model, against or model, kernels().isa, onnxruntime.__version__, tuple(rows), tuple(layers))
+    specs = _specs(proto, inputs, batches[0])
+    layers = _time_layers(proto, path, threads[0], specs) if per_layer else ()
+    left = 0
+    if tuned is not None:
+        fastest = runtime.tuned(model, threads=threads[0], inputs=specs)
+        left = len(calls(fastest))
+        save_model(fastest, tuned)
+    version = onnxruntime.__version__
+    return BenchResult(model, against or model, kernels().isa, version, tuple(rows), tuple(layers), tuned, left)
 
 
 @contextmanager

@@ -297,6 +297,8 @@ def bench_report(result: BenchResult) -> RenderableType:
         parts += [Text(), layers]
     if result.noisy:
         parts.append(Text("Ratios with a yellow spread say nothing: other programs are using this machine.", style="yellow"))
+    if result.tuned is not None:
+        parts.append(Text(f"{result.tuned}: {result.sparse_layers} layers on the kernels, the others unpacked, for this CPU."))
     return Group(*parts)
 
 
@@ -329,6 +331,8 @@ def bench_json(result: BenchResult) -> Mapping[str, Any]:
             }
             for layer in result.layers
         ],
+        "tuned": None if result.tuned is None else str(result.tuned),
+        "tuned_sparse_layers": result.sparse_layers,
     }
 
 

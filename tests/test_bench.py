@@ -16,10 +16,12 @@ from onnx import TensorProto, helper
 from runtime_models import call, initializers, layer, model, random_weight, tensor
 
 from nmconvert import runtime
+from nmconvert.bench import bench
 from nmconvert.cli.bench import command as bench_command
 from nmconvert.cli.doctor import command as doctor_command
 from nmconvert.cli.export import command as export_command
-from nmconvert.errors import VerificationError
+from nmconvert.errors import UsageError, VerificationError
+from nmconvert.export.calls import packed_layers
 from nmconvert.inputs import InputSpec
 from nmconvert.runtime import choice
 from nmconvert.runtime.cache import Cache
@@ -99,6 +101,39 @@ def test_the_faster_way_is_taken_and_remembered(
         np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=1e-5)
         assert len(runs_native(session, {"x": x})) == 2 * native
     assert sorted(measured) == sorted(ratios)  # once, though there were two sessions
+
+
+@pytest.mark.parametrize(
+    ("ratios", "native"),
+    [
+        ({"[64, 32]": 2.0, "[32, 16]": 0.9}, 1),
+        ({"[64, 32]": 0.5, "[32, 16]": 0.9}, 0),
+        ({"[64, 32]": 2.0, "[32, 16]": 2.0}, 2),
+    ],
+)
+def test_a_tuned_file_needs_the_library_alone(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratios: dict[str, float], native: int
+) -> None:
+    path, target = file(two_layers(), tmp_path), tmp_path / "tuned.onnx"
+    pretend(monkeypatch, ratios, 1.5)
+    arguments = [str(path), "--tuned", str(target), "--seconds", "0.02", "--rounds", "3", "--no-layers"]
+    printed = CliRunner().invoke(bench_command, arguments, catch_exceptions=False).output
+    assert f"{native} layers on the kernels" in " ".join(printed.split())
+    onnx.checker.check_model(str(target), full_check=True)
+    options = profiling(tmp_path)
+    options.register_custom_ops_library(str(runtime.library()))
+    session = onnxruntime.InferenceSession(target, options)
+    x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
+    expected = onnxruntime.InferenceSession(path).run(None, {"x": x})[0]
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=1e-5)
+    assert len(runs_native(session, {"x": x})) == 2 * native
+    assert len(list(packed_layers(onnx.load(target)))) == native
+
+
+def test_a_tuned_file_does_not_replace_the_model(cache: Path, tmp_path: Path) -> None:
+    path = file(two_layers(), tmp_path)
+    with pytest.raises(UsageError, match="is the model itself; give another name with --tuned"):
+        bench(path, tuned=path)
 
 
 def test_what_other_programs_disturbed_serves_and_is_not_remembered(

@@ -39,6 +39,13 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(3), help="Interleaved rounds.")
 @click.option("--seconds", default=2.0, show_default=True, type=click.FloatRange(0.01), help="Time for each side of a run.")
 @click.option("--layers/--no-layers", default=True, help="Time each distinct layer as well.  [default: layers]")
+@click.option(
+    "--tuned",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write MODEL into FILE with those layers unpacked that are faster dense here, for programs that register the library "
+    "and measure nothing.",
+)
 @click.option("--require", type=float, metavar="RATIO", help="Exit with status 1 unless every run is this much faster.")
 @model_options
 @output_options
@@ -51,6 +58,7 @@ def command(
     rounds: int,
     seconds: float,
     layers: bool,
+    tuned: Path | None,
     require: float | None,
     model_arguments: dict[str, str],
     trust: bool,
@@ -79,6 +87,7 @@ def command(
         rounds=rounds,
         seconds=seconds,
         per_layer=layers,
+        tuned=tuned,
     )
     printer.show(report.bench_json(result), lambda: report.bench_report(result))
     if require is not None and result.slowest < require:

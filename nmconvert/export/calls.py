@@ -19,7 +19,7 @@ from nmconvert.errors import CheckpointError, NmconvertError, WeightError
 from nmconvert.export.functions import FUNCTIONS, GEMM_DEFAULTS
 from nmconvert.manifest import Layer
 from nmconvert.matrix import MatrixView
-from nmconvert.onnx_graph import DOMAIN, SCALED, Constants, attribute, graphs, packed_inputs
+from nmconvert.onnx_graph import DENSE, DOMAIN, SCALED, Constants, attribute, graphs, packed_inputs
 from nmconvert.packing import Coding, Packed, coding_for, unpack
 from nmconvert.pattern import AXES, Axis, Pattern
 
@@ -114,7 +114,8 @@ def packed_layers(model: ModelProto, source: str = "the model") -> Iterator[Pack
     seen = set()
     for graph, scope in graphs(model):
         for node in graph.node:
-            if node.domain == DOMAIN and packed_inputs(node) not in seen:
+            packed = node.domain == DOMAIN and not node.op_type.endswith(DENSE)
+            if packed and packed_inputs(node) not in seen:
                 seen.add(packed_inputs(node))
                 yield read_call(node, scope, source)
 

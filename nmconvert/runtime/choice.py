@@ -25,13 +25,12 @@ import onnxruntime
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from nmconvert.inputs import InputSpec, example_array, example_feed
-from nmconvert.onnx_graph import DOMAIN, SCALED, Constants, graphs, opset, packed_inputs, used_names
+from nmconvert.onnx_graph import DENSE, DOMAIN, SCALED, Constants, graphs, opset, packed_inputs, used_names
 from nmconvert.packing import unpack
 from nmconvert.runtime.cache import Cache
 
 Feed = Mapping[str, npt.NDArray[Any]]
 
-DENSE = "Dense"  # what is appended to the name of a call that is left to its body
 MARGIN = 1.05
 NOISY = 0.2  # a spread of the rounds' ratios
 _SECONDS = 0.03  # for each way of running a layer

@@ -13,7 +13,7 @@ import onnxruntime
 
 from nmconvert import __version__
 from nmconvert.runtime.cache import Cache
-from nmconvert.runtime.locate import Kernels, kernels
+from nmconvert.runtime.locate import Kernels, kernels, library
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -60,6 +60,30 @@ def session(
             return onnxruntime.InferenceSession(source, options, providers, provider_options)
     options.register_custom_ops_library(str(found.path))
     return onnxruntime.InferenceSession(source, options, providers, provider_options)
+
+
+def tuned(model: str | os.PathLike[str], *, threads: int = 0, inputs: Sequence[InputSpec] = ()) -> ModelProto:
+    """``model`` as :func:`session` would run it here: the weights of layers that are faster dense are unpacked.
+
+    For programs in any language that register the library themselves, and so measure nothing. The choice is one for this CPU
+    and this number of ``threads`` (0: all). Where a weight was unpacked the manifest, which is the packed file's, is left out.
+
+    Raises:
+        KernelsUnavailableError: there are no kernels to measure.
+    """
+    from nmconvert.checkpoint.onnx_file import read_whole_model
+    from nmconvert.manifest import METADATA_KEY
+
+    library()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    chosen, _ = _chosen(os.fspath(model), options, kernels(), inputs)
+    proto = read_whole_model(Path(model))
+    if isinstance(chosen, bytes):
+        proto.ParseFromString(chosen)
+        for entry in [entry for entry in proto.metadata_props if entry.key == METADATA_KEY]:
+            proto.metadata_props.remove(entry)
+    return proto
 
 
 def _chosen(
