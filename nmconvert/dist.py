@@ -44,7 +44,9 @@ def device(name: str | None = None) -> torch.device:
     if name is None:
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        found = torch.zeros(1, device=name)
+        found.item()  # "meta" has no numbers
+        return found.device
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         said = str(error).strip().splitlines()[0].rstrip(".")
         raise UsageError(f"--device {name}: cannot be used here ({said}); --device cpu always can") from error

@@ -213,8 +213,17 @@ def test_what_is_wrong_is_named(folder):
     for command in ("finetune", "eval"):
         with pytest.raises(UsageError, match=r"--device abacus: cannot be used here \(.*--device cpu"):
             invoke(command, folder / "net.nm1-4.pt", *data, "--device", "abacus")
+        with pytest.raises(UsageError, match=r"--device meta: cannot be used here"):
+            invoke(command, folder / "net.nm1-4.pt", *data, "--device", "meta")
     with pytest.raises(UsageError, match="lr cannot be -1"):
         finetune_it(folder, "--lr", -1)
+    for output in (folder / "net.nm1-4.pt", folder / "net.pt"):
+        before = output.read_bytes()
+        with pytest.raises(UsageError, match="is read by this run; give another name"):
+            finetune_it(folder, "--teacher", folder / "net.pt", "--output", output)
+        assert output.read_bytes() == before
+    with pytest.raises(UsageError, match="missing: there is no such folder"):
+        finetune_it(folder, "--output", folder / "missing" / "net.pt")
     (folder / "broken.pt").write_bytes(b"PK\x03\x04 broken")
     with pytest.raises(CheckpointError, match=r"broken\.pt"):
         finetune_it(folder, "--teacher", folder / "broken.pt")

@@ -60,6 +60,13 @@ class Files:
         stem = output.name if source.is_dir() else output.stem
         return cls(output, output.with_name(f"{stem}.jsonl"), output.with_name(f"{output.name}.state"))
 
+    def check(self, *read: Path | None) -> None:
+        """Raise where the output would replace one of the checkpoints that are ``read``, or has no folder to be in."""
+        if any(path is not None and self.output.resolve() == path.resolve() for path in read):
+            raise UsageError(f"{self.output}: is read by this run; give another name with --output")
+        if not self.output.parent.is_dir():
+            raise UsageError(f"{self.output.parent}: there is no such folder for --output; make it first")
+
 
 @dataclass(frozen=True)
 class FinetuneResult:
@@ -118,7 +125,8 @@ def finetune(
         display: show the run on the terminal.
 
     Raises:
-        UsageError: ``source`` was not pruned by nmconvert, or model or data are neither given nor in the manifest.
+        UsageError: ``source`` was not pruned by nmconvert, model or data are neither given nor in the manifest, or ``output``
+            is the source, the teacher, or in no folder.
         NmconvertError: see `nmconvert.train.loop.train`.
     """
     checkpoint = open_checkpoint(source, trust=trust)
@@ -127,6 +135,7 @@ def finetune(
     does, files = said.build_task(), Files.of(source, output)
     settings = settings.for_task(does.name)
     dense = None if learn_alone else teacher or _dense_source(manifest)
+    files.check(source, dense)
     place = dist.device(device)
     with dist.processes(place):
         network, master = _networks(said, source, dense, from_dense=from_dense, trust=trust)
