@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import onnxruntime
 import torch
 from onnx import ModelProto, numpy_helper
 from torch import Tensor, nn
 
+from nmconvert.calibrate.onnx_driver import input_types
 from nmconvert.calibrate.replay import Batch, as_call
+from nmconvert.export import raised
 from nmconvert.export.calls import VALUES, values_name
 from nmconvert.export.compress import compress
 from nmconvert.export.fuse import fuse
@@ -30,17 +33,22 @@ _SECONDS, _ROUNDS = 0.5, 15  # for each side of a race of whole models
 
 
 class Pace:
-    """Races ``model`` on one thread, with a batch of 1 and otherwise the shapes of ``batch``.
+    """Races ``model``, a module or an ONNX graph, on one thread, with a batch of 1 and otherwise the shapes of ``batch``.
+
+    A graph for a fixed number of samples gets so many.
 
     Raises:
         KernelsUnavailableError: there are no kernels to measure.
         ExportError: the model cannot be exported.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
+    def __init__(self, model: nn.Module | ModelProto, batch: Batch) -> None:
         self.kernels = library()
-        self.inputs = _specs(batch)
-        self.dense = trace(model, self.inputs, {}).model
+        if isinstance(model, ModelProto):
+            self.inputs, self.dense = _graph_specs(model, batch), raised(model)
+        else:
+            self.inputs = _specs(batch)
+            self.dense = trace(model, self.inputs, {}).model
 
     def layers(self, plan: Plan) -> dict[str, tuple[float, float]]:
         """Seconds of each layer of ``plan``, dense and as it runs: where the kernel is slower it is left dense.
@@ -85,6 +93,14 @@ class Pace:
         compress(model, sorted(set(plan.values())))
         fuse(model)
         return model
+
+
+def _graph_specs(model: ModelProto, batch: Batch) -> list[InputSpec]:
+    types = input_types(model.graph)
+    given = dict(zip(types, as_call(batch).args, strict=False)) | as_call(batch).kwargs
+    counts = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim[:1]] for value in model.graph.input}
+    shapes = {name: (*(counts[name] or [0]), *np.shape(given[name])[1:]) for name in types}
+    return [InputSpec(name, (shape[0] or 1, *shape[1:]), types[name].name) for name, shape in shapes.items()]
 
 
 def _specs(batch: Batch) -> list[InputSpec]:

@@ -95,7 +95,9 @@ def prune(
     changes = calibration.solve(checkpoint, plan, model, resume) if calibration else None
     solved, reordered = (changes.tensors, changes.reordered) if changes else ({}, {})
     edits: dict[str, Magnitude | Solved] = {
-        row.name: Solved(row, solved[row.name], reordered.get(row.name)) if row.name in solved else Magnitude(row)
+        row.name: Solved(row, solved[row.name], reordered.get(row.name))
+        if row.name in solved
+        else Magnitude(row, reordered.get(row.name))
         for row in plan.pruned
     }
     others = {name: partial(_replace, tensor) for name, tensor in solved.items() if name not in edits}
@@ -138,14 +140,16 @@ def default_output(source: Path, pattern: Pattern) -> Path:
 class Magnitude:
     """The edit of one tensor: keeps the n largest magnitudes of each group, and adds up what that kept.
 
-    Convolutions and linear layers are pruned in blocks of rows (:class:`nmconvert.checkpoint.base.BlockEdit`).
+    Convolutions and linear layers are pruned in blocks of rows (:class:`nmconvert.checkpoint.base.BlockEdit`), unless the
+    tensor comes in another order, ``dense``.
     """
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, row: Row, dense: Tensor | None = None) -> None:
+        self.dense = dense
         assert row.pattern is not None
         self.row = row
         self.pattern: Pattern = row.pattern
-        by_rows = row.info.kind in ("conv", "linear") and row.info.transposed is None
+        by_rows = dense is None and row.info.kind in ("conv", "linear") and row.info.transposed is None
         self.block_rows = 1 if by_rows else 0
         self._hash = hashlib.sha256()
         self._negative_zeros = False
@@ -154,7 +158,7 @@ class Magnitude:
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Prune a whole tensor; in place where it can."""
-        return as_tensor(self._pruned(as_array(weight)))
+        return as_tensor(self._pruned(as_array(weight if self.dense is None else _replace(self.dense, weight))))
 
     def edit_rows(self, block: Array) -> None:
         """Prune some rows in place, in several threads at once."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
@@ -19,7 +20,7 @@ from torch import nn
 from nmconvert.calibrate.budget import Budget, Option, Sensitivity, choose, measure, meet, packed_share, top1_drop
 from nmconvert.calibrate.driver import Recipe
 from nmconvert.cli import group
-from nmconvert.errors import UsageError
+from nmconvert.errors import DataError, UsageError
 from nmconvert.pattern import Pattern
 from nmconvert.plot import sensitivities_svg
 
@@ -270,5 +271,74 @@ def test_a_criterion_without_data_is_refused(project):
         invoke("prune", "net.pt", "--nm", "2:4", "--criterion", "wanda")
     with pytest.raises(UsageError, match="give --model and --calib"):
         invoke("prune", "net.pt", "--budget", "size<=0.4")
+    with pytest.raises(UsageError, match="--permute runs the model on its inputs: give --model and --calib"):
+        invoke("prune", "net.pt", "--nm", "2:4", "--permute", *project[:2])
     with pytest.raises(UsageError, match="--nm N:M for all layers, or --budget"):
         invoke("prune", "net.pt")
+
+
+# ── a bare ONNX file ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def bare(project):
+    """The same model as a file without a module, and the arguments that it needs."""
+    space: dict = {}
+    exec(MODEL, space)
+    model = space["make"]().eval()
+    model.load_state_dict(torch.load("net.pt"))
+    torch.onnx.export(
+        model, torch.randn(2, 3, 12, 12), "net.onnx", input_names=["x"], dynamic_axes={"x": {0: "batch"}}, dynamo=False
+    )
+    return project[2:]
+
+
+def test_a_budget_of_size_is_met_by_the_exported_file(bare):
+    told = json.loads(invoke("prune", "net.onnx", "--budget", "size<=0.6", *bare, "--json", "-o", "mixed.nm2-4.onnx"))
+    assert len({row["pattern"] for row in told["tensors"]}) > 1
+    invoke("export", "mixed.nm2-4.onnx", "--onnx", "-o", "small.onnx")
+    weights = sum(tensor.nbytes for tensor in torch.load("net.pt").values())
+    packed = sum(len(tensor.raw_data) for tensor in onnx.load("small.onnx").graph.initializer)
+    assert packed <= 0.6 * weights
+    invoke("verify", "small.onnx")
+
+
+def test_a_file_and_its_module_are_equally_sensitive(bare, project):
+    arguments = ["--nm", "2:4,1:4", "--json"]
+    file = json.loads(invoke("sensitivity", "net.onnx", *bare, *arguments))["layers"]
+    module = json.loads(invoke("sensitivity", "net.pt", *project, *arguments))["layers"]
+    assert [layer["name"] for layer in module] == [*(layer["name"] for layer in file), "9.weight"]  # its output layer
+    for one, other in zip(file, module[:-1], strict=True):
+        for pattern in ("2:4", "1:4"):
+            assert one["patterns"][pattern]["loss"] == pytest.approx(other["patterns"][pattern]["loss"], rel=0.02)
+            assert one["patterns"][pattern]["size"] == pytest.approx(other["patterns"][pattern]["size"], rel=0.02)
+    shown = invoke("sensitivity", "net.onnx", "--nm", "2:4", *bare, "--plot", "net.svg")
+    assert "█" in shown
+    assert Path("net.svg").read_text().count("<title>") == len(file)
+
+
+def test_a_budget_of_agreement_and_one_of_speed_are_measured_on_the_graph(bare):
+    told = json.loads(invoke("prune", "net.onnx", "--budget", "top1-drop<=100", *bare, "--json", "-o", "any.onnx"))
+    assert "1:16" in {row["pattern"] for row in told["tensors"]}
+    with pytest.raises(UsageError, match=r"speedup>=90 cannot be met: the fastest patterns give \d"):
+        invoke("prune", "net.onnx", "--budget", "speedup>=90", *bare, "-o", "fast.onnx")
+
+
+def test_what_a_file_lacks_for_a_budget_is_said(bare):
+    with pytest.raises(UsageError, match=r"--budget runs the model .* \(an ONNX file needs --calib alone\)"):
+        invoke("prune", "net.onnx", "--budget", "size<=0.4")
+    with pytest.raises(UsageError, match="an ONNX file needs --calib alone"):
+        invoke("sensitivity", "net.onnx")
+    model = onnx.load("net.onnx")
+    for dims, message in (([3, 12, 12], "samples come first"), ([5, 3, 12, 12], None), (["b", 3, 8, 8], "--task-arg size")):
+        model.graph.input[0].CopyFrom(onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, dims))
+        onnx.save(model, "other.onnx")
+        if message is None:  # batches of 8 are cut into batches of 5
+            assert json.loads(invoke("sensitivity", "other.onnx", "--nm", "2:4", *bare, "--json"))["layers"]
+        else:
+            with pytest.raises(DataError, match=message):
+                invoke("prune", "other.onnx", "--nm", "2:4", *bare)
+    model.graph.input[0].CopyFrom(onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [64, 3, 12, 12]))
+    onnx.save(model, "other.onnx")
+    with pytest.raises(DataError, match="takes 64 samples at once, a batch holds 8: --batch-size 64"):
+        invoke("sensitivity", "other.onnx", *bare)

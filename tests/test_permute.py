@@ -5,13 +5,25 @@ from itertools import permutations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from permutable import (
+    MODELS,
+    Attention,
+    Flattened,
+    Grouped,
+    Padded,
+    Pyramid,
+    Residual,
+    SharedHeads,
+    Shuffled,
+    built,
+    example,
+)
 from torch import nn
 
-from nmconvert.calibrate.axes import find_channels
-from nmconvert.calibrate.permute import apply, kept_score, permute_model, search
+from nmconvert.calibrate.axes_torch import find_channels
+from nmconvert.calibrate.permute import apply, kept_score, orders_of, permute_model, search
 from nmconvert.pattern import Pattern
 
 NM = Pattern(2, 4)
@@ -47,101 +59,16 @@ def test_strong_channels_are_spread_over_the_groups():
     assert kept_score(scores[:, search(scores, NM)], NM) == pytest.approx(16 * 8, rel=1e-5)
 
 
-class Residual(nn.Module):
-    """A stem, residual blocks with norms, a depthwise convolution, and a classifier."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.conv1, self.bn1 = nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.depth, self.bn2 = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16)
-        self.conv2 = nn.Conv2d(16, 8, 1)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = F.relu(self.stem(x))
-        y = F.relu6(self.bn1(self.conv1(x)))
-        y = F.hardswish(self.bn2(self.depth(y)))
-        return self.head((x + self.conv2(y)).mean((2, 3)))
-
-
-class Padded(nn.Module):
-    """A shortcut that pads channels, as in the CIFAR ResNets."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.conv1, self.conv2 = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 1, 1)
-
-    def forward(self, x):
-        x = self.stem(x).relu()
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4)) + self.conv2(self.conv1(x).relu())
-
-
-class Attention(nn.Module):
-    """Embedding, attention over heads, an MLP, norms over the residual stream, and a tied head that is not permuted."""
-
-    def __init__(self, width=16, heads=2):
-        super().__init__()
-        self.heads = heads
-        self.embed = nn.Embedding(11, width)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.out = nn.Linear(width, 6)
-
-    def split(self, x):
-        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
-
-    def forward(self, tokens):
-        x = self.embed(tokens)
-        h = self.norm1(x)
-        a = F.scaled_dot_product_attention(self.split(self.q(h)), self.split(self.k(h)), self.split(self.v(h)))
-        x = x + self.o(a.transpose(1, 2).reshape(*x.shape))
-        x = x + self.down(F.gelu(self.up(self.norm2(x))))
-        return self.out(x.mean(1))
-
-
-class Shuffled(nn.Module):
-    """Two branches of half the channels, concatenated."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.left, self.right = nn.Conv2d(3, 16, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
-        self.after, self.last = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1)
-
-    def forward(self, x):
-        a, b = self.stem(x).relu().chunk(2, 1)
-        return self.last(self.after(torch.cat([self.left(a), self.right(b)], 1)).relu())
-
-
-def example(model):
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(model, Attention):
-        return torch.randint(0, 11, (2, 5), generator=generator)
-    return torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
-
-
-def built(kind, seed=0):
-    torch.manual_seed(seed)
-    model = kind().double().eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
-            for tensor in module.state_dict().values():
-                if tensor.is_floating_point():
-                    nn.init.uniform_(tensor, 0.5, 1.5)
-    return model
-
-
 def plan_of(model):
     kinds = nn.Conv2d | nn.Linear
     return {f"{n}.weight": (NM, "channel") for n, m in model.named_modules() if isinstance(m, kinds)}
 
 
-@pytest.mark.parametrize("kind", [Residual, Padded, Attention, Shuffled])
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("seed", range(2))
 def test_a_permuted_model_computes_the_same(kind, seed):
     model = built(kind, seed)
-    before, batch = copy.deepcopy(model), example(model)
+    before, batch = copy.deepcopy(model), example(kind)
     reports = permute_model(model, batch, plan_of(model), seed=seed)
     assert {name for report in reports for name in report.names} == set(plan_of(model))
     assert any(report.after > report.before for report in reports)
@@ -150,51 +77,92 @@ def test_a_permuted_model_computes_the_same(kind, seed):
     torch.testing.assert_close(model(batch), before(batch), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [Residual, Padded, Attention, Shuffled])
+@pytest.mark.parametrize("kind", MODELS)
 def test_every_class_that_is_not_frozen_may_be_permuted_at_will(kind):
     model = built(kind)
-    before, batch = copy.deepcopy(model), example(model)
+    before, batch = copy.deepcopy(model), example(kind)
     generator = torch.Generator().manual_seed(1)
-    moved = 0
-    for channels in find_channels(model, batch):
-        if channels.frozen is None and channels.size > 1:
-            blocks = range(0, channels.size, channels.block)
-            order = torch.cat([low + torch.randperm(channels.block, generator=generator) for low in blocks])
-            apply(model, channels, order)
-            moved += 1
-    assert moved
+    proof = find_channels(model, batch)
+    assert proof.channels
+    apply(model, orders_of(proof, {n: torch.randperm(c.size, generator=generator) for n, c in enumerate(proof.channels)}))
     torch.testing.assert_close(model(batch), before(batch), rtol=1e-10, atol=1e-12)
 
 
-def reasons(kind):
+def reports(kind):
     model = built(kind)
-    return {name: r.reason for r in permute_model(model, example(model), plan_of(model)) for name in r.names}
+    found = permute_model(model, example(kind), plan_of(model))
+    return {name: report for report in found for name in report.names}
 
 
 def test_the_residual_stream_is_permuted_as_one():
-    model = built(Residual)
-    by_name = {r.names[0]: r for r in permute_model(model, example(model), plan_of(model))}
-    assert by_name["conv1.weight"].names == ("conv1.weight", "head.weight")
-    assert "no multiple of 4" in by_name["stem.weight"].reason or "input" in by_name["stem.weight"].reason
+    found = reports(Residual)
+    assert found["conv1.weight"].names == ("conv1.weight", "head.weight")
+    assert found["stem.weight"].reason == "its channels have to keep their order: the model's input"
 
 
 def test_what_needs_its_order_is_left_alone_and_says_why():
-    assert "padding" in reasons(Padded)["conv1.weight"]
-    assert reasons(Padded)["conv2.weight"] is None
-    shuffled = reasons(Shuffled)
-    assert "order" in shuffled["after.weight"]
-    assert shuffled["last.weight"] is None
+    assert reports(Grouped)["twice.weight"].reason == "its channels have to keep their order: a group of one channel"
+    assert reports(Grouped)["up.weight"].reason == "a transposed convolution with groups"
+    found = reports(Flattened)
+    assert found["first.weight"].reason == "its groups hold channels that move with one another"
+    assert "'first.weight' reads them" in found["second.weight"].reason
+    assert found["last.weight"].reason is None
+
+
+def classes(kind):
+    model = built(kind)
+    proof = find_channels(model, example(kind))
+    return {(m.name, m.dim, m.positions): c for c in proof.channels for m in c.members}, proof
+
+
+def places(channels):
+    return {(member.name, member.dim) for member in channels.members}
 
 
 def test_attention_is_permuted_within_its_heads():
+    found, _ = classes(Attention)
+    for head in (range(8), range(8, 16)):
+        values = found["o.weight", 1, tuple(head)]
+        assert {(m.name, m.dim, m.positions) for m in values.members} == {
+            ("o.weight", 1, tuple(head)), ("v.weight", 0, tuple(head)), ("v.bias", 0, tuple(head)),
+        }  # fmt: skip
+    stream = places(found["up.weight", 1, tuple(range(16))])
+    assert {("embed.weight", 1), ("norm1.weight", 0), ("o.weight", 0), ("down.bias", 0), ("q.weight", 1)} <= stream
+
+
+def test_keys_and_values_move_with_all_heads_that_share_them():
+    found, _ = classes(SharedHeads)
+    values = found["kv.weight", 0, (8, 9, 10, 11)]  # the first of two heads of values, which two heads of queries read
+    assert sorted((m.name, m.positions) for m in values.members if m.dim == 1) == [
+        ("o.weight", (0, 1, 2, 3)),
+        ("o.weight", (4, 5, 6, 7)),
+    ]
+
+
+def test_a_shuffle_and_a_padded_shortcut_are_followed():
+    found = reports(Shuffled)
+    units = [f"units.{n}.{name}.weight" for n in range(3) for name in ("first", "last")]
+    assert all(found[name].after > found[name].before for name in units)
+    _, proof = classes(Padded)
+    assert sorted(c.size for c in proof.channels if ("last.weight", 1) in places(c)) == [4, 4, 8]
+    assert found["stem.weight"].reason is not None
+
+
+def test_channels_that_are_read_at_several_places_move_at_all_of_them():
+    found, _ = classes(Pyramid)
+    down = found["down.weight", 0, tuple(range(8))]
+    assert sorted(m.positions[0] for m in down.members if (m.name, m.dim) == ("fuse.weight", 1)) == [0, 8, 16]
+    assert {("chain.0.weight", 0), ("chain.2.bias", 0), ("up.weight", 0)} <= places(down)
+
+
+def test_layers_of_different_patterns_are_searched_together():
     model = built(Attention)
-    classes = {member: c for c in find_channels(model, example(model)) for member in c.members}
-    values = classes["o.weight", 1]
-    assert (values.size, values.block, values.frozen) == (16, 8, None)
-    assert set(values.members) == {("o.weight", 1), ("v.weight", 0), ("v.bias", 0)}
-    stream = classes["up.weight", 1]
-    assert {("embed.weight", 1), ("norm1.weight", 0), ("o.weight", 0), ("down.bias", 0), ("q.weight", 1)} <= set(stream.members)
-    assert stream.frozen is None
+    mixed = {name: (Pattern(1, 8) if name.startswith("up") else NM, axis) for name, (_, axis) in plan_of(model).items()}
+    before, found = copy.deepcopy(model), permute_model(model, example(Attention), mixed)
+    own = {report.names: report for report in found}
+    kept = [own["up.weight",], own["q.weight", "k.weight", "v.weight", "out.weight"]]
+    assert sum(report.after for report in kept) > sum(report.before for report in kept)
+    torch.testing.assert_close(model(example(Attention)), before(example(Attention)), rtol=1e-10, atol=1e-12)
 
 
 def test_an_operator_that_is_not_known_freezes_what_it_touches():
@@ -203,5 +171,5 @@ def test_an_operator_that_is_not_known_freezes_what_it_touches():
             return self.conv2(torch.roll(self.conv1(self.stem(x)), 1, dims=1))
 
     model = built(Rolled)
-    found = {r.names[0]: r.reason for r in permute_model(model, example(model), {"conv2.weight": (NM, "channel")})}
+    found = {r.names[0]: r.reason for r in permute_model(model, example(Rolled), {"conv2.weight": (NM, "channel")})}
     assert found == {"conv2.weight": "its channels have to keep their order: roll"}

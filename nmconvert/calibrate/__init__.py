@@ -12,7 +12,9 @@
 ``answers``         what a whole model is judged by
 ``distance``        how far two answers are apart where they are probabilities
 ``images``          few images made many
-``axes, permute``   which input channels may be put in another order, and which order keeps more
+``atoms, axes``     which channels may change places, and the proof; ``axes_torch`` and ``axes_onnx`` for each kind of graph
+``permute``         which order keeps more; ``onnx_permute`` puts a bare graph into it
+``subject``         what budgets and sensitivities are measured on: a module, or a bare graph
 ``budget``          which pattern for which layer, under a budget of accuracy, size or speed
 ``resume``          where an interrupted run goes on
 ==================  ===================================================================================================

@@ -88,6 +88,20 @@ class Sensitivity:
     options: tuple[Option, ...]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How a file holds a model: ``whole`` bytes of tensors, and the bytes of one weight by parameter."""
+
+    whole: int
+    itemsizes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Stored:
+        """As the module itself holds it."""
+        state = model.state_dict()
+        return cls(sum(tensor.nbytes for tensor in state.values()), {n: tensor.element_size() for n, tensor in state.items()})
+
+
 class Clock(Protocol):
     """What measures speed; `nmconvert.pace.Pace` does."""
 
@@ -109,11 +123,12 @@ def measure(
     axes: Mapping[str, Axis],
     patterns: Sequence[Pattern] = PATTERNS,
     progress: Callable[[str], None] = lambda line: None,
+    stored: Stored | None = None,
 ) -> list[Sensitivity]:
     """The sensitivities of the parameters ``axes`` of ``model``, each pruned alone by the solver ``exact``.
 
     The model is as it was when this returns. Losses are relative squared errors of the outputs (of the last layers, where
-    :mod:`nmconvert.calibrate.answers` takes these) on the last four batches.
+    :mod:`nmconvert.calibrate.answers` takes these) on the last four batches; sizes are those in the file (``stored``).
     """
     model.eval()
     sites = find_sites(model, {name: (Pattern(1, 1), axis) for name, axis in axes.items()})
@@ -121,31 +136,35 @@ def measure(
     held = [[as_call(batch)] for batch in batches[-_MEASURED:]]
     answer = answer_of(model, batches[0])
     targets = outputs_of(answer, held)
-    whole = sum(tensor.nbytes for tensor in model.state_dict().values())
+    stored = stored or Stored.of(model)
+    whole, bits = stored.whole, {name: 8 * size for name, size in stored.itemsizes.items()}
     work_dense = _work(model, batches[0], sites)
     found = []
     for site in sites:
-        size, work = model.get_parameter(site.name).nbytes / whole, work_dense[site.name] / sum(work_dense.values())
+        size = model.get_parameter(site.name).numel() * bits[site.name] / 8 / whole
+        work = work_dense[site.name] / sum(work_dense.values())
         options = [Option(None, size, work, 0.0)]
         for pattern in patterns:
-            share, loss = _alone(model, site, moments[site.name], pattern, lambda: held_out_error(answer, held, targets))
+            loss = _alone(model, site, moments[site.name], pattern, lambda: held_out_error(answer, held, targets))
+            share = packed_share(pattern, _view(model, site).columns, bits[site.name])
             options.append(Option(pattern, size * share + _LAYER_BYTES / whole, work * pattern.density, loss))
         found.append(Sensitivity(site.name, site.axis, tuple(options)))
         progress(f"{site.name}  " + "  ".join(f"{o.pattern} {o.loss:.4f}" for o in options[1:]))
     return found
 
 
-def _alone(
-    model: nn.Module, site: Site, moments: list[Moments], pattern: Pattern, error: Callable[[], float]
-) -> tuple[float, float]:
-    """Packed share and loss of one layer pruned alone."""
-    parameter = model.get_parameter(site.name)
-    view = MatrixView.of(site.kind, parameter.shape, site.axis, site.groups)
+def _view(model: nn.Module, site: Site) -> MatrixView:
+    return MatrixView.of(site.kind, model.get_parameter(site.name).shape, site.axis, site.groups)
+
+
+def _alone(model: nn.Module, site: Site, moments: list[Moments], pattern: Pattern, error: Callable[[], float]) -> float:
+    """Loss of one layer pruned alone."""
+    parameter, view = model.get_parameter(site.name), _view(model, site)
     dense = parameter.detach().clone()
     solved = solve_rows(view.to_matrix(dense), moments, pattern, "exact", 0.01, centred=False)
     try:
         parameter.data.copy_(view.from_matrix(solved.weight))
-        return packed_share(pattern, view.columns, 8 * dense.element_size()), error()
+        return error()
     finally:
         parameter.data.copy_(dense)
 
@@ -307,6 +326,8 @@ def top1_drop(model: nn.Module, batches: Sequence[Batch], recipe: Recipe) -> Cal
 def _first(model: nn.Module, batch: Batch) -> Tensor:
     with torch.no_grad():
         output = call_model(model, batch)
+    if isinstance(output, list | tuple) and len(output) == 1:
+        output = output[0]
     if not isinstance(output, Tensor):
         raise UsageError("top1-drop needs a model that returns one tensor of logits; use size<=… or speedup>=…")
     return output.argmax(-1)

@@ -6,7 +6,7 @@ are probabilities, by a Sigmoid or Softmax, :mod:`nmconvert.calibrate.distance` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,32 +49,49 @@ def prune_onnx(
         DataError: there are fewer than two batches, or they do not fit the graph's inputs.
         ModelError: a row's weight is in a nested graph, or is used in a way that cannot be calibrated.
     """
-    inputs = _inputs(model.graph, list(batches))
+    inputs = graph_inputs(model.graph, list(batches))
     said = compared(model)
-    module = GraphModule(model, [one.name for one in said])
-    plan = {}
-    for row in rows:
-        place = module.places.get(row.name)
-        if place is None or not place.name.startswith("parts.") or ".layers." not in place.name:
-            raise ModelError(f"'{row.name}' is not used in the main graph and cannot be calibrated: exclude it")
-        assert row.pattern is not None
-        assert row.axis is not None
-        plan[place.name] = (row.pattern, row.axis)
-    if inputs:
-        check(module, model, inputs[0])
+    module, names = as_module(model, rows, inputs, [one.name for one in said])
+    plan = {names[row.name]: (row.pattern, row.axis) for row in rows if row.pattern and row.axis}
     if (opaque := module.opaque()) and (recipe.block_steps or recipe.model_steps):
         progress(f"nothing is fitted: no gradients through {', '.join(opaque)}")
         recipe = replace(recipe, block_steps=0, model_steps=0)
     own = {place.name: name for name, place in module.places.items()}
+    tell = in_own_names(progress, own)
+    result = prune_model(module, inputs, plan, replace(recipe, relative_rates=True), tell, resume, said)
+    dtypes = {name: getattr(torch, DTYPES[tensor.data_type]) for name, tensor in Constants.of(model.graph).tensors.items()}
+    changed = {own[name]: tensor for name, tensor in result.state.items() if name in own}  # a shared weight has several names
+    return {name: module.places[name].back(tensor).to(dtypes[name]) for name, tensor in changed.items()}
+
+
+def as_module(
+    model: ModelProto, rows: Sequence[Row], inputs: Sequence[Batch], outputs: Sequence[str]
+) -> tuple[GraphModule, dict[str, str]]:
+    """A module that gives the values ``outputs``, and the names of its parameters for the weights of ``rows``.
+
+    Raises:
+        ModelError: a weight is in a nested graph, or the module gives something else than onnxruntime on ``inputs``.
+    """
+    module = GraphModule(model, outputs)
+    names = {}
+    for row in rows:
+        place = module.places.get(row.name)
+        if place is None or not place.name.startswith("parts.") or ".layers." not in place.name:
+            raise ModelError(f"'{row.name}' is not used in the main graph and cannot be calibrated: exclude it")
+        names[row.name] = place.name
+    if inputs:
+        check(module, model, inputs[0])
+    return module, names
+
+
+def in_own_names(progress: Callable[[str], None], own: Mapping[str, str]) -> Callable[[str], None]:
+    """``progress`` of a module, for which its parameters have the names ``own``."""
 
     def tell(line: str) -> None:
         first, gap, rest = line.partition("  ")
         progress(own.get(first, first) + gap + rest)
 
-    result = prune_model(module, inputs, plan, replace(recipe, relative_rates=True), tell, resume, said)
-    dtypes = {name: getattr(torch, DTYPES[tensor.data_type]) for name, tensor in Constants.of(model.graph).tensors.items()}
-    changed = {own[name]: tensor for name, tensor in result.state.items() if name in own}  # a shared weight has several names
-    return {name: module.places[name].back(tensor).to(dtypes[name]) for name, tensor in changed.items()}
+    return tell
 
 
 def check(module: GraphModule, model: ModelProto, batch: Batch) -> None:
@@ -88,21 +105,29 @@ def check(module: GraphModule, model: ModelProto, batch: Batch) -> None:
         ours = module(*args)
     if model.ByteSize() > _SERIAL:
         return  # each operator was compared on its own
-    whole = ModelProto()
-    whole.CopyFrom(model)
-    there = {value.name for value in whole.graph.output}
-    whole.graph.output.extend(ValueInfoProto(name=name) for name in module.outputs if name not in there)
-    types = _types(model.graph)
-    feeds = {name: x.numpy().astype(types[name]) for name, x in zip(module.inputs, args, strict=True)}
-    theirs = [
-        torch.from_numpy(array).to(x.dtype) for array, x in zip(session(whole).run(module.outputs, feeds), ours, strict=True)
-    ]
-    half = any(t.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16) for t in model.graph.initializer)
-    apart = float(output_error(ours, theirs))
-    if not apart <= (_HALF if half else _AGREES):
+    theirs = computed(model, dict(zip(module.inputs, args, strict=True)), module.outputs)
+    apart = float(output_error(ours, [t.to(x.dtype) for t, x in zip(theirs, ours, strict=True)]))
+    if not apart <= tolerance(model):
         raise ModelError(
             f"the graph gives something else in torch than in onnxruntime (relative error {apart:.1e}): use magnitude"
         )
+
+
+def computed(model: ModelProto, feeds: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
+    """The values ``names`` of the graph as onnxruntime computes them; ``feeds`` are its inputs, in any precision."""
+    whole = ModelProto()
+    whole.CopyFrom(model)
+    there = {value.name for value in whole.graph.output}
+    whole.graph.output.extend(ValueInfoProto(name=name) for name in names if name not in there)
+    types = input_types(model.graph)
+    arrays = session(whole).run(list(names), {name: x.numpy().astype(types[name]) for name, x in feeds.items()})
+    return [torch.from_numpy(array) for array in arrays]
+
+
+def tolerance(model: ModelProto) -> float:
+    """The relative squared error of its outputs up to which two computations of a graph agree."""
+    half = any(t.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16) for t in model.graph.initializer)
+    return _HALF if half else _AGREES
 
 
 def compared(model: ModelProto) -> list[Said]:
@@ -113,7 +138,7 @@ def compared(model: ModelProto) -> list[Said]:
     layers = [use.node for use in weight_uses(model.graph, scope) if use.node.output[0] in used]
     passed = set(_before([name for node in layers for name in node.input], scope, lambda node: True))
     heads = [node.output[0] for node in layers if node.output[0] not in passed]
-    if heads and any(node.op_type in _CHOOSING for node in model.graph.node):
+    if heads and chooses(model):
         return [Said(name) for name in heads]
     ends = [_meant(name, axis, scope) for name, axis in _joined(outputs, scope)]
     logits = [end.name for end in ends if end.kind != "value"]
@@ -149,6 +174,11 @@ def _meant(name: str, axis: int, scope: Constants) -> Said:
     return Said(name, "value", axis)
 
 
+def chooses(model: ModelProto) -> bool:
+    """Whether the outputs may jump where the values before them change a little."""
+    return any(node.op_type in _CHOOSING for node in model.graph.node)
+
+
 def _before(names: Sequence[str], scope: Constants, through: Callable[[NodeProto], bool]) -> list[str]:
     """``names`` and all values before them, going back through the nodes for which ``through`` holds."""
     seen: dict[str, None] = {}
@@ -162,26 +192,55 @@ def _before(names: Sequence[str], scope: Constants, through: Callable[[NodeProto
     return list(seen)
 
 
-def _inputs(graph: GraphProto, batches: list[Batch]) -> list[Batch]:
-    """The graph's inputs of every batch: a tensor where there is one, else a tuple in the graph's order."""
-    types = _types(graph)
+def graph_inputs(graph: GraphProto, batches: Sequence[Batch]) -> list[Batch]:
+    """The graph's inputs of every batch: a tensor where there is one, else a tuple in the graph's order.
+
+    A graph for a fixed number of samples gets batches of so many.
+
+    Raises:
+        DataError: the data does not give an input, or samples of another shape.
+    """
+    types = input_types(graph)
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in graph.input}
     inputs: list[Batch] = []
     for batch in batches:
         call = as_call(batch)
         given = dict(zip(types, call.args, strict=False)) | call.kwargs
         if missing := [name for name in types if name not in given]:
             raise DataError(f"the graph has an input '{missing[0]}', which the calibration data does not give")
-        values = [_typed(given[name], types[name]) for name in types]
-        inputs.append(values[0] if len(values) == 1 else tuple(values))
+        values = [_typed(name, given[name], types[name], shapes[name]) for name in types]
+        inputs += [part[0] if len(part) == 1 else part for part in _cut(values, [shapes[name] for name in types])]
     return inputs
 
 
-def _typed(value: Tensor, dtype: Any) -> Tensor:
-    tensor = torch.from_numpy(np.asarray(value).astype(dtype))
+def _typed(name: str, value: Any, dtype: Any, shape: Sequence[int]) -> Tensor:
+    """One input, whose dimensions are ``shape`` (0: any)."""
+    try:
+        tensor = torch.from_numpy(np.asarray(value).astype(dtype))
+    except ValueError as error:  # a list of images of different sizes
+        raise DataError(f"the samples for the graph's input '{name}' differ in size: give one (--task-arg size=…)") from error
+    fits = tensor.dim() == len(shape) and all(n in (0, size) for n, size in zip(shape[1:], tensor.shape[1:], strict=True))
+    if shape and not fits:
+        wanted = [size or "any" for size in shape]
+        raise DataError(
+            f"the graph's input '{name}' is {wanted}, a batch of the data {[*tensor.shape]}: samples come first, "
+            "and the rest has to be equal (--task-arg size=…)"
+        )
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
-def _types(graph: GraphProto) -> dict[str, Any]:
+def _cut(values: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[tuple[Tensor, ...]]:
+    """One batch in pieces of as many samples as the graph takes."""
+    fixed = next((shape[0] for shape in shapes if shape and shape[0]), None)
+    if not fixed or not values[0].dim() or len(values[0]) == fixed:
+        return [tuple(values)]
+    if len(values[0]) < fixed:
+        raise DataError(f"the graph takes {fixed} samples at once, a batch holds {len(values[0])}: --batch-size {fixed}")
+    whole = len(values[0]) // fixed * fixed
+    return list(zip(*(value[:whole].split(fixed) for value in values), strict=True))
+
+
+def input_types(graph: GraphProto) -> dict[str, Any]:
     """NumPy's types of the graph's inputs, in order."""
     constants = {tensor.name for tensor in graph.initializer}
     values = [value for value in graph.input if value.name not in constants]

@@ -38,10 +38,16 @@ class Runtime:
         """The outputs of ``node``; ``values`` are those that it and the graphs in its attributes read, by name."""
         feeds = {name: value.detach().numpy() for name, value in values.items() if name and value is not None}
         key = (node.SerializeToString(), tuple((name, array.dtype) for name, array in feeds.items()))
-        if key not in self._sessions:
-            self._sessions[key] = self._session(node, feeds)
         outputs = [name for name in node.output if name]
-        return [torch.from_numpy(np.asarray(array)) for array in self._sessions[key].run(outputs, feeds)]
+        try:
+            if key not in self._sessions:
+                self._sessions[key] = self._session(node, feeds)
+            return [torch.from_numpy(np.asarray(array)) for array in self._sessions[key].run(outputs, feeds)]
+        except Exception as error:  # onnxruntime's classes share no base but this one
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"onnxruntime cannot compute '{node.name or node.output[0]}' ({node.op_type}): {reason}"
+            ) from error
 
     def _session(self, node: NodeProto, feeds: Mapping[str, NDArray[Any]]) -> Any:
         inputs = [
@@ -65,11 +71,19 @@ def session(model: ModelProto) -> Any:
 
 
 def as_tensor(proto: TensorProto) -> Tensor:
-    """The values of a constant; half precision as float32."""
+    """The values of a constant; half precision as float32.
+
+    Raises:
+        ModelError: its type is one that torch does not compute with.
+    """
     array = numpy_helper.to_array(proto)
     if proto.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
         array = array.astype(np.float32)
-    return torch.from_numpy(array.copy())
+    try:
+        return torch.from_numpy(array.copy())
+    except TypeError as error:
+        dtype = TensorProto.DataType.Name(proto.data_type).lower()
+        raise ModelError(f"'{proto.name}' is {dtype}, which cannot be calibrated: prune by magnitude alone") from error
 
 
 def reads(node: NodeProto) -> Iterator[str]:

@@ -12,17 +12,19 @@ from glob import escape
 from pathlib import Path
 
 import torch
+from onnx import ModelProto
 from torch import Tensor, nn
 
-from nmconvert.calibrate.budget import PATTERNS, Budget, Clock, Sensitivity, measure, meet, top1_drop
+from nmconvert.calibrate.budget import PATTERNS, Budget, Clock, Sensitivity, meet
 from nmconvert.calibrate.driver import DEFAULT, Recipe, prune_model
 from nmconvert.calibrate.onnx_driver import prune_onnx
+from nmconvert.calibrate.onnx_permute import example_inputs, permute_onnx, with_tensors
 from nmconvert.calibrate.permute import Permutation, permute_model
 from nmconvert.calibrate.replay import Batch
+from nmconvert.calibrate.subject import Subject, filled, needed
 from nmconvert.checkpoint import Checkpoint
 from nmconvert.checkpoint.onnx_file import read_whole_model
 from nmconvert.errors import UsageError
-from nmconvert.model import fill, matched_names
 from nmconvert.pattern import Pattern
 from nmconvert.plan import Plan
 
@@ -49,12 +51,14 @@ class Calibration:
     """How :func:`nmconvert.prune.prune` prunes with data.
 
     Attributes:
-        batches: unlabelled inputs, each as :data:`nmconvert.calibrate.replay.Batch` says.
+        batches: unlabelled inputs, each as :data:`nmconvert.calibrate.replay.Batch` says; without any, an ONNX file's channels
+            can be permuted, and nothing is solved.
         recipe: criterion and corrections.
         budget: chooses a pattern for each layer; None: the plan's own patterns.
         permute: put channels into a better order first (:mod:`nmconvert.calibrate.permute`).
         progress: called with one line for each layer.
-        clock: measures a model that is called with such a batch; needed for a budget of speed (`nmconvert.pace.Pace`).
+        clock: measures a model, or a graph, that is called with such a batch; needed for a budget of speed
+            (`nmconvert.pace.Pace`).
     """
 
     batches: Sequence[Batch]
@@ -62,24 +66,23 @@ class Calibration:
     budget: Budget | None = None
     permute: bool = False
     progress: Progress = lambda line: None
-    clock: Callable[[nn.Module, Batch], Clock] | None = None
+    clock: Callable[[nn.Module | ModelProto, Batch], Clock] | None = None
 
     def choose(self, checkpoint: Checkpoint, plan: Plan, model: nn.Module | None) -> list[tuple[str, Pattern | None]]:
         """The pattern (None: dense) of each tensor that ``plan`` prunes, by its checkpoint's name, so that the budget is met.
 
         Raises:
-            UsageError: no choice meets it, or there is no model.
+            UsageError: no choice meets it, or there is no model, and it is needed.
         """
         if self.budget is None:
             return []
-        model = _needed(model, "--budget", checkpoint)
-        found = sensitivities(model, checkpoint, plan, self.batches, PATTERNS, self.progress)
-        drop = top1_drop(model, self.batches, Recipe(criterion="exact", block_steps=0, model_steps=0, copies=1))
-        chosen = meet(self.budget, found, drop, partial(self._clock, model))
-        names = _filled(model, checkpoint, plan)
-        return [(escape(row.name), chosen.get(names[row.name], (None, None))[0]) for row in plan.pruned if row.name in names]
+        subject = Subject.of(model, checkpoint, plan, self.batches, "--budget")
+        found = subject.sensitivities(plan, PATTERNS, self.progress)
+        chosen = meet(self.budget, found, subject.drop(), partial(self._clock, subject.source))
+        shown = subject.shown
+        return [(escape(row.name), chosen.get(shown[row.name], (None, None))[0]) for row in plan.pruned if row.name in shown]
 
-    def _clock(self, model: nn.Module) -> Clock:
+    def _clock(self, model: nn.Module | ModelProto) -> Clock:
         if self.clock is None:
             raise UsageError("a speedup is measured: give Calibration a clock, for example nmconvert.pace.Pace")
         return self.clock(model, self.batches[0])
@@ -92,13 +95,14 @@ class Calibration:
         (:func:`nmconvert.calibrate.onnx_driver.prune_onnx`).
 
         Raises:
-            UsageError: there is no model, and it is needed.
+            UsageError: there is no model, or there are no batches, and they are needed.
         """
-        if model is None and checkpoint.format == "ONNX" and not self.permute:
-            read = read_whole_model(checkpoint.path)
-            return Changes(prune_onnx(read, self.batches, plan.pruned, self.recipe, self.progress, resume))
-        model = _needed(model, "--permute" if self.permute else "--calib", checkpoint)
-        names = _filled(model, checkpoint, plan)
+        if model is None and checkpoint.format == "ONNX":
+            return self._solve_graph(checkpoint, plan, resume)
+        model = needed(model, "--permute" if self.permute else "--calib", checkpoint)
+        if not self.batches:
+            raise UsageError(f"{checkpoint.path}: --permute exports the module with an example: give --calib")
+        names = filled(model, checkpoint, plan)
         before = _copy(model)
         sites = {names[r.name]: (r.pattern, r.axis) for r in plan.pruned if r.pattern and r.axis and r.name in names}
         done = permute_model(model, self.batches[0], sites, seed=self.recipe.seed) if self.permute else []
@@ -112,33 +116,34 @@ class Calibration:
         permutations = (replace(p, names=tuple(own[name] for name in p.names)) for p in done)
         return Changes(changed(before, after), changed(before, ordered), tuple(permutations))
 
+    def _solve_graph(self, checkpoint: Checkpoint, plan: Plan, resume: Path) -> Changes:
+        graph = read_whole_model(checkpoint.path)
+        ordered: dict[str, Tensor] = {}
+        done: list[Permutation] = []
+        if self.permute:
+            ordered, done = permute_onnx(graph, plan.pruned, example_inputs(graph, self.batches), seed=self.recipe.seed)
+            graph = with_tensors(graph, ordered)
+        if self.batches:
+            solved = prune_onnx(graph, self.batches, plan.pruned, self.recipe, self.progress, resume)
+            return Changes({**ordered, **solved}, ordered, tuple(done))
+        pruned = {row.name for row in plan.pruned}
+        return Changes({n: tensor for n, tensor in ordered.items() if n not in pruned}, ordered, tuple(done))
+
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def sensitivities(
-    model: nn.Module,
+    model: nn.Module | None,
     checkpoint: Checkpoint,
     plan: Plan,
     batches: Sequence[Batch],
     patterns: Sequence[Pattern],
     progress: Progress = lambda line: None,
 ) -> list[Sensitivity]:
-    """:func:`nmconvert.calibrate.budget.measure` for the tensors that ``plan`` prunes, under the model's names."""
-    names = _filled(model, checkpoint, plan)
-    axes = {names[row.name]: row.axis for row in plan.pruned if row.name in names and row.axis}
-    return measure(model, batches, axes, patterns, progress)
+    """:func:`nmconvert.calibrate.budget.measure` for the tensors that ``plan`` prunes, under the model's names.
 
-
-def _needed(model: nn.Module | None, option: str, checkpoint: Checkpoint) -> nn.Module:
-    if model is None:
-        raise UsageError(f"{checkpoint.path}: {option} needs the module that the weights belong to: give --model")
-    return model
-
-
-def _filled(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
-    """Fill ``model``, in float32; the checkpoint's names → the model's."""
-    fill(model, checkpoint)
-    model.float()
-    return matched_names([row.name for row in plan.rows if not row.info.secondary], model.state_dict())
+    Without a model the checkpoint has to be an ONNX file, and the names are its own.
+    """
+    return Subject.of(model, checkpoint, plan, batches, "sensitivity").sensitivities(plan, patterns, progress)

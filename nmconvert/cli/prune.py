@@ -18,7 +18,8 @@ from nmconvert.pattern import AXES, Axis, Pattern
 @click.option(
     "--budget", metavar="BUDGET",
     help="Instead of --nm, a pattern for each layer: 'size<=0.35' (of the compressed file), 'speedup>=1.5' (measured on this "
-    "machine's kernels), or 'top1-drop<=0.5' (points of agreement with the dense model). Needs --model and --calib.",
+    "machine's kernels), or 'top1-drop<=0.5' (points of agreement with the dense model). Needs --model and --calib, for an "
+    "ONNX file --calib alone.",
 )  # fmt: skip
 @click.option(
     "--axis", type=click.Choice(AXES), default="channel", show_default=True,
@@ -40,7 +41,11 @@ from nmconvert.pattern import AXES, Axis, Pattern
     "--criterion", type=click.Choice(METHODS),
     help="How weights are chosen; all but magnitude need --calib.  [default: auto with --calib, else magnitude]",
 )  # fmt: skip
-@click.option("--permute", is_flag=True, help="Put channels into an order that keeps more, where that is proved safe.")
+@click.option(
+    "--permute", is_flag=True,
+    help="Put channels into an order that keeps more, where that is proved safe. Needs --model and --calib, for an ONNX file "
+    "neither.",
+)  # fmt: skip
 @model_options
 @output_options
 def command(
@@ -54,12 +59,14 @@ def command(
     CHECKPOINT is a PyTorch file, a safetensors file, a Hugging Face folder or an ONNX model; the copy is of the same kind.
     Without --model, what a tensor is follows from its name and shape. Without --calib, the weights of largest magnitude are
     kept; with it, layer after layer is solved against the outputs of the dense model, and the kept weights change, too.
-    An ONNX model needs no --model for that.
+    An ONNX model needs no --model for any of this.
     """
     if (nm is None) == (budget is None):
         raise UsageError("say how much is kept: --nm N:M for all layers, or --budget to choose for each")
-    if (budget is not None or permute) and (model is None or calib is None):
-        raise UsageError("--budget and --permute run the model on its inputs: give --model and --calib")
+    bare = checkpoint.suffix == ".onnx"
+    if (budget is not None and calib is None) or ((budget is not None or permute) and not bare and not (model and calib)):
+        option, less = ("--permute", "neither") if budget is None else ("--budget", "--calib alone")
+        raise UsageError(f"{option} runs the model on its inputs: give --model and --calib (an ONNX file needs {less})")
     if calib is None and criterion not in (None, "magnitude"):
         raise UsageError(f"--criterion {criterion} looks at the inputs of the layers: give --calib DATA")
     pattern = Pattern.parse(nm or "2:4")
@@ -67,6 +74,11 @@ def command(
     from nmconvert.prune import prune
 
     built = calibration = None
+    if permute and calib is None:
+        from nmconvert.calibrate.driver import Recipe
+        from nmconvert.calibrate.stage import Calibration
+
+        calibration = Calibration((), Recipe(seed=seed), permute=True)
     if model is not None:
         from nmconvert.model import build
 

@@ -37,17 +37,18 @@ def command(
     """Prune each layer of CHECKPOINT alone, to each pattern, and show what that does to the model's outputs.
 
     The loss is the squared error of the outputs relative to their energy, on calibration data; the bar shows the first
-    pattern's. `nmconvert prune --budget` chooses patterns by these numbers.
+    pattern's. `nmconvert prune --budget` chooses patterns by these numbers. An ONNX file needs no --model.
     """
     chosen = [Pattern.parse(text) for text in patterns.split(",")]
-    if model is None or calib is None:
-        raise UsageError("sensitivities are measured on a model and its inputs: give --model and --calib")
+    if calib is None or (model is None and checkpoint.suffix != ".onnx"):
+        raise UsageError("sensitivities are measured on inputs: give --model and --calib (an ONNX file needs --calib alone)")
     from nmconvert.calibrate.stage import sensitivities
     from nmconvert.checkpoint import open_checkpoint
     from nmconvert.model import build
     from nmconvert.prune import plan_for
 
-    built, opened = build(model, model_arguments, trust=trust), open_checkpoint(checkpoint, trust=trust)
+    built = None if model is None else build(model, model_arguments, trust=trust)
+    opened = open_checkpoint(checkpoint, trust=trust)
     plan = plan_for(opened, chosen[0], axis, built)
     batches = calibration_batches(calib, task, settings, samples, batch_size, seed)
     found = sensitivities(built, opened, plan, batches, chosen, teller(printer.quiet))

@@ -130,13 +130,26 @@ def _from_onnx(source: Path, manifest: Manifest, inputs: Sequence[InputSpec]) ->
         raise UsageError(f"{source}: is compressed already; export the checkpoint or ONNX file that it was made from")
     feed = example_feed(model, inputs or [InputSpec.parse(text) for text in manifest.settings.get("input") or []])
     outputs = run(stock_session(source), feed)
-    if opset(model) < FIRST_OPSET:
-        model.ir_version = max(model.ir_version, IR_VERSION)  # below 4 the converter takes no initialiser that is no input
-        try:
-            model = onnx.version_converter.convert_version(model, OPSET)
-        except Exception as error:  # the converter raises RuntimeError and others for operators that it does not know
-            raise ExportError(f"{source}: opset {opset(model)} cannot be raised to {OPSET}: {error}") from error
-    return _Source(model, feed, outputs, manifest, None)
+    try:
+        return _Source(raised(model), feed, outputs, manifest, None)
+    except ExportError as error:
+        raise ExportError(f"{source}: {error}") from error
+
+
+def raised(model: ModelProto) -> ModelProto:
+    """``model`` in an opset that functions can be called in.
+
+    Raises:
+        ExportError: the converter cannot raise it.
+    """
+    if opset(model) >= FIRST_OPSET:
+        return model
+    model.ir_version = max(model.ir_version, IR_VERSION)  # below 4 the converter takes no initialiser that is no input
+    try:
+        converted: ModelProto = onnx.version_converter.convert_version(model, OPSET)
+    except Exception as error:  # the converter raises RuntimeError and others for operators that it does not know
+        raise ExportError(f"opset {opset(model)} cannot be raised to {OPSET}: {error}") from error
+    return converted
 
 
 def _from_checkpoint(
