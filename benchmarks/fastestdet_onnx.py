@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto
 from PIL import Image
 from torch import Tensor
 
@@ -73,16 +73,6 @@ def _taps(size: int) -> tuple[NDArray[np.int64], ...]:
 def rows(model: ModelProto, pattern: Pattern) -> tuple[Row, ...]:
     """What the plan prunes."""
     return make_plan(tensor_infos(model), pattern).pruned
-
-
-def changed(model: ModelProto, tensors: dict[str, Tensor]) -> ModelProto:
-    """A copy with other initialisers."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    for tensor in copy.graph.initializer:
-        if tensor.name in tensors:
-            tensor.CopyFrom(numpy_helper.from_array(tensors[tensor.name].numpy(), tensor.name))
-    return copy
 
 
 def ap50(model: ModelProto, data: list[Sample]) -> float:
