@@ -168,6 +168,17 @@ def test_resizing_moves_boxes_and_masks(coco):
     assert scene.masks[1].sum() == pytest.approx((x2 - x1) * (y2 - y1), rel=0.1)
 
 
+@pytest.mark.parametrize("shape", [[[1, 2]], [], "abc", {"size": [9, 7]}, {"size": [9, 7], "counts": [1, "x"]}])
+def test_a_segmentation_that_is_none_is_said(shape):
+    with pytest.raises(DataError, match=r"a\.png: annotation 5 has a segmentation that is none"):
+        encode({"id": 5, "segmentation": shape}, 9, 7, "a.png")
+
+
+def test_a_mask_of_another_image_is_said():
+    with pytest.raises(DataError, match=r"a\.png: annotation 5 has a mask of size \[3, 3\], the image \[9, 7\]"):
+        encode({"id": 5, "segmentation": {"size": [3, 3], "counts": [9]}}, 9, 7, "a.png")
+
+
 def test_encoding_undoes_decoding():
     mask = np.random.default_rng(0).integers(0, 2, (9, 7)).astype(np.uint8)
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.T.ravel().astype(int)])))
@@ -304,6 +315,10 @@ def test_a_label_beyond_the_model_is_said(coco):
     batch = task.collate([*task.dataset(str(coco), split="train", augment=False)])
     with pytest.raises(DataError, match="label 8 is out of range: the model has 4 classes"):
         task.loss(Oracle({}).train(), batch)
+    task = Detection(label_offset=-2)
+    batch = task.collate([*task.dataset(str(coco), split="train", augment=False)])
+    with pytest.raises(DataError, match="label -1 is out of range"):
+        task.loss(Oracle({}).train(), batch)
 
 
 @pytest.mark.parametrize("output", [torch.zeros(2, 10), {"logits": torch.zeros(2, 5)}, [torch.zeros(3)]])
@@ -323,7 +338,11 @@ def test_data_of_another_task_is_said(coco, tmp_path):
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     (tmp_path / "broken.json").write_text('{"images": [')
     (tmp_path / "other.json").write_text('{"a": 1}')
-    cases = {"boxes.json": "no 'segmentation'", "broken.json": "no COCO file", "other.json": "no COCO file", "x": "COCO file"}
+    boxes["annotations"][2]["image_id"] = 99
+    (tmp_path / "orphan.json").write_text(json.dumps(boxes))
+    orphan = "annotation 3 is of image 99, which is none"
+    cases = {"boxes.json": "no 'segmentation'", "orphan.json": orphan, "x": "COCO file"}
+    cases |= {"broken.json": "no COCO file", "other.json": "no COCO file"}
     for name, message in cases.items():
         with pytest.raises(DataError, match=message):
             open_scenes(str(tmp_path / name), "test", with_masks=True)

@@ -224,6 +224,8 @@ def _per_image(output: Any, size: int) -> list[Found]:
 def _check_labels(model: Any, targets: Sequence[Target]) -> None:
     model = unwrapped(model)
     classes = getattr(model, "num_classes", None) or getattr(getattr(model, "config", None), "num_labels", None)
-    highest = max((int(t["labels"].max()) for t in targets if len(t["labels"])), default=0)
-    if classes is not None and highest >= classes:
-        raise DataError(f"label {highest} is out of range: the model has {classes} classes, 0 to {classes - 1}")
+    labels = [int(label) for t in targets for label in t["labels"]]
+    lowest, highest = min(labels, default=0), max(labels, default=0)
+    if lowest < 0 or (classes is not None and highest >= classes):
+        known = "" if classes is None else f": the model has {classes} classes, 0 to {classes - 1}"
+        raise DataError(f"label {lowest if lowest < 0 else highest} is out of range{known}")

@@ -132,16 +132,20 @@ def open_scenes(data: str, split: Split, *, with_masks: bool) -> SceneFiles:
 def encode(annotation: Annotation, height: int, width: int, where: object = "") -> Any:
     """The mask of a COCO annotation (polygons, run lengths, or the box where it has none) as compressed RLE."""
     coder = require("pycocotools.mask", "detection")
-    shape = annotation.get("segmentation")
+    shape, number = annotation.get("segmentation"), annotation.get("id", "?")
     try:
+        if isinstance(shape, dict) and [*shape["size"]] != [height, width]:
+            raise DataError(f"{where}: annotation {number} has a mask of size {shape['size']}, the image {[height, width]}")
         if not shape:
             x, y, w, h = annotation["bbox"]
             shape = [[x, y, x + w, y, x + w, y + h, x, y + h]]
         if isinstance(shape, list):
             return coder.merge(coder.frPyObjects(shape, height, width))
         return coder.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
-    except (TypeError, ValueError, KeyError, IndexError) as error:
-        raise DataError(f"{where}: annotation {annotation.get('id', '?')} has a segmentation that is none") from error
+    except DataError:
+        raise
+    except Exception as error:  # pycocotools raises this very class
+        raise DataError(f"{where}: annotation {number} has a segmentation that is none") from error
 
 
 def decode(rle: Any) -> NDArray[np.uint8]:
@@ -180,6 +184,9 @@ def _from_coco(file: Path, roots: Iterable[Path], split: Split, *, whole: bool) 
         for annotation in content["annotations"] if known else ():
             box = annotation["bbox"]
             complete = {"area": box[2] * box[3], "iscrowd": 0} | annotation
+            if annotation["image_id"] not in by_image:
+                number, image = annotation.get("id", "?"), annotation["image_id"]
+                raise DataError(f"{file}: annotation {number} is of image {image}, which is none of its images")
             by_image[annotation["image_id"]].append(complete | {"category_id": int(annotation["category_id"])})
         names = [entry["file_name"] for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
