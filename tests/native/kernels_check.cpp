@@ -28,13 +28,14 @@ std::vector<float> randoms(int64_t count) {
 
 std::vector<double> widened(const std::vector<float>& values) { return {values.begin(), values.end()}; }
 
-// A weight with n of every m kept, whose mask has a byte for eight entries.
+// A weight with n of every m kept, whose mask has a byte for eight entries; `scaled`: its values are bytes, with a scale for each row.
 struct Weight {
-  std::vector<float> values;
+  std::vector<float> values, scale;
+  std::vector<int8_t> bytes;
   std::vector<uint8_t> mask, table;
   Packed packed;
 
-  Weight(const std::vector<int64_t>& shape, int64_t n, int64_t m) : table(256 * 8) {
+  Weight(const std::vector<int64_t>& shape, int64_t n, int64_t m, bool scaled = false) : table(256 * 8) {
     int64_t size = 1;
     for (int64_t dimension : shape) size *= dimension;
     mask.resize((size + 7) / 8);
@@ -50,6 +51,12 @@ struct Weight {
       for (int bit = 0; bit < 8; ++bit) table[code * 8 + bit] = static_cast<uint8_t>(code >> bit & 1);
     values = randoms(kept);
     packed.values = {values.data(), ort::kFloat, {kept}};
+    if (scaled) {
+      for (float value : values) bytes.push_back(static_cast<int8_t>(std::clamp(40 * value, -127.0f, 127.0f)));
+      for (int64_t row = 0; row < shape[0]; ++row) scale.push_back(0.01f * static_cast<float>(1 + row % 7));
+      packed.values = {bytes.data(), ort::kInt8, {kept}};
+      packed.scale = {scale.data(), ort::kFloat, {shape[0]}};
+    }
     packed.mask = {mask.data(), ort::kUint8, {static_cast<int64_t>(mask.size())}};
     packed.table = {table.data(), ort::kUint8, {256, 8}};
     packed.shape = packed.permuted = shape;
@@ -76,8 +83,8 @@ double error(const std::vector<float>& got, const std::vector<double>& expected)
   return worst / largest;
 }
 
-double check_linear(const Isa* isa, int64_t tokens, int64_t columns, int64_t rows, int64_t n, int64_t m, Activation activation) {
-  const Weight weight({rows, columns}, n, m);
+double check_linear(const Isa* isa, int64_t tokens, int64_t columns, int64_t rows, int64_t n, int64_t m, Activation activation, bool scaled) {
+  const Weight weight({rows, columns}, n, m, scaled);
   const std::vector<bool> is_row{true, false};
   const Epilogue epilogue{activation, -1e30f, 1e30f};
   const std::vector<float> x = randoms(tokens * columns), bias = randoms(rows), residual = randoms(tokens * rows);
@@ -121,7 +128,7 @@ double check(const Isa* isa) {
   for (const auto& [n, m] : patterns) {
     for (int64_t tokens : {1, 2, 3, 5, 8, 13, 33, 130})
       for (Activation activation : {Activation::kNone, Activation::kSilu, Activation::kGelu, Activation::kGeluTanh})
-        worst = std::max(worst, check_linear(isa, tokens, 200, 37, n, m, activation));
+        for (bool scaled : {false, true}) worst = std::max(worst, check_linear(isa, tokens, 200, 37, n, m, activation, scaled));
     for (int64_t kernel : {1, 3, 5})
       for (int64_t stride : {1, 2})
         for (int64_t side : {7, 15, 32}) worst = std::max(worst, check_conv(isa, kernel, stride, side, 32, n, m));
