@@ -4,7 +4,7 @@
 
 The models have random weights in the shapes of the real ones: speed does not depend on their values. All convolutions but the
 first and all linear layers of a model are pruned by magnitude, the embeddings are not. Both files come from the same traced
-graph; OpenVINO (where it is installed, at float32) reads the dense file, torch runs the module. All take turns, in rounds;
+graph; OpenVINO (``--peers openvino,torch``; at float32) reads the dense file, torch runs the module. All take turns, in rounds;
 times are of the fastest rounds, ratios the medians of the rounds' own, with quartiles, and that of the fastest rounds. With
 one thread processor time is taken, which does not count what other processes use; with more, wall time. Prints the rows of a
 Markdown table. What loading costs: load.py.
@@ -13,7 +13,6 @@ Markdown table. What loading costs: load.py.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -164,9 +163,9 @@ Run = Callable[[], object]
 
 
 def contestants(
-    name: str, pattern: Pattern, files: tuple[Path, Path], feed: dict[str, Any], threads: int, layers: str
+    name: str, pattern: Pattern, files: tuple[Path, Path], feed: dict[str, Any], threads: int, layers: str, peers: Sequence[str]
 ) -> Iterator[tuple[str, Run]]:
-    """Who takes turns: the dense file in onnxruntime first."""
+    """Who takes turns: the dense file in onnxruntime first, the kernels, and those of ``peers``."""
     dense, sparse = files
     options = [onnxruntime.SessionOptions() for _ in range(2)]
     for made in options:
@@ -177,14 +176,14 @@ def contestants(
     ours = runtime.session(sparse, options[1], layers=layers)
     yield "dense", lambda: stock.run(None, feed)
     yield "kernels", lambda: ours.run(None, feed)
-    try:
+    if "openvino" in peers:
         import openvino
-    except ModuleNotFoundError:
-        print("OpenVINO is not installed: its column stays empty", file=sys.stderr)
-    else:
+
         hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         request = openvino.Core().compile_model(dense, "CPU", hints).create_infer_request()
         yield "openvino", lambda: request.infer(feed, share_inputs=True)
+    if "torch" not in peers:
+        return
     module, tensors = build(name, pattern), [torch.from_numpy(array) for array in feed.values()]
 
     def run_torch() -> None:
@@ -264,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", default="1")
     parser.add_argument("--batch", default="1")
     parser.add_argument("--layers", default="auto", choices=("auto", "sparse"))
+    parser.add_argument("--peers", default="torch", help="who else takes turns: openvino, torch, both, or nobody")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--keep", type=Path, help="Folder of the models' files, written where they are not there.")
@@ -279,7 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             label = pattern if values == FULL else f"{pattern}, {values}"
             feed = example_feed(onnx.load(files[0]))
             for threads in map(int, chosen.threads.split(",")):
-                runs = dict(contestants(name, Pattern.parse(pattern), files, feed, threads, chosen.layers))
+                peers = [peer for peer in chosen.peers.split(",") if peer]
+                runs = dict(contestants(name, Pattern.parse(pattern), files, feed, threads, chosen.layers, peers))
                 times = race(runs, rounds=chosen.rounds, seconds=chosen.seconds, threads=threads)
                 print(row(name, label, int(batch), threads, times), flush=True)
 
