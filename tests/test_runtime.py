@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NMCONVERT_ISA", request.param)
         yield request.param
+
+
+@pytest.mark.skipif(not shutil.which("c++") or platform.machine() not in ("x86_64", "aarch64"), reason="no kernels for here")
+def test_the_library_is_there_where_it_can_be_built() -> None:
+    # A build that fails installs the package without it, and the tests below are skipped.
+    assert runtime.kernels().usable, runtime.kernels().reason
 
 
 def options(threads: int = 1) -> onnxruntime.SessionOptions:
