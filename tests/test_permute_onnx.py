@@ -153,6 +153,21 @@ def test_an_operator_without_a_rule_keeps_the_order(operator, reason):
     assert [one.reason for one in done] == [f"its channels have to keep their order: {reason}"]
 
 
+def test_quantised_constants_keep_their_order():
+    nodes = [
+        node("Conv", ["x", "w0"], ["a"]),
+        node("DequantizeLinear", ["q", "scale"], ["w"]),
+        node("Conv", ["a", "w"], ["b"]),
+        node("Conv", ["b", "w1"], ["y"]),
+    ]
+    model = graph_of(nodes, {"w0": (8, 3, 1), "w1": (4, 8, 1), "scale": np.array(0.01)})
+    codes = np.random.default_rng(0).integers(-9, 9, (8, 8, 1)).astype(np.int8)
+    model.graph.initializer.append(numpy_helper.from_array(codes, "q"))
+    tensors, done = permute_onnx(model, rows_of(model, ["w1"]), {"x": torch.randn(2, 3, 5)})
+    assert not tensors
+    assert [one.reason for one in done] == ["its channels have to keep their order: DequantizeLinear"]
+
+
 # ── the command ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
