@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from nmconvert.errors import KernelsUnavailableError
@@ -78,3 +79,15 @@ def library() -> Path:
     if found.path is None or found.reason:
         raise KernelsUnavailableError(f"no native kernels: {found.reason}; {found.remedy}")
     return found.path
+
+
+def library_with(function: str) -> ctypes.CDLL | None:
+    """The library, opened to be called from Python; None where none fits this CPU, or it was built without ``function``."""
+    return _library_with(function, os.environ.get(LIBRARY_VARIABLE), os.environ.get(ISA_VARIABLE))
+
+
+@cache
+def _library_with(function: str, *settings: str | None) -> ctypes.CDLL | None:
+    found = kernels()
+    library = ctypes.CDLL(str(found.path)) if found.usable else None
+    return library if hasattr(library, function) else None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
 from functools import cache, partial
 
 from nmconvert.pattern import Pattern
-from nmconvert.runtime.locate import ISA_VARIABLE, LIBRARY_VARIABLE, kernels
+from nmconvert.runtime.locate import library_with
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")  # by their number in the library
 
@@ -22,17 +21,12 @@ def keep_largest() -> KeepLargest | None:
     lower index, and returns the sums of squares before and after; None where a weight is NaN or infinite, and the matrix is
     then spoilt. It holds no lock: threads may prune at once.
     """
-    return _found(os.environ.get(LIBRARY_VARIABLE), os.environ.get(ISA_VARIABLE))
+    library = library_with("NmconvertPrune")
+    return None if library is None else _bound(library)
 
 
 @cache
-def _found(*settings: str | None) -> KeepLargest | None:
-    found = kernels()
-    if found.path is None or not found.usable:
-        return None
-    library = ctypes.CDLL(str(found.path))
-    if not hasattr(library, "NmconvertPrune"):  # built before there was such a function
-        return None
+def _bound(library: ctypes.CDLL) -> KeepLargest:
     function: Callable[..., int] = library.NmconvertPrune
     whole, number, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
     function.argtypes = [pointer, whole, whole, number, number, number, pointer]  # type: ignore[attr-defined]

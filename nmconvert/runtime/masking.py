@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 from nmconvert.pattern import Pattern
-from nmconvert.runtime.locate import ISA_VARIABLE, LIBRARY_VARIABLE, kernels
+from nmconvert.runtime.locate import library_with
 
 DTYPES = ("float32", "float64")  # by their number in the library
 
@@ -43,17 +42,12 @@ class Passes:
 
 def passes() -> Passes | None:
     """The library's passes, or None where there are none for this CPU."""
-    return _found(os.environ.get(LIBRARY_VARIABLE), os.environ.get(ISA_VARIABLE))
+    library = library_with("NmconvertRenewMask")
+    return None if library is None else _bound(library)
 
 
 @cache
-def _found(*settings: str | None) -> Passes | None:
-    found = kernels()
-    if found.path is None or not found.usable:
-        return None
-    library = ctypes.CDLL(str(found.path))
-    if not hasattr(library, "NmconvertRenewMask"):  # built before there was such a function
-        return None
+def _bound(library: ctypes.CDLL) -> Passes:
     whole, number, real, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_double, ctypes.c_void_p
     renew, masked, add = library.NmconvertRenewMask, library.NmconvertMasked, library.NmconvertAddPruned
     renew.argtypes, renew.restype = [pointer, pointer, whole, whole, number, number, number], whole
