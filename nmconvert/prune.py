@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nmconvert.checkpoint import Checkpoint, open_checkpoint
+from nmconvert.checkpoint import Checkpoint, check_copy, open_checkpoint
 from nmconvert.detect import Array, as_array, as_tensor, canonical_bytes, digest
 from nmconvert.errors import ModelError, UsageError, WeightError
 from nmconvert.magnitude import has_negative_zero, keep_largest
@@ -76,13 +76,13 @@ def prune(
     bounded by the largest tensor.
 
     Raises:
-        UsageError: nothing would be pruned, or ``output`` is the input.
+        UsageError: nothing would be pruned, or ``output`` is the input or called what it is not.
         WeightError: a weight is NaN or infinite.
         CheckpointError: the file cannot be read or the copy not written; ``output`` is then as it was before.
     """
     checkpoint = open_checkpoint(source, trust=trust)
-    if output is not None and output.resolve() == source.resolve():
-        raise UsageError(f"{output}: is the input itself; give another name with --output")
+    if output is not None:
+        check_copy(source, output)
     planned = partial(plan_for, checkpoint, axis=axis, model=model, include=include, exclude=exclude, target=target)
     plan = planned(pattern, layers=layers)
     if calibration and calibration.budget:

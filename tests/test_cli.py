@@ -131,6 +131,12 @@ ERRORS: list[tuple[str, int, str]] = [
     ("prune net.pt --nm 2:4 --layer body=3", 2, "'3' is not an N:M pattern"),
     ("prune net.pt --nm 2:4 --exclude *", 2, "net.pt: nothing to prune among its"),
     ("prune net.pt --nm 2:4 -o net.pt", 2, "net.pt: is the input itself; give another name with --output"),
+    (
+        "prune net.pt --nm 2:4 -o a.onnx",
+        2,
+        "a.onnx: net.pt is a PyTorch file, and its copy will be one, not an ONNX file; nmconvert export writes ONNX",
+    ),
+    ("prune net.pt --nm 2:4 -o a.safetensors", 2, "its copy will be one, not a safetensors file; give a name with the same"),
     ("prune net.pt --nm 2:4 -o no/net.pt", 1, "cannot be written: its folder does not exist; create it, or choose another"),
     ("prune net.pt --nm 2:4 --model nothing", 2, "--model 'nothing' does not say what builds the model; give it as"),
     ("prune net.pt --nm 2:4 --model no_such:Net", 1, "there is no module 'no_such'"),

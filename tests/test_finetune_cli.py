@@ -222,6 +222,8 @@ def test_what_is_wrong_is_named(folder):
         with pytest.raises(UsageError, match="is read by this run; give another name"):
             finetune_it(folder, "--teacher", folder / "net.pt", "--output", output)
         assert output.read_bytes() == before
+    with pytest.raises(UsageError, match=r"net.onnx: net.nm1-4.pt is a PyTorch file, and its copy will be one"):
+        finetune_it(folder, "--output", folder / "net.onnx")
     with pytest.raises(UsageError, match="missing: there is no such folder"):
         finetune_it(folder, "--output", folder / "missing" / "net.pt")
     (folder / "broken.pt").write_bytes(b"PK\x03\x04 broken")

@@ -16,7 +16,7 @@ import numpy as np
 
 from nmconvert.checkpoint.atomic import atomic_file
 from nmconvert.detect import Array, as_array
-from nmconvert.errors import CheckpointError
+from nmconvert.errors import CheckpointError, UsageError
 from nmconvert.tensor import TensorInfo
 
 if TYPE_CHECKING:
@@ -88,6 +88,27 @@ class Checkpoint(Protocol):
         Raises:
             CheckpointError: the file is damaged, or the copy cannot be written; ``target`` is then as it was before.
         """
+
+
+_CALLED = {
+    ".onnx": "an ONNX file",
+    ".safetensors": "a safetensors file",
+    **dict.fromkeys((".pt", ".pth", ".th", ".ckpt"), "a PyTorch file"),
+}
+
+
+def check_copy(source: Path, output: Path) -> None:
+    """Raise where a copy of ``source`` would replace it, or would be called what it is not.
+
+    Raises:
+        UsageError: with the remedy.
+    """
+    if output.resolve() == source.resolve():
+        raise UsageError(f"{output}: is the input itself; give another name with --output")
+    is_now, wanted = _CALLED.get(source.suffix), _CALLED.get(output.suffix)
+    if is_now and wanted and is_now != wanted:
+        remedy = "nmconvert export writes ONNX" if output.suffix == ".onnx" else "give a name with the same ending"
+        raise UsageError(f"{output}: {source.name} is {is_now}, and its copy will be one, not {wanted}; {remedy}")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nmconvert import dist
-from nmconvert.checkpoint import Checkpoint, open_checkpoint
+from nmconvert.checkpoint import Checkpoint, check_copy, open_checkpoint
 from nmconvert.detect import as_array, digest
 from nmconvert.errors import UsageError
 from nmconvert.inputs import InputSpec
@@ -60,10 +60,11 @@ class Files:
         stem = output.name if source.is_dir() else output.stem
         return cls(output, output.with_name(f"{stem}.jsonl"), output.with_name(f"{output.name}.state"))
 
-    def check(self, *read: Path | None) -> None:
-        """Raise where the output would replace one of the checkpoints that are ``read``, or has no folder to be in."""
-        if any(path is not None and self.output.resolve() == path.resolve() for path in read):
+    def check(self, source: Path, dense: Path | None) -> None:
+        """Raise where the output would replace one of the two that are read, is called what it is not, or has no folder."""
+        if any(path is not None and self.output.resolve() == path.resolve() for path in (source, dense)):
             raise UsageError(f"{self.output}: is read by this run; give another name with --output")
+        check_copy(source, self.output)
         if not self.output.parent.is_dir():
             raise UsageError(f"{self.output.parent}: there is no such folder for --output; make it first")
 
