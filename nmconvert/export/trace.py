@@ -42,33 +42,21 @@ def trace(module: nn.Module, specs: Sequence[InputSpec], dynamic: Mapping[int, s
         ExportError: torch cannot export it.
     """
     module, dtype = _computing(module)
-    failed: ExportError | None = None
-    for shapes, notes in _ways(module, dynamic):
-        arguments = _arguments(module, specs, dtype, shapes)
-        outputs = _outputs(module, arguments)
-        try:
-            model = _export(module, arguments, shapes)
-        except ExportError as error:
-            failed = error
-            continue
-        restore_names(model, module.state_dict())
-        names = (value.name for value in model.graph.input)
-        return Traced(model, dict(zip(names, (a.numpy() for a in arguments.values()), strict=True)), outputs, notes)
-    assert failed is not None
-    raise failed
-
-
-def _ways(module: nn.Module, dynamic: Mapping[int, str]) -> Iterator[tuple[Mapping[int, str], tuple[str, ...]]]:
-    """Which dimensions stay open, and what to say of it, the best way first; ``module`` is changed between them."""
+    arguments = _arguments(module, specs, dtype, dynamic)
+    outputs = _outputs(module, arguments)
     notes: tuple[str, ...] = ()
-    yield dynamic, notes
-    write_out: Any = getattr(module, "set_attn_implementation", None)  # of Hugging Face; fused, T5 and Swin fail
-    if write_out is not None:
-        write_out("eager")
-        notes = ("attention is written out as products and a softmax: torch could not export the fused one",)
-        yield dynamic, notes
-    if dynamic:
-        yield {}, (*notes, "the shape of the inputs is fixed: torch could not export it with a dynamic one")
+    try:
+        model = _export(module, arguments, dynamic)
+    except ExportError:
+        if not dynamic:
+            raise
+        arguments = _arguments(module, specs, dtype, {})
+        outputs = _outputs(module, arguments)
+        model = _export(module, arguments, {})
+        notes = ("the shape of the inputs is fixed: torch could not export it with a dynamic one",)
+    restore_names(model, module.state_dict())
+    feed = dict(zip((value.name for value in model.graph.input), (a.numpy() for a in arguments.values()), strict=True))
+    return Traced(model, feed, outputs, notes)
 
 
 def trace_program(program: torch.export.ExportedProgram) -> Traced:
@@ -191,9 +179,14 @@ def _computing(module: nn.Module) -> tuple[nn.Module, torch.dtype]:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if dtype == torch.bfloat16:
         module, dtype = module.float(), torch.float32
-    for part in module.modules():  # a Hugging Face decoder has a configuration of its own
+    for part in module.modules():  # of Hugging Face; a decoder has a configuration of its own
         if hasattr(part, "config") and hasattr(part.config, "use_cache"):
             part.config.use_cache = False
+        # Written out, attention is a product, a sum and a softmax. What torch makes of the fused one scales twice and looks for
+        # NaN, which is a fifth of a sparse MiniLM's time; and with a bias, as in T5 and Swin, it cannot be exported at all.
+        write_out: Any = getattr(part, "set_attn_implementation", None)
+        if write_out is not None:
+            write_out("eager")
     return module, dtype
 
 
