@@ -47,7 +47,7 @@ from nmconvert.pattern import Pattern
 Matrix = npt.NDArray[Any]
 _LARGEST_INTEGER = 127
 _SCALE_BITS = 17  # times 7 bits of an integer are the 24 of a float32
-_SMALLEST_EXPONENT = -149  # of a float32
+_SMALLEST_SCALE = 2.0**-126  # the least normal float32: below, the bits of a scale run out
 
 
 @dataclass(frozen=True)
@@ -185,12 +185,12 @@ def _encode(bits: npt.NDArray[np.bool_], coding: Coding, pattern: Pattern) -> np
 def quantize(matrix: Matrix) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """``matrix`` [rows, any] → int8 of the same shape and scale [rows], such that integers × scale are nearest to it.
 
-    Symmetric, to nearest even; the largest of a row becomes ±127. The scale has 17 significant bits, see above; where a row is
-    zeros it is 1.
+    Symmetric, to nearest even; the largest of a row becomes ±127. The scale has 17 significant bits, see above; it is at least
+    2⁻¹²⁶, and 1 where a row becomes zeros.
     """
     largest = np.abs(matrix).max(axis=1, initial=0).astype(np.float64)
-    needed = np.where(largest > 0, largest / _LARGEST_INTEGER, 1.0)
-    unit = np.ldexp(1.0, np.maximum(np.frexp(needed)[1] - _SCALE_BITS, _SMALLEST_EXPONENT))
+    needed = np.where(largest > _SMALLEST_SCALE / 2, np.maximum(largest / _LARGEST_INTEGER, _SMALLEST_SCALE), 1.0)
+    unit = np.ldexp(1.0, np.frexp(needed)[1] - _SCALE_BITS)
     scale = np.ceil(needed / unit) * unit
     return np.rint(matrix / scale[:, None]).astype(np.int8), scale.astype(np.float32)
 
