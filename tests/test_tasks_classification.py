@@ -81,8 +81,13 @@ def test_a_setting_that_does_not_fit_is_named(settings):
 
 @pytest.mark.parametrize("task", ["classification", "detection", "translation", "language_model"])
 def test_settings_at_their_limits_are_taken(task):
-    limits = {"classification": {"size": "", "crop": "0"}, "detection": {"zoom": "1"}, "translation": {"label_smoothing": "1"}}
-    build_task(task, limits.get(task, {"block": "1"}))
+    limits = {"classification": {"crop": "0"}, "detection": {"zoom": "1"}, "translation": {"label_smoothing": "1"}}
+    settings = limits.get(task, {"block": "1"})
+    assert {name: getattr(build_task(task, settings), name) for name in settings} == {n: float(v) for n, v in settings.items()}
+
+
+def test_an_empty_size_is_none():
+    assert build_task("classification", {"size": ""}).size is None
 
 
 def test_an_unknown_task_lists_the_known():
