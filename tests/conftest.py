@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and NumPy are imported: pytest-xdist fills the cores
@@ -10,6 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and NumPy are impo
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from nmconvert.runtime import kernels
+from nmconvert.runtime.locate import LIBRARY_VARIABLE
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,3 +48,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def sample_models() -> Path:
     """The folder ``sample_models`` of the repository."""
     return ROOT / "sample_models"
+
+
+@pytest.fixture(scope="module", params=["native", "without"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """With the native library, where a compiler was, and without it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "without":
+            patch.setenv(LIBRARY_VARIABLE, "off")
+        elif not kernels().usable:
+            pytest.skip(f"no native kernels: {kernels().reason}")
+        yield request.param

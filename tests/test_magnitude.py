@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,9 +15,6 @@ from nmconvert.detect import as_array
 from nmconvert.magnitude import as_integers, has_negative_zero, keep_largest
 from nmconvert.masks import magnitude, nm_mask
 from nmconvert.pattern import Pattern
-from nmconvert.runtime import kernels
-from nmconvert.runtime.locate import LIBRARY_VARIABLE
-from nmconvert.runtime.magnitude import keep_largest as native_keep_largest
 
 
 def bits(weight: Tensor) -> Tensor:
@@ -28,17 +24,6 @@ def bits(weight: Tensor) -> Tensor:
 def keep(weight: Tensor, pattern: Pattern) -> tuple[float, float]:
     """keep_largest on the memory of ``weight``."""
     return keep_largest(as_array(weight), pattern)
-
-
-@pytest.fixture(scope="module", params=["native", "numpy"])
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The two ways of keep_largest, of which the first is there where a compiler was."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "numpy":
-            patch.setenv(LIBRARY_VARIABLE, "off")
-        elif native_keep_largest() is None:
-            pytest.skip(f"no native kernels: {kernels().reason}")
-        yield request.param
 
 
 @given(st.integers(0, 2**32), patterns(), st.integers(1, 300), st.integers(1, 70), st.sampled_from(DTYPES), st.booleans())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,25 +16,11 @@ from torch import Tensor, nn
 from nmconvert.masks import as_integers, magnitude, native_passes, nm_mask, update_magnitude_mask
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Pattern
-from nmconvert.runtime import kernels
-from nmconvert.runtime.locate import LIBRARY_VARIABLE
-from nmconvert.runtime.masking import passes
 from nmconvert.srste import sparsify
 from nmconvert.srste.passes import Spare, add_pruned, masked
 
 FLOATS = st.sampled_from([torch.float32, torch.float64])
 SPECIAL = [0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-42, -3.5]
-
-
-@pytest.fixture(scope="module", params=["native", "torch"])
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The two ways, of which the first is there where a compiler was."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "torch":
-            patch.setenv(LIBRARY_VARIABLE, "off")
-        elif passes() is None:
-            pytest.skip(f"no native kernels: {kernels().reason}")
-        yield request.param
 
 
 def same(ours: Tensor, theirs: Tensor) -> bool:

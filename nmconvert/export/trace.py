@@ -174,7 +174,10 @@ def run_module(module: nn.Module, feed: Mapping[str, npt.NDArray[Any]]) -> list[
 
 
 def _computing(module: nn.Module) -> tuple[nn.Module, torch.dtype]:
-    """The module in evaluation mode, and the type it computes in: float32 where it is stored in bfloat16."""
+    """The module as it is exported, and the type it computes in: float32 where it is stored in bfloat16.
+
+    It is put in evaluation mode, and Hugging Face's parts of it give no caches and write their attention out.
+    """
     module = module.eval()
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if dtype == torch.bfloat16:
