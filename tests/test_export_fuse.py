@@ -86,7 +86,7 @@ def test_fused_calls_compute_what_the_graph_did(name: str) -> None:
     assert [node.op_type for node in proto.graph.node] == [name]
     np.testing.assert_allclose(run(proto, feed), expected, atol=2e-6)
     if runtime.kernels().usable:
-        for isa in ("portable", "avx2", "avx512"):
+        for isa in ("portable", "avx2", "avx512", "amx", "amx-always"):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("NMCONVERT_ISA", isa)
                 if runtime.kernels().usable:

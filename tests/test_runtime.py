@@ -32,7 +32,7 @@ PATTERNS = ("2:4", "1:4", "4:8", "1:8", "1:16", "3:5", "2:32", "4:4")
 
 def instruction_sets() -> list[str]:
     """Those that this CPU can run."""
-    candidates = ("portable", "avx2", "avx512") if platform.machine() == "x86_64" else ("portable", "neon")
+    candidates = ("portable", "avx2", "avx512", "amx", "amx-always") if platform.machine() == "x86_64" else ("portable", "neon")
     usable = []
     with pytest.MonkeyPatch.context() as patch:
         for name in candidates:
@@ -331,6 +331,24 @@ def test_rows_of_int8_that_are_zero_or_huge(isa: str, tokens: int) -> None:
         got = session.run(None, {"x": x})[0]
         assert_close(np.delete(got, 7, 1), np.delete(expected, 7, 1))
         assert_close(got[:, 7], expected[:, 7])
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_what_is_not_finite_spoils_only_what_reads_it(isa: str, value: float) -> None:
+    rng = np.random.default_rng(15)
+    linear, conv = random_weight(rng, "matmul", (96, 40), "2:4"), random_weight(rng, "conv", (40, 32, 3, 3), "2:4")
+    for proto, shape, at in (
+        (layer("MatMul", linear, ["t", 96]), (40, 96), (17,)),
+        (layer("Conv", conv, [2, 32, 20, 12], pads=[1] * 4), (2, 32, 20, 12), (1, slice(None), 7, 5)),
+    ):
+        x = rng.standard_normal(shape).astype(np.float32)
+        expected = with_kernels(proto).run(None, {"x": x})[0]
+        x[at] = value
+        got = with_kernels(proto).run(None, {"x": x})[0]
+        reads = np.zeros(got.shape, bool)
+        reads[(17,) if got.ndim == 2 else (1, slice(None), slice(6, 9), slice(4, 7))] = True
+        np.testing.assert_array_equal(got[~reads], expected[~reads])
+        assert not np.isfinite(got[reads]).any()
 
 
 def test_the_number_of_threads_changes_no_bit(isa: str) -> None:

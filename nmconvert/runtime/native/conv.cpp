@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "amx_run.h"
 #include "source.h"
 
 namespace nmconvert {
@@ -79,6 +80,8 @@ TileChoice choose_panels(const Isa* isa, const Weights& weights, const ConvAttri
       const Layout strips = strip_layout(attributes.inputs, kernel, weights.density(), weights.hint(), vectors, width);
       for (int64_t pieces = 1; strips.fits() && pieces <= 4; pieces *= 2) consider({candidate, tile, strips, pieces});
     }
+  if (fits_amx(attributes, image) && takes_amx(isa, amx_cycles(weights, attributes, image), least))
+    return {isa, 0, {}, 1, amx_order(attributes)};
   return best;
 }
 
@@ -321,8 +324,11 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
   if (pointwise) image.x = subsample(isa, given, given_image, parallel);
   if (pointwise && is_product(attributes, image))
     return run_linear(isa, weights, packed, 0, {image.x, image.batch, image.bias, image.residual, image.y}, epilogue, parallel);
-  const auto [choice, plan] = stream_image(isa, weights, packed, attributes, image);
-  if (!plan) return run_pixels(isa, weights, packed, attributes, image, epilogue, parallel);
+  const Streaming streaming = stream_image(isa, weights, packed, attributes, image);
+  if (streaming.amx) return run_amx_conv(isa, *streaming.amx, attributes, image, epilogue, parallel);
+  if (streaming.by_rows()) return run_pixels(isa, weights, packed, attributes, image, epilogue, parallel);
+  const TileChoice& choice = streaming.choice;
+  const StreamPlan* plan = streaming.plan;
   const Source source = make_source(isa, attributes, image, strip_slack(choice, attributes, image), parallel);
   const int64_t* lines = line_offsets(attributes, choice.layout, source, weights.order());
   const Run run{choice, *plan, attributes, image, source, lines, epilogue};
@@ -346,7 +352,7 @@ void prepare_conv(const Isa* isa, Weights& weights, const Packed& packed, const 
   for (int64_t size : image.out) likely *= static_cast<double>(size);
   if (likely == 0 || likely > 1e10) return;  // what cannot run is not prepared for
   if (flatten_pointwise(attributes, image) && is_product(attributes, image)) return prepare_linear(isa, weights, packed, batch);
-  if (!stream_image(isa, weights, packed, attributes, image).plan) weights.few(packed, *isa);
+  if (stream_image(isa, weights, packed, attributes, image).by_rows()) weights.few(packed, *isa);
 }
 
 }  // namespace nmconvert

@@ -6,6 +6,8 @@
 
 namespace nmconvert {
 
+struct Amx;
+
 enum class Activation { kNone, kClip, kSilu, kGelu, kGeluTanh };
 
 constexpr int kStep = 4;  // kept entries that are read at once: four values, and four 16-bit offsets in one word
@@ -107,12 +109,15 @@ struct Isa {
   int64_t (*renew_mask[2])(const void* weights, uint8_t* mask, int64_t groups, int64_t spacing, int n, int m);
   void (*masked[2])(const void* weights, const uint8_t* mask, int64_t count, void* out);
   void (*add_pruned[2])(const void* weights, const uint8_t* mask, int64_t count, double factor, void* sum);
+  const Amx* amx;    // a matrix unit beside the vectors, or null
+  bool always_amx;   // it takes all that it can, for tests, not only what it is estimated to be faster at
 };
 
 const Isa* isa_portable();
 const Isa* isa_avx2();
 const Isa* isa_avx512();
 const Isa* isa_neon();
+const Isa* isa_amx(bool always);  // AVX-512 and the matrix unit; null where there is none
 
 // The best table for this CPU, or the one that NMCONVERT_ISA names; null where there is none.
 const Isa* select_isa();

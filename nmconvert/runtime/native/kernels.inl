@@ -588,6 +588,8 @@ constexpr Isa kIsa = {
     {renew_mask<Single>, renew_mask<Double>},
     {masked<float>, masked<double>},
     {add_pruned<float>, add_pruned<double>},
+    nullptr,
+    false,
 };
 
 }  // namespace NMC_NAMESPACE

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "amx_run.h"
+
 namespace nmconvert {
 namespace {
 
@@ -100,7 +102,11 @@ void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group,
 // What `tokens` run through; no plan where by the row loops.
 Streaming stream_tokens(const Isa* isa, Weights& weights, const Packed& packed, int64_t tokens) {
   if (tokens <= kFew) return {};
-  return weights.stream(packed, {tokens, 0, 0, 0, 0}, [&] { return choose_tile(isa, weights, tokens); });
+  return weights.stream(packed, {tokens, 0, 0, 0, 0}, [&] {
+    const auto [choice, cycles] = choose_tile(isa, weights, tokens);
+    if (!takes_amx(isa, amx_cycles(weights, tokens), cycles)) return choice;
+    return TileChoice{isa, 0, {}, 1, amx_order(weights)};
+  });
 }
 
 }  // namespace
@@ -114,12 +120,13 @@ void run_linear(const Isa* isa, Weights& weights, const Packed& packed, int64_t 
                 const Parallel& parallel) {
   if (tokens.tokens == 0) return;
   const Streaming streaming = stream_tokens(isa, weights, packed, tokens.tokens);
-  if (!streaming.plan) return run_rows(isa, weights, packed, group, tokens, epilogue, parallel);
+  if (streaming.amx) return run_amx_linear(isa, *streaming.amx, group, tokens, epilogue, parallel);
+  if (streaming.by_rows()) return run_rows(isa, weights, packed, group, tokens, epilogue, parallel);
   run_stream(streaming.choice, *streaming.plan, group, tokens, epilogue, weights.density(), parallel);
 }
 
 void prepare_linear(const Isa* isa, Weights& weights, const Packed& packed, int64_t tokens) {
-  if (!stream_tokens(isa, weights, packed, tokens).plan) weights.few(packed, *isa);
+  if (stream_tokens(isa, weights, packed, tokens).by_rows()) weights.few(packed, *isa);
 }
 
 }  // namespace nmconvert

@@ -15,6 +15,7 @@ Weights::Weights(const Packed& packed, const std::vector<bool>& is_row, int64_t 
   rows_ = decoded_->rows / groups;
   columns_ = decoded_->columns;
   density_ = static_cast<double>(decoded_->column.size()) / (static_cast<double>(decoded_->rows) * columns_);
+  parts_ = amx_parts(packed.values.type);
   order_ = decoded_->order;
 }
 
@@ -34,6 +35,7 @@ void Weights::ready() {
 void Weights::meet(bool known) {
   if (guessed_ && !known) {
     streams_.clear();
+    amx_.clear();
     chosen_.clear();
     few_.clear();
   }
@@ -42,7 +44,11 @@ void Weights::meet(bool known) {
 
 Streaming Weights::choose_and_plan(const Packed& packed, const Size& size, const TileChoice& choice) {
   if (chosen_.size() >= kMostSizes) chosen_.clear();
-  if (!choice.isa) return chosen_[size] = {choice, nullptr};
+  if (!choice.isa) return chosen_[size] = {choice};
+  if (choice.amx) {
+    const AmxPlan* plan = plan_for(packed, *choice.amx);
+    return chosen_[size] = {choice, nullptr, plan};
+  }
   const Plan key{choice.isa, choice.tile, choice.layout.strips, choice.layout.pitch};
   meet(streams_.count(key) != 0);
   std::unique_ptr<StreamPlan>& plan = streams_[key];
@@ -52,6 +58,14 @@ Streaming Weights::choose_and_plan(const Packed& packed, const Size& size, const
     plan = std::make_unique<StreamPlan>(plan_stream(take(packed), values, {packed, scale_}, groups_, choice.shape().rows, choice.layout));
   }
   return chosen_[size] = {choice, plan.get()};
+}
+
+const AmxPlan* Weights::plan_for(const Packed& packed, const AmxOrder& order) {
+  const std::pair<bool, int64_t> key{order.left, order.positions};
+  meet(amx_.count(key) != 0);
+  std::unique_ptr<AmxPlan>& plan = amx_[key];
+  if (!plan) plan = std::make_unique<AmxPlan>(plan_amx(take(packed), packed.values, {packed, scale_}, groups_, order));
+  return plan.get();
 }
 
 const RowPlan& Weights::few(const Packed& packed, const Isa& isa) {
@@ -111,7 +125,7 @@ double row_cycles(const Isa& isa, const Weights& weights, int64_t tokens) {
   return vectors * (once * static_cast<double>(passes) + each * static_cast<double>(tokens));
 }
 
-TileChoice choose_tile(const Isa* isa, const Weights& weights, int64_t tokens) {
+Estimate choose_tile(const Isa* isa, const Weights& weights, int64_t tokens) {
   TileChoice best{};
   double least = tokens <= kMostByRows ? row_cycles(*isa, weights, tokens) : 0;
   for (const Isa* candidate : {isa, narrower(isa)}) {
@@ -122,7 +136,7 @@ TileChoice choose_tile(const Isa* isa, const Weights& weights, int64_t tokens) {
       if (least == 0 || cost < least) least = cost, best = std::move(choice);
     }
   }
-  return best;
+  return {std::move(best), least};
 }
 
 }  // namespace nmconvert

@@ -6,8 +6,11 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <optional>
 #include <tuple>
+#include <utility>
 
+#include "amx_plan.h"
 #include "parallel.h"
 #include "prepack.h"
 
@@ -19,6 +22,7 @@ struct TileChoice {
   int tile;
   Layout layout;
   int64_t pieces = 1;  // strips: output rows that share a vector
+  std::optional<AmxOrder> amx = {};  // the matrix unit instead, and how it takes the weights
   const Tile& shape() const { return isa->tiles[tile]; }
   int64_t row_unit() const { return std::lcm<int64_t>(16, shape().rows); }  // what rows are split into multiples of
   int64_t panel_width() const { return int64_t{shape().vectors} * isa->width; }
@@ -26,7 +30,9 @@ struct TileChoice {
 
 struct Streaming {
   TileChoice choice;
-  const StreamPlan* plan;  // null: by the row loops
+  const StreamPlan* plan = nullptr;
+  const AmxPlan* amx = nullptr;  // the matrix unit's
+  bool by_rows() const { return !plan && !amx; }
 };
 
 // Tokens, or the batch and extent of images and whether they start at a vector.
@@ -52,6 +58,7 @@ class Weights {
   int64_t rows() const { return rows_; }        // of one group
   int64_t columns() const { return columns_; }  // of one group
   double density() const { return density_; }
+  int parts() const { return parts_; }  // of a weight, on the matrix unit
   Hint hint() const { return hint_; }
   const std::vector<uint32_t>& order() const { return order_; }
 
@@ -59,6 +66,7 @@ class Weights {
   using Plan = std::tuple<const Isa*, int, bool, int64_t>;
   SparseRows take(const Packed& packed);
   Streaming choose_and_plan(const Packed& packed, const Size& size, const TileChoice& choice);
+  const AmxPlan* plan_for(const Packed& packed, const AmxOrder& order);
   void meet(bool known);
 
   std::vector<bool> is_row_;
@@ -66,12 +74,14 @@ class Weights {
   Hint hint_;
   float scale_;
   double density_;
+  int parts_;
   std::vector<uint32_t> order_;
   std::mutex mutex_;
   std::unique_ptr<SparseRows> decoded_;  // until the first plan is made, or the session
   bool guessed_ = false;                 // the plans are those of a likely input, and nothing has run yet
   std::map<Size, Streaming> chosen_;
   std::map<Plan, std::unique_ptr<StreamPlan>> streams_;
+  std::map<std::pair<bool, int64_t>, std::unique_ptr<AmxPlan>> amx_;
   std::map<const Isa*, std::unique_ptr<RowPlan>> few_;
 };
 
@@ -81,8 +91,13 @@ constexpr int64_t kMostByRows = 32;
 double row_cycles(const Isa& isa, const Weights& weights, int64_t tokens);
 // Estimated cycles of all rows of `weights` for one panel.
 double panel_cycles(const TileChoice& choice, const Weights& weights);
+// A choice and its estimated cycles.
+struct Estimate {
+  TileChoice choice;
+  double cycles;
+};
 // The tile that takes the fewest cycles for `tokens`; none (no isa) where the row loops take fewer.
-TileChoice choose_tile(const Isa* isa, const Weights& weights, int64_t tokens);
+Estimate choose_tile(const Isa* isa, const Weights& weights, int64_t tokens);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

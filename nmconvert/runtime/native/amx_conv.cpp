@@ -1,0 +1,248 @@
+#include <algorithm>
+
+#include "amx_run.h"
+#include "source.h"
+
+namespace nmconvert {
+namespace {
+
+constexpr int64_t kBlock = 2;            // weight tiles that are unpacked at a time
+constexpr int64_t kFewestPixels = 256;   // of a panel that an image is cut into for several threads
+
+// Where the pixels of a panel stand: pairs of channels, each with a plane for every remainder of its rows and columns modulo the
+// stride. Planes are flat, one image after the other, and rows end in the zeros that the next row begins with; so that what a
+// kernel position reads for sixteen outputs in a row is contiguous, and lies as far from them as it does anywhere else.
+// Outputs are counted in the same way: those that fall on the zeros between rows are computed, and dropped.
+struct Flat {
+  int64_t pitch, rows;    // of a plane of one image
+  int64_t across, down;   // remainders modulo the stride
+  int64_t reach;          // from an output to the last that it reads
+  int64_t total;          // outputs of all images
+
+  int64_t planes() const { return across * down; }
+  int64_t image() const { return pitch * rows; }
+};
+
+int64_t extent(int64_t in, int64_t before, int64_t after, int64_t stride, int64_t out) {
+  const int64_t size = stride == 1 ? in + std::max(before, after) : ceil_div(in + before + after, stride);
+  return std::max(size, out);
+}
+
+Flat flatten(const ConvAttributes& a, const Image& image) {
+  Flat flat{};
+  flat.pitch = extent(image.in[2], a.before[2], a.after[2], a.strides[2], image.out[2]);
+  flat.rows = extent(image.in[1], a.before[1], a.after[1], a.strides[1], image.out[1]);
+  flat.across = a.strides[2];
+  flat.down = a.strides[1];
+  flat.reach = (a.kernel[1] - 1) * a.dilations[1] / a.strides[1] * flat.pitch + (a.kernel[2] - 1) * a.dilations[2] / a.strides[2];
+  flat.total = (image.batch - 1) * flat.image() + (image.out[1] - 1) * flat.pitch + image.out[2];
+  return flat;
+}
+
+// How the outputs are cut: panels whose pixels stay in the L2 cache, of a multiple of two tiles.
+struct Cut {
+  int64_t panels, width;
+};
+
+Cut cut(const Flat& flat, int64_t pairs, int64_t groups) {
+  constexpr int64_t kTwo = 2 * kTileLines;
+  const int64_t bytes = pairs * kParts * 4 * flat.planes(), most = std::max(kTwo * 2, (amx_panel_bytes() / bytes - flat.reach) / kTwo * kTwo);
+  int64_t panels = ceil_div(flat.total, most);
+  if (panels * groups < wanted_tasks() / 2) panels = std::max(panels, std::min(wanted_tasks() / 2, flat.total / kFewestPixels));
+  const int64_t width = ceil_div(ceil_div(flat.total, panels), kTwo) * kTwo;
+  return {ceil_div(flat.total, width), width};
+}
+
+// Sixteen lines of a tile do not displace each other in the L1 cache: planes lie an odd number of cache lines apart.
+int64_t pair_size(const Flat& flat, int64_t width) {
+  const int64_t lines = ceil_div(flat.planes() * (width + flat.reach), kTileLines) | 1;
+  return lines * kTileLines;
+}
+
+struct Run {
+  const Isa* isa;
+  const AmxPlan& plan;
+  const ConvAttributes& attributes;
+  const Image& image;
+  const Epilogue& epilogue;
+  const Source& source;
+  bool padded;  // the source is a copy with its zeros in place
+  Flat flat;
+  Cut cuts;
+  int64_t pairs;
+  const int64_t* offsets;  // of every step
+
+  int64_t plane() const { return cuts.width + flat.reach; }
+  int64_t pair() const { return pair_size(flat, cuts.width); }
+  void operator()(int64_t group, int64_t panel, int64_t tile, int64_t last) const;
+  int64_t find_reads(int64_t first, Segment* reads) const;
+  int64_t find_writes(int64_t first, Segment* writes) const;
+  void fill(int64_t group, int64_t first, Segment* reads, uint32_t* parts) const;
+  void multiply(int64_t group, int64_t tile, int64_t tiles, int64_t lefts, const uint32_t* pixels, float* sums) const;
+};
+
+// The runs of pixels, and of zeros, that the planes of a panel are filled from.
+int64_t Run::find_reads(int64_t first, Segment* reads) const {
+  int64_t count = 0;
+  const int64_t before = padded ? 0 : attributes.before[2], above = padded ? 0 : attributes.before[1];
+  const int64_t width = padded ? source.phase ? source.phase : source.row : image.in[2];
+  const int64_t height = padded ? image.in[1] + attributes.before[1] + attributes.after[1] : image.in[1];
+  for (int64_t down = 0; down < flat.down; ++down)
+    for (int64_t across = 0; across < flat.across; ++across) {
+      const int64_t to = (down * flat.across + across) * plane();
+      for (int64_t done = 0, length; done < plane(); done += length) {
+        const int64_t at = first + done, n = at / flat.image(), y = at / flat.pitch % flat.rows, x = at % flat.pitch;
+        const int64_t row = y * flat.down + down - above;
+        length = std::min(plane() - done, flat.pitch - x);
+        int64_t from = -1;
+        if (n < image.batch && row >= 0 && row < height && x < before + width) {
+          if (x < before) {
+            length = std::min(length, before - x);
+          } else {
+            length = std::min(length, before + width - x);
+            from = n * source.image + row * source.row + across * source.phase + x - before;
+          }
+        }
+        Segment* previous = count ? &reads[count - 1] : nullptr;
+        const bool goes_on = previous && previous->to + previous->count == to + done &&
+                             (from < 0 ? previous->from < 0 : previous->from >= 0 && previous->from + previous->count == from);
+        if (goes_on) {
+          previous->count += length;
+        } else {
+          reads[count++] = {from, to + done, length};
+        }
+      }
+    }
+  return count;
+}
+
+// Where the outputs of a panel go.
+int64_t Run::find_writes(int64_t first, Segment* writes) const {
+  int64_t count = 0;
+  const int64_t size = volume(image.out), end = std::min(first + cuts.width, flat.total);
+  for (int64_t at = first, length; at < end; at += length) {
+    const int64_t n = at / flat.image(), y = at / flat.pitch % flat.rows, x = at % flat.pitch;
+    length = std::min(end - at, flat.pitch - x);
+    const int64_t valid = y < image.out[1] ? std::min(length, image.out[2] - x) : 0;
+    if (valid <= 0) continue;
+    const int64_t to = n * attributes.outputs * size + y * image.out[2] + x;
+    Segment* previous = count ? &writes[count - 1] : nullptr;
+    if (previous && previous->from + previous->count == at - first && previous->to + previous->count == to) {
+      previous->count += valid;
+    } else {
+      writes[count++] = {at - first, to, valid};
+    }
+  }
+  return count;
+}
+
+void Run::fill(int64_t group, int64_t first, Segment* reads, uint32_t* parts) const {
+  const int64_t count = find_reads(first, reads), channels = attributes.inputs;
+  const float* base = source.data + group * channels * source.channel;
+  for (int64_t c = 0; c < 2 * pairs; c += 2, parts += pair()) {
+    if (c >= channels) {
+      const Segment zeros{-1, 0, flat.planes() * plane()};
+      isa->amx->split_pairs(nullptr, nullptr, &zeros, 1, parts, pairs * pair());
+    } else {
+      const float* even = base + c * source.channel;
+      isa->amx->split_pairs(even, c + 1 < channels ? even + source.channel : nullptr, reads, count, parts, pairs * pair());
+    }
+  }
+}
+
+void Run::multiply(int64_t group, int64_t tile, int64_t tiles, int64_t lefts, const uint32_t* pixels, float* sums) const {
+  Scratch& own = Scratch::mine();
+  float* biases = image.bias && !plan.scaled ? own.own_biases.at_least(tiles * kTileLines * kTileLines) : nullptr;
+  for (int64_t i = 0; biases && i < tiles * kTileLines; ++i) {
+    const int64_t row = std::min(tile * kTileLines + i, plan.rows - 1);
+    std::fill_n(biases + i * kTileLines, kTileLines, image.bias[group * plan.rows + row]);
+  }
+  const int64_t at = plan.index(group, tile);
+  AmxJob job{};
+  job.masks = plan.masks.data() + at * kTileLines;
+  job.starts = plan.starts.data() + at;
+  job.parts = plan.parts.data();
+  job.inputs = pixels;
+  job.part = pairs * pair() * 4;
+  job.line = pair() * 4;
+  job.tile = 64;
+  job.offsets = offsets;
+  job.steps = plan.order.steps();
+  if (biases) job.start = biases, job.start_line = kTileLines, job.start_left = kTileLines * kTileLines;
+  job.out = sums;
+  job.out_line = cuts.width;
+  job.lefts = tiles;
+  job.rights = lefts;
+  isa->amx->multiply_left[plan.of_weight - 1](job);
+  if (plan.scaled) {
+    const int64_t row = tile * kTileLines, rows = std::min(tiles * kTileLines, plan.rows - row);
+    isa->amx->scale(sums, rows, cuts.width, plan.scales.data() + group * plan.tiles * kTileLines + row,
+                    image.bias ? image.bias + group * plan.rows + row : nullptr, true);
+  }
+}
+
+void Run::operator()(int64_t group, int64_t panel, int64_t tile, int64_t last) const {
+  Scratch& own = Scratch::mine();
+  const int64_t first = panel * cuts.width, count = std::min(cuts.width, flat.total - first), size = volume(image.out);
+  const int64_t most = flat.planes() * (plane() / flat.pitch + 2) * 3;  // segments
+  Segment* segments = own.own_segments.at_least(2 * most);
+  uint32_t* pixels = own.own_pairs.at_least(kParts * pairs * pair());
+  fill(group, first, segments, pixels);
+  const int64_t writes = find_writes(first, segments + most);
+  float* sums = own.own_sums.at_least(kBlock * kTileLines * cuts.width);
+  for (; tile < last; tile += kBlock) {
+    const int64_t tiles = std::min(kBlock, last - tile), row = tile * kTileLines, at = (group * plan.rows + row) * size;
+    multiply(group, tile, tiles, ceil_div(count, kTileLines), pixels, sums);
+    isa->finish({sums, cuts.width, std::min(tiles * kTileLines, plan.rows - row), segments + most, writes,
+                 image.residual ? image.residual + at : nullptr, image.y + at, size, epilogue.low, epilogue.high, epilogue.activation});
+  }
+}
+
+}  // namespace
+
+bool fits_amx(const ConvAttributes& a, const Image& image) {
+  return image.in[0] * a.kernel[0] * image.out[0] == 1 && a.before[0] + a.after[0] == 0 && volume(a.strides) <= volume(a.kernel);
+}
+
+AmxOrder amx_order(const ConvAttributes& attributes) { return {true, attributes.inputs, volume(attributes.kernel)}; }
+
+double amx_cycles(const Weights& weights, const ConvAttributes& attributes, const Image& image) {
+  const AmxOrder order = amx_order(attributes);
+  const Flat flat = flatten(attributes, image);
+  const int64_t pairs = order.channel_tiles() * kTileLines;
+  const Cut cuts = cut(flat, pairs, attributes.groups);
+  const double tiles = static_cast<double>(ceil_div(weights.rows(), kTileLines) * order.steps()), panels = static_cast<double>(cuts.panels);
+  const double products = tiles * amx_tile_cycles(weights.parts(), ceil_div(flat.total, kTileLines), volume(attributes.kernel) == 1 ? 20 : 45);
+  const double filled = panels * static_cast<double>(pairs * pair_size(flat, cuts.width)) / 16 * 12;
+  const double finished = static_cast<double>(weights.rows() * flat.total) / 16 * 3;
+  return static_cast<double>(attributes.groups) * (products + filled + finished) + 1000;
+}
+
+void run_amx_conv(const Isa* isa, const AmxPlan& plan, const ConvAttributes& attributes, const Image& image, const Epilogue& epilogue,
+                  const Parallel& parallel) {
+  const bool padded = volume(attributes.strides) > 1;
+  const int64_t channel = volume(image.in);
+  const Source source = padded ? make_source(isa, attributes, image, 0, parallel)
+                               : Source{image.x, 0, channel * attributes.groups * attributes.inputs, channel, channel, image.in[2], 0};
+  const Flat flat = flatten(attributes, image);
+  const int64_t pairs = plan.order.channel_tiles() * kTileLines;
+  const Cut cuts = cut(flat, pairs, attributes.groups);
+  Run run{isa, plan, attributes, image, epilogue, source, padded, flat, cuts, pairs, nullptr};
+  int64_t *offsets = Scratch::mine().shared_offsets.at_least(plan.order.steps()), *next = offsets;
+  for (int64_t ky = 0; ky < attributes.kernel[1]; ++ky)
+    for (int64_t kx = 0; kx < attributes.kernel[2]; ++kx) {
+      const int64_t y = ky * attributes.dilations[1], x = kx * attributes.dilations[2];
+      const int64_t of_position = (y % flat.down * flat.across + x % flat.across) * run.plane() + y / flat.down * flat.pitch + x / flat.across;
+      for (int64_t tile = 0; tile < plan.order.channel_tiles(); ++tile) *next++ = 4 * (tile * kTileLines * run.pair() + of_position);
+    }
+  run.offsets = offsets;
+  // Splitting the rows fills every panel once more: only where there are fewer panels than threads.
+  const int64_t blocks = ceil_div(plan.tiles, kBlock), wanted = ceil_div(wanted_tasks() / 2, cuts.panels * attributes.groups);
+  const int64_t share = ceil_div(blocks, std::min(wanted, blocks)) * kBlock, splits = ceil_div(plan.tiles, share);
+  parallel(attributes.groups * cuts.panels * splits, [&](int64_t index) {
+    const int64_t tile = index % splits * share;
+    run(index / splits / cuts.panels, index / splits % cuts.panels, tile, std::min(plan.tiles, tile + share));
+  });
+}
+
+}  // namespace nmconvert

@@ -1,0 +1,119 @@
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "amx_run.h"
+
+namespace nmconvert {
+namespace {
+
+constexpr int64_t kBlock = 2;             // weight tiles that are unpacked at a time
+constexpr int64_t kSplitTask = 1 << 14;   // floats
+constexpr int64_t kSmallestTask = 1 << 7; // products of tiles
+
+// Bytes of a token's parts: an odd number of cache lines, so that sixteen of them do not displace each other.
+int64_t line_bytes(int64_t columns) { return (ceil_div(columns, kTileColumns) | 1) * 64; }
+
+int64_t panel_tokens(int64_t columns) {
+  constexpr int64_t kTwo = 2 * kTileLines;
+  return std::max(kTwo, amx_panel_bytes() / (kParts * line_bytes(columns)) / kTwo * kTwo);
+}
+
+}  // namespace
+
+int64_t amx_panel_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  static const int64_t l2 = 0;
+#endif
+  return std::clamp<int64_t>(l2, 1 << 20, 4 << 20) / 8 * 5;
+}
+
+// Neighbours on the same core take more from the unit than from the vectors: it has to be the faster by a tenth.
+bool takes_amx(const Isa* isa, double cycles, double otherwise) {
+  return isa->amx && (isa->always_amx || cycles < 0.9 * otherwise);
+}
+
+// As measured on Emerald Rapids, in the cycles of panel_cycles(). Input tiles come in pairs; one alone waits for its weights.
+double amx_tile_cycles(int parts, int64_t inputs, double load) {
+  const double products = parts == 3 ? 6 : parts == 2 ? 5 : 3;
+  const double each = 22 + 18 * products + load;
+  return static_cast<double>(inputs / 2) * 2 * each + (inputs % 2 ? std::max(each, 120.0 * parts) : 0);
+}
+
+AmxOrder amx_order(const Weights& weights) { return {false, weights.columns()}; }
+
+double amx_cycles(const Weights& weights, int64_t tokens) {
+  const double tiles = static_cast<double>(ceil_div(weights.rows(), kTileLines) * amx_order(weights).steps());
+  const double moved = static_cast<double>(tokens * (weights.columns() + 3 * weights.rows())) / 8;
+  return tiles * amx_tile_cycles(weights.parts(), ceil_div(tokens, kTileLines), 0) + moved + 500;
+}
+
+void run_amx_linear(const Isa* isa, const AmxPlan& plan, int64_t group, const Tokens& tokens, const Epilogue& epilogue,
+                    const Parallel& parallel) {
+  const Amx& amx = *isa->amx;
+  const int64_t columns = plan.order.channels, rows = plan.rows, steps = plan.order.steps();
+  const int64_t line = line_bytes(columns), padded = ceil_div(tokens.tokens, kTileLines) * kTileLines;
+  Scratch& scratch = Scratch::mine();
+  const int64_t part = padded * line / 2;  // elements
+  uint16_t* parts = scratch.shared_parts.at_least(kParts * part);
+  const int64_t of_task = std::max<int64_t>(1, kSplitTask / columns);
+  parallel(ceil_div(padded, of_task), [&](int64_t task) {
+    for (int64_t t = task * of_task; t < std::min(padded, (task + 1) * of_task); ++t)
+      amx.split(tokens.x + t * columns, t < tokens.tokens ? columns : 0, steps * kTileColumns, parts + t * line / 2, part);
+  });
+  int64_t* offsets = scratch.shared_offsets.at_least(steps);
+  for (int64_t step = 0; step < steps; ++step) offsets[step] = step * 64;
+  const float* bias = tokens.bias;
+  if (bias && rows % kTileLines) {
+    float* whole = scratch.shared_sums.at_least(plan.tiles * kTileLines);
+    std::copy_n(bias, rows, whole);
+    bias = whole;
+  }
+
+  const int64_t most = panel_tokens(columns), panels = ceil_div(padded, most);
+  const int64_t width = std::min(padded, ceil_div(ceil_div(padded, panels), 2 * kTileLines) * 2 * kTileLines);  // tokens of a panel
+  const int64_t together = width > kTileLines ? kBlock : 2 * kBlock;
+  const int64_t blocks = ceil_div(plan.tiles, together), work = together * steps * width / kTileLines;
+  const int64_t per_task = std::max(ceil_div(blocks * panels, wanted_tasks()), std::min(blocks, kSmallestTask / work));
+  const int64_t splits = ceil_div(blocks, std::max<int64_t>(1, std::min(per_task, blocks)));
+  const int64_t share = ceil_div(blocks, splits);
+  parallel(panels * splits, [&](int64_t task) {
+    Scratch& own = Scratch::mine();
+    const int64_t first_token = task / splits * width, count = std::min(width, padded - first_token);
+    if (count <= 0) return;
+    float* sums = own.own_sums.at_least(count * together * kTileLines);
+    const int64_t last = std::min(plan.tiles, (task % splits + 1) * share * together);
+    for (int64_t tile = task % splits * share * together; tile < last; tile += together) {
+      const int64_t tiles = std::min(together, last - tile), stride = tiles * kTileLines;
+      const int64_t at = plan.index(group, tile);
+      AmxJob job{};
+      job.masks = plan.masks.data() + at * kTileLines;
+      job.starts = plan.starts.data() + at;
+      job.parts = plan.parts.data();
+      job.inputs = parts + first_token * line / 2;
+      job.part = 2 * part;
+      job.line = line;
+      job.tile = kTileLines * line;
+      job.offsets = offsets;
+      job.steps = steps;
+      if (bias && !plan.scaled) job.start = bias + tile * kTileLines, job.start_right = kTileLines;  // the same line for every token
+      job.out = sums;
+      job.out_line = stride;
+      job.lefts = count / kTileLines;
+      job.rights = tiles;
+      amx.multiply_right[plan.of_weight - 1](job);
+      if (plan.scaled)
+        amx.scale(sums, count, stride, plan.scales.data() + (group * plan.tiles + tile) * kTileLines,
+                  bias ? bias + tile * kTileLines : nullptr, false);
+      const int64_t row = tile * kTileLines, valid = std::min(tokens.tokens - first_token, count);
+      const Segment segment{0, row, std::min(stride, rows - row)};
+      const int64_t to = first_token * rows;
+      isa->finish({sums, stride, valid, &segment, 1, tokens.residual ? tokens.residual + to : nullptr, tokens.y + to, rows, epilogue.low,
+                   epilogue.high, epilogue.activation});
+    }
+  });
+}
+
+}  // namespace nmconvert
