@@ -45,110 +45,88 @@ inline void multiply() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Blocks of L by R tiles of the output, at most four, which stay in registers 0 to 3 from the first step to the last.
 
-struct Operand {
-  int64_t part, line, tile;  // bytes from part to part, line to line, tile to tile
-};
-
-// The parts that are multiplied: all pairs that matter, in an order in which one side stays where it is. Weights of fewer parts
-// than three begin further on.
-constexpr int kProducts = 6;
-constexpr int kWeightPart[kProducts] = {2, 1, 1, 0, 0, 0}, kInputPart[kProducts] = {0, 0, 1, 1, 0, 2};
-constexpr int first_product(int parts) { return parts == 3 ? 0 : parts == 2 ? 1 : 3; }
+constexpr int64_t kBytes = 2 * kTileSize;  // of a tile
 
 // Tiles of weights, unpacked for the next step a few lines at a time between the products, which leave the vector units idle.
-template <int Tiles, int Parts>
+template <int Tiles>
 struct Unpacker {
   const uint32_t* masks[Tiles];
   const uint16_t* from[Tiles];
-  int64_t kept[Tiles];
-  uint16_t* out;  // [tile][part][kTileSize]
+  uint16_t* out;  // [tile][kTileSize]
 
   void start(const AmxJob& job, int64_t first_tile, int64_t step, uint16_t* to) {
     for (int i = 0; i < Tiles; ++i) {
       const int64_t tile = (first_tile + i) * job.steps + step;
       masks[i] = job.masks + tile * kTileLines;
-      from[i] = job.parts + Parts * static_cast<int64_t>(job.starts[tile]);
-      kept[i] = job.starts[tile + 1] - job.starts[tile];
+      from[i] = job.values + job.starts[tile];
     }
     out = to;
   }
 
-  template <int Product>
+  // What one part of the inputs leaves time for.
+  template <int Part>
   void lines() {
-    constexpr int kCount = kProducts - first_product(Parts), kAll = Tiles * kTileLines, kEach = (kAll + kCount - 1) / kCount;
-    constexpr int kFirst = (Product - first_product(Parts)) * kEach, kLast = kFirst + kEach < kAll ? kFirst + kEach : kAll;
+    constexpr int kAll = Tiles * kTileLines, kEach = (kAll + kParts - 1) / kParts;
+    constexpr int kFirst = Part * kEach, kLast = kFirst + kEach < kAll ? kFirst + kEach : kAll;
 #pragma GCC unroll 32
     for (int i = kFirst; i < kLast; ++i) {
       const int tile = i / kTileLines, line = i % kTileLines;
       const __mmask32 mask = masks[tile][line];
-#pragma GCC unroll 3
-      for (int part = 0; part < Parts; ++part)
-        _mm512_store_si512(out + (tile * Parts + part) * kTileSize + line * kTileColumns,
-                           _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(from[tile] + part * kept[tile])));
+      _mm512_store_si512(out + i * kTileColumns, _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(from[tile])));
       from[tile] += __builtin_popcount(mask);
     }
   }
 
-  template <int Product = first_product(Parts)>
   void all() {
-    lines<Product>();
-    if constexpr (Product + 1 < kProducts) all<Product + 1>();
+    lines<0>();
+    lines<1>();
+    lines<2>();
   }
+};
+
+// Where the tiles of one side stand: bytes from line to line and from tile to tile.
+struct Operand {
+  const char* tiles;
+  int64_t line, tile;
 };
 
 template <int First, int Count>
-inline void load_tiles(const char* from, const Operand& operand) {
-  load<First>(from, operand.line);
-  if constexpr (Count > 1) load_tiles<First + 1, Count - 1>(from + operand.tile, operand);
+inline void load_tiles(const Operand& operand, int64_t at = 0) {
+  load<First>(operand.tiles + at, operand.line);
+  if constexpr (Count > 1) load_tiles<First + 1, Count - 1>(operand, at + operand.tile);
 }
 
-// One step of a block, product by product. Weights are on the left or on the right.
-template <bool WeightsLeft, int L, int R, int Parts>
-struct Step {
-  using Next = Unpacker<WeightsLeft ? L : R, Parts>;
-  const Operand &left, &right;
-  const char *from_left, *from_right;
+// Two rows of tiles by R, whose operands stand in registers 4 to 7.
+template <int R>
+inline void multiply_two() {
+  multiply<0, 4, 6>();
+  if constexpr (R > 1) multiply<1, 4, 7>();
+  multiply<R, 5, 6>();
+  if constexpr (R > 1) multiply<R + 1, 5, 7>();
+}
 
-  template <int Product>
-  static constexpr bool changes(const int (&part)[kProducts]) {
-    return Product == first_product(Parts) || part[Product] != part[Product - 1];
-  }
-  static constexpr auto& kLeft = WeightsLeft ? kWeightPart : kInputPart;
-  static constexpr auto& kRight = WeightsLeft ? kInputPart : kWeightPart;
+// One row: the right tiles take turns in registers 5 to 7, so that no sum is needed again at once.
+template <int R, int J = 0>
+inline void multiply_one(const Operand& right) {
+  load<5 + J % 3>(right.tiles + J * right.tile, right.line);
+  multiply<J, 4, 5 + J % 3>();
+  if constexpr (J + 1 < R) multiply_one<R, J + 1>(right);
+}
 
-  // Two rows of tiles: all four operands in registers.
-  template <int Product>
-  void two(Next& next) const {
-    if constexpr (changes<Product>(kLeft)) load_tiles<4, 2>(from_left + kLeft[Product] * left.part, left);
-    if constexpr (changes<Product>(kRight)) load_tiles<6, R>(from_right + kRight[Product] * right.part, right);
-    multiply<0, 4, 6>();
-    if constexpr (R > 1) multiply<1, 4, 7>();
-    multiply<R, 5, 6>();
-    if constexpr (R > 1) multiply<R + 1, 5, 7>();
-    next.template lines<Product>();
-    if constexpr (Product + 1 < kProducts) two<Product + 1>(next);
+// One part of the inputs; the weights, where there are two rows, are in their registers already.
+template <bool WeightsLeft, int L, int R, int Part, typename Next>
+inline void multiply_part(const Operand& weights, Operand inputs, int64_t part, Next& next) {
+  inputs.tiles += Part * part;
+  if constexpr (L == 2) {
+    if constexpr (WeightsLeft) load_tiles<6, R>(inputs);
+    if constexpr (!WeightsLeft) load_tiles<4, 2>(inputs);
+    multiply_two<R>();
+  } else {
+    if constexpr (!WeightsLeft) load<4>(inputs.tiles, inputs.line);
+    multiply_one<R>(WeightsLeft ? inputs : weights);
   }
-
-  // One row: the right tiles take turns in registers 5 to 7, so that no sum is needed again at once.
-  template <int Product>
-  void one(Next& next) const {
-    if constexpr (changes<Product>(kLeft)) load<4>(from_left + kLeft[Product] * left.part, left.line);
-    row<0>(from_right + kRight[Product] * right.part);
-    next.template lines<Product>();
-    if constexpr (Product + 1 < kProducts) one<Product + 1>(next);
-  }
-  template <int J>
-  void row(const char* from) const {
-    load<5 + J % 3>(from + J * right.tile, right.line);
-    multiply<J, 4, 5 + J % 3>();
-    if constexpr (J + 1 < R) row<J + 1>(from);
-  }
-
-  void operator()(Next& next) const {
-    if constexpr (L == 2) two<first_product(Parts)>(next);
-    if constexpr (L == 1) one<first_product(Parts)>(next);
-  }
-};
+  next.template lines<Part>();
+}
 
 template <int I, int L, int R>
 inline void begin(const AmxJob& job, int64_t left, int64_t right) {
@@ -165,48 +143,49 @@ inline void end(const AmxJob& job, int64_t left, int64_t right) {
   if constexpr (I + 1 < L * R) end<I + 1, L, R>(job, left, right);
 }
 
-constexpr int64_t kBytes = 2 * kTileSize;  // of a tile
-
-template <bool WeightsLeft, int L, int R, int Parts>
+template <bool WeightsLeft, int L, int R>
 void block(const AmxJob& job, int64_t left, int64_t right) {
   constexpr int kWeights = WeightsLeft ? L : R;
-  alignas(64) uint16_t unpacked[2][kWeights * Parts * kTileSize];
-  const Operand weights{kBytes, 64, Parts * kBytes}, inputs{job.part, job.line, job.tile};
-  const Operand &on_left = WeightsLeft ? weights : inputs, &on_right = WeightsLeft ? inputs : weights;
-  const char* first_input = static_cast<const char*>(job.inputs) + (WeightsLeft ? right : left) * job.tile;
+  alignas(64) uint16_t unpacked[2][kWeights * kTileSize];
   const int64_t first_weight = WeightsLeft ? left : right;
-  Unpacker<kWeights, Parts> next;
+  const char* first_input = static_cast<const char*>(job.inputs) + (WeightsLeft ? right : left) * job.tile;
+  Unpacker<kWeights> next;
   next.start(job, first_weight, 0, unpacked[0]);
   next.all();
   begin<0, L, R>(job, left, right);
   for (int64_t step = 0; step < job.steps; ++step) {
-    const char *of_weights = reinterpret_cast<const char*>(unpacked[step % 2]), *of_inputs = first_input + job.offsets[step];
+    const Operand weights{reinterpret_cast<const char*>(unpacked[step % 2]), 64, kBytes};
+    const Operand inputs{first_input + job.offsets[step], job.line, job.tile};
     next.start(job, first_weight, step + 1 < job.steps ? step + 1 : step, unpacked[(step + 1) % 2]);
-    Step<WeightsLeft, L, R, Parts>{on_left, on_right, WeightsLeft ? of_weights : of_inputs, WeightsLeft ? of_inputs : of_weights}(next);
+    if constexpr (WeightsLeft) load_tiles<4, L>(weights);
+    if constexpr (!WeightsLeft && L == 2) load_tiles<6, R>(weights);
+    multiply_part<WeightsLeft, L, R, 0>(weights, inputs, job.part, next);
+    multiply_part<WeightsLeft, L, R, 1>(weights, inputs, job.part, next);
+    multiply_part<WeightsLeft, L, R, 2>(weights, inputs, job.part, next);
   }
   end<0, L, R>(job, left, right);
 }
 
-template <bool WeightsLeft, int Parts>
+template <bool WeightsLeft>
 void multiply_all(const AmxJob& job) {
   configure();
   int64_t left = 0;
   for (; left + 2 <= job.lefts; left += 2) {
     int64_t right = 0;
-    for (; right + 2 <= job.rights; right += 2) block<WeightsLeft, 2, 2, Parts>(job, left, right);
-    if (right < job.rights) block<WeightsLeft, 2, 1, Parts>(job, left, right);
+    for (; right + 2 <= job.rights; right += 2) block<WeightsLeft, 2, 2>(job, left, right);
+    if (right < job.rights) block<WeightsLeft, 2, 1>(job, left, right);
   }
   if (left < job.lefts) {
     int64_t right = 0;
-    for (; right + 4 <= job.rights; right += 4) block<WeightsLeft, 1, 4, Parts>(job, left, right);
-    if (right + 2 <= job.rights) block<WeightsLeft, 1, 2, Parts>(job, left, right), right += 2;
-    if (right < job.rights) block<WeightsLeft, 1, 1, Parts>(job, left, right);
+    for (; right + 4 <= job.rights; right += 4) block<WeightsLeft, 1, 4>(job, left, right);
+    if (right + 2 <= job.rights) block<WeightsLeft, 1, 2>(job, left, right), right += 2;
+    if (right < job.rights) block<WeightsLeft, 1, 1>(job, left, right);
   }
   release();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Weights and inputs in parts.
+// Inputs in parts, and sums times scales.
 
 // Takes from `x` what bfloat16 holds of it, in the upper half of each lane.
 inline __m512i take(__m512& x) {
@@ -262,8 +241,8 @@ void scale(float* sums, int64_t rows, int64_t columns, const float* scales, cons
 constexpr Amx kAmx = {
     split,
     split_pairs,
-    {multiply_all<true, 1>, multiply_all<true, 2>, multiply_all<true, 3>},
-    {multiply_all<false, 1>, multiply_all<false, 2>, multiply_all<false, 3>},
+    multiply_all<true>,
+    multiply_all<false>,
     scale,
 };
 

@@ -46,7 +46,8 @@ struct Cut {
 
 Cut cut(const Flat& flat, int64_t pairs, int64_t groups) {
   constexpr int64_t kTwo = 2 * kTileLines;
-  const int64_t bytes = pairs * kParts * 4 * flat.planes(), most = std::max(kTwo * 2, (amx_panel_bytes() / bytes - flat.reach) / kTwo * kTwo);
+  const int64_t bytes = pairs * kParts * 4 * flat.planes();  // half of a linear layer's: images come from farther
+  const int64_t most = std::max(kTwo * 2, (amx_panel_bytes() / 2 / bytes - flat.reach) / kTwo * kTwo);
   int64_t panels = ceil_div(flat.total, most);
   if (panels * groups < wanted_tasks() / 2) panels = std::max(panels, std::min(wanted_tasks() / 2, flat.total / kFewestPixels));
   const int64_t width = ceil_div(ceil_div(flat.total, panels), kTwo) * kTwo;
@@ -161,7 +162,7 @@ void Run::multiply(int64_t group, int64_t tile, int64_t tiles, int64_t lefts, co
   AmxJob job{};
   job.masks = plan.masks.data() + at * kTileLines;
   job.starts = plan.starts.data() + at;
-  job.parts = plan.parts.data();
+  job.values = plan.values.data();
   job.inputs = pixels;
   job.part = pairs * pair() * 4;
   job.line = pair() * 4;
@@ -173,7 +174,7 @@ void Run::multiply(int64_t group, int64_t tile, int64_t tiles, int64_t lefts, co
   job.out_line = cuts.width;
   job.lefts = tiles;
   job.rights = lefts;
-  isa->amx->multiply_left[plan.of_weight - 1](job);
+  isa->amx->multiply_left(job);
   if (plan.scaled) {
     const int64_t row = tile * kTileLines, rows = std::min(tiles * kTileLines, plan.rows - row);
     isa->amx->scale(sums, rows, cuts.width, plan.scales.data() + group * plan.tiles * kTileLines + row,
@@ -212,8 +213,8 @@ double amx_cycles(const Weights& weights, const ConvAttributes& attributes, cons
   const int64_t pairs = order.channel_tiles() * kTileLines;
   const Cut cuts = cut(flat, pairs, attributes.groups);
   const double tiles = static_cast<double>(ceil_div(weights.rows(), kTileLines) * order.steps()), panels = static_cast<double>(cuts.panels);
-  const double products = tiles * amx_tile_cycles(weights.parts(), ceil_div(flat.total, kTileLines), volume(attributes.kernel) == 1 ? 20 : 45);
-  const double filled = panels * static_cast<double>(pairs * pair_size(flat, cuts.width)) / 16 * 12;
+  const double products = tiles * amx_tile_cycles(ceil_div(flat.total, kTileLines), volume(attributes.kernel) == 1 ? 0 : 20);
+  const double filled = panels * static_cast<double>(pairs * pair_size(flat, cuts.width)) / 16 * 30;
   const double finished = static_cast<double>(weights.rows() * flat.total) / 16 * 3;
   return static_cast<double>(attributes.groups) * (products + filled + finished) + 1000;
 }
@@ -229,12 +230,13 @@ void run_amx_conv(const Isa* isa, const AmxPlan& plan, const ConvAttributes& att
   const Cut cuts = cut(flat, pairs, attributes.groups);
   Run run{isa, plan, attributes, image, epilogue, source, padded, flat, cuts, pairs, nullptr};
   int64_t *offsets = Scratch::mine().shared_offsets.at_least(plan.order.steps()), *next = offsets;
-  for (int64_t ky = 0; ky < attributes.kernel[1]; ++ky)
-    for (int64_t kx = 0; kx < attributes.kernel[2]; ++kx) {
-      const int64_t y = ky * attributes.dilations[1], x = kx * attributes.dilations[2];
-      const int64_t of_position = (y % flat.down * flat.across + x % flat.across) * run.plane() + y / flat.down * flat.pitch + x / flat.across;
-      for (int64_t tile = 0; tile < plan.order.channel_tiles(); ++tile) *next++ = 4 * (tile * kTileLines * run.pair() + of_position);
-    }
+  for (int64_t tile = 0; tile < plan.order.channel_tiles(); ++tile)
+    for (int64_t ky = 0; ky < attributes.kernel[1]; ++ky)
+      for (int64_t kx = 0; kx < attributes.kernel[2]; ++kx) {
+        const int64_t y = ky * attributes.dilations[1], x = kx * attributes.dilations[2];
+        const int64_t plane = y % flat.down * flat.across + x % flat.across, pixel = y / flat.down * flat.pitch + x / flat.across;
+        *next++ = 4 * (tile * kTileLines * run.pair() + plane * run.plane() + pixel);
+      }
   run.offsets = offsets;
   // Splitting the rows fills every panel once more: only where there are fewer panels than threads.
   const int64_t blocks = ceil_div(plan.tiles, kBlock), wanted = ceil_div(wanted_tasks() / 2, cuts.panels * attributes.groups);

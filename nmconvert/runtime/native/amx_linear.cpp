@@ -31,15 +31,13 @@ int64_t amx_panel_bytes() {
 }
 
 // Neighbours on the same core take more from the unit than from the vectors: it has to be the faster by a tenth.
-bool takes_amx(const Isa* isa, double cycles, double otherwise) {
-  return isa->amx && (isa->always_amx || cycles < 0.9 * otherwise);
+bool takes_amx(const Isa* isa, const Weights& weights, double cycles, double otherwise) {
+  return isa->amx && weights.fit_bfloat16() && (isa->always_amx || cycles < 0.9 * otherwise);
 }
 
 // As measured on Emerald Rapids, in the cycles of panel_cycles(). Input tiles come in pairs; one alone waits for its weights.
-double amx_tile_cycles(int parts, int64_t inputs, double load) {
-  const double products = parts == 3 ? 6 : parts == 2 ? 5 : 3;
-  const double each = 22 + 18 * products + load;
-  return static_cast<double>(inputs / 2) * 2 * each + (inputs % 2 ? std::max(each, 120.0 * parts) : 0);
+double amx_tile_cycles(int64_t inputs, double load) {
+  return static_cast<double>(inputs / 2) * 2 * (76 + load) + (inputs % 2 ? 120 : 0);
 }
 
 AmxOrder amx_order(const Weights& weights) { return {false, weights.columns()}; }
@@ -47,7 +45,7 @@ AmxOrder amx_order(const Weights& weights) { return {false, weights.columns()}; 
 double amx_cycles(const Weights& weights, int64_t tokens) {
   const double tiles = static_cast<double>(ceil_div(weights.rows(), kTileLines) * amx_order(weights).steps());
   const double moved = static_cast<double>(tokens * (weights.columns() + 3 * weights.rows())) / 8;
-  return tiles * amx_tile_cycles(weights.parts(), ceil_div(tokens, kTileLines), 0) + moved + 500;
+  return tiles * amx_tile_cycles(ceil_div(tokens, kTileLines), 0) + moved + 500;
 }
 
 void run_amx_linear(const Isa* isa, const AmxPlan& plan, int64_t group, const Tokens& tokens, const Epilogue& epilogue,
@@ -91,7 +89,7 @@ void run_amx_linear(const Isa* isa, const AmxPlan& plan, int64_t group, const To
       AmxJob job{};
       job.masks = plan.masks.data() + at * kTileLines;
       job.starts = plan.starts.data() + at;
-      job.parts = plan.parts.data();
+      job.values = plan.values.data();
       job.inputs = parts + first_token * line / 2;
       job.part = 2 * part;
       job.line = line;
@@ -103,7 +101,7 @@ void run_amx_linear(const Isa* isa, const AmxPlan& plan, int64_t group, const To
       job.out_line = stride;
       job.lefts = count / kTileLines;
       job.rights = tiles;
-      amx.multiply_right[plan.of_weight - 1](job);
+      amx.multiply_right(job);
       if (plan.scaled)
         amx.scale(sums, count, stride, plan.scales.data() + (group * plan.tiles + tile) * kTileLines,
                   bias ? bias + tile * kTileLines : nullptr, false);

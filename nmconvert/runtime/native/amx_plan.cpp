@@ -1,7 +1,5 @@
 #include "amx_plan.h"
 
-#include <cstring>
-
 #include "elements.h"
 #include "ort_abi.h"
 
@@ -17,26 +15,15 @@ struct Place {
 Place place_of(const AmxPlan& plan, int64_t row, int64_t column) {
   const AmxOrder& order = plan.order;
   const int64_t position = column % order.positions, channel = column / order.positions, in_group = row % plan.rows;
-  const int64_t step = position * order.channel_tiles() + channel / kTileColumns;
+  const int64_t step = channel / kTileColumns * order.positions + position;
   const int i = static_cast<int>(in_group % kTileLines), k = static_cast<int>(channel % kTileColumns);
   const int64_t tile = plan.index(row / plan.rows, in_group / kTileLines) + step;
   return order.left ? Place{tile, i, k} : Place{tile, k / 2, 2 * i + k % 2};
 }
 
-// Takes from `x` what bfloat16 holds of it.
-uint16_t take(float& x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  bits = (bits + 0x8000) & 0xffff0000;
-  float near;
-  std::memcpy(&near, &bits, 4);
-  x -= near;
-  return static_cast<uint16_t>(bits >> 16);
-}
-
 }  // namespace
 
-int amx_parts(int type) { return type == ort::kInt8 || type == ort::kBfloat16 ? 1 : type == ort::kFloat16 ? 2 : kParts; }
+bool fits_bfloat16(int type) { return type == ort::kInt8 || type == ort::kBfloat16; }
 
 AmxPlan plan_amx(const SparseRows& matrix, const Constant& values, const RowScales& scales, int64_t groups, const AmxOrder& order) {
   AmxPlan plan;
@@ -60,24 +47,20 @@ AmxPlan plan_amx(const SparseRows& matrix, const Constant& values, const RowScal
     }
     starts[tile + 1] = starts[tile] + kept;
   }
-  plan.of_weight = amx_parts(values.type);
-  plan.scaled = plan.of_weight < kParts && scales.any();
+  plan.scaled = scales.any();
   if (plan.scaled) {
     float* of_rows = plan.scales.at_least(groups * plan.tiles * kTileLines);
     for (int64_t row = 0; row < matrix.rows; ++row) of_rows[row / plan.rows * plan.tiles * kTileLines + row % plan.rows] = scales.of(row);
   }
   std::vector<float> widened;
   const float* floats = widen(values, widened);
-  uint16_t* parts = plan.parts.at_least(plan.of_weight * static_cast<int64_t>(starts[tiles]));
+  uint16_t* kept = plan.values.at_least(starts[tiles]);
   for (int64_t row = 0; row < matrix.rows; ++row)
     for (uint32_t entry = matrix.starts[row]; entry < matrix.starts[row + 1]; ++entry) {
       const Place place = place_of(plan, row, matrix.order[matrix.column[entry]]);
-      const int64_t line = place.tile * kTileLines + place.line, kept = starts[place.tile + 1] - starts[place.tile];
-      int64_t at = plan.of_weight * static_cast<int64_t>(starts[place.tile]) + before[line] +
-                   __builtin_popcount(masks[line] & ((1u << place.bit) - 1));
-      float value = floats[matrix.value_index(entry)];
-      if (!plan.scaled) value *= scales.of(row);
-      for (int part = 0; part < plan.of_weight; ++part, at += kept) parts[at] = take(value);
+      const int64_t line = place.tile * kTileLines + place.line;
+      const int in_line = __builtin_popcount(masks[line] & ((1u << place.bit) - 1));
+      kept[starts[place.tile] + before[line] + in_line] = float_to_bfloat(floats[matrix.value_index(entry)]);
     }
   return plan;
 }

@@ -19,9 +19,9 @@ void run_amx_conv(const Isa* isa, const AmxPlan& plan, const ConvAttributes& att
                   const Parallel& parallel);
 
 // Whether a job goes to the matrix unit, of its estimated cycles and those of the vectors.
-bool takes_amx(const Isa* isa, double cycles, double otherwise);
+bool takes_amx(const Isa* isa, const Weights& weights, double cycles, double otherwise);
 // Estimated cycles of a weight tile against so many input tiles, which take `load` more each to be brought in.
-double amx_tile_cycles(int parts, int64_t inputs, double load);
+double amx_tile_cycles(int64_t inputs, double load);
 // Bytes of inputs, as parts, that stay in the L2 cache while all weights pass by.
 int64_t amx_panel_bytes();
 

@@ -80,7 +80,7 @@ TileChoice choose_panels(const Isa* isa, const Weights& weights, const ConvAttri
       const Layout strips = strip_layout(attributes.inputs, kernel, weights.density(), weights.hint(), vectors, width);
       for (int64_t pieces = 1; strips.fits() && pieces <= 4; pieces *= 2) consider({candidate, tile, strips, pieces});
     }
-  if (fits_amx(attributes, image) && takes_amx(isa, amx_cycles(weights, attributes, image), least))
+  if (fits_amx(attributes, image) && takes_amx(isa, weights, amx_cycles(weights, attributes, image), least))
     return {isa, 0, {}, 1, amx_order(attributes)};
   return best;
 }

@@ -104,7 +104,7 @@ Streaming stream_tokens(const Isa* isa, Weights& weights, const Packed& packed, 
   if (tokens <= kFew) return {};
   return weights.stream(packed, {tokens, 0, 0, 0, 0}, [&] {
     const auto [choice, cycles] = choose_tile(isa, weights, tokens);
-    if (!takes_amx(isa, amx_cycles(weights, tokens), cycles)) return choice;
+    if (!takes_amx(isa, weights, amx_cycles(weights, tokens), cycles)) return choice;
     return TileChoice{isa, 0, {}, 1, amx_order(weights)};
   });
 }

@@ -15,7 +15,7 @@ Weights::Weights(const Packed& packed, const std::vector<bool>& is_row, int64_t 
   rows_ = decoded_->rows / groups;
   columns_ = decoded_->columns;
   density_ = static_cast<double>(decoded_->column.size()) / (static_cast<double>(decoded_->rows) * columns_);
-  parts_ = amx_parts(packed.values.type);
+  fit_bfloat16_ = fits_bfloat16(packed.values.type);
   order_ = decoded_->order;
 }
 

@@ -58,7 +58,7 @@ class Weights {
   int64_t rows() const { return rows_; }        // of one group
   int64_t columns() const { return columns_; }  // of one group
   double density() const { return density_; }
-  int parts() const { return parts_; }  // of a weight, on the matrix unit
+  bool fit_bfloat16() const { return fit_bfloat16_; }
   Hint hint() const { return hint_; }
   const std::vector<uint32_t>& order() const { return order_; }
 
@@ -74,7 +74,7 @@ class Weights {
   Hint hint_;
   float scale_;
   double density_;
-  int parts_;
+  bool fit_bfloat16_;
   std::vector<uint32_t> order_;
   std::mutex mutex_;
   std::unique_ptr<SparseRows> decoded_;  // until the first plan is made, or the session
