@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kBlock = 2;            // weight tiles that are unpacked at a time
 constexpr int64_t kFewestPixels = 256;   // of a panel that an image is cut into for several threads
+constexpr double kFill = 30, kFinish = 3;  // cycles: of sixteen pairs of pixels, of sixteen sums
 
 // Where the pixels of a panel stand: pairs of channels, each with a plane for every remainder of its rows and columns modulo the
 // stride. Planes are flat, one image after the other, and rows end in the zeros that the next row begins with; so that what a
@@ -44,12 +45,12 @@ struct Cut {
   int64_t panels, width;
 };
 
-Cut cut(const Flat& flat, int64_t pairs, int64_t groups) {
+Cut cut(const Flat& flat, int64_t pairs, int64_t groups, int64_t threads) {
   constexpr int64_t kTwo = 2 * kTileLines;
   const int64_t bytes = pairs * kParts * 4 * flat.planes();  // half of a linear layer's: images come from farther
   const int64_t most = std::max(kTwo * 2, (amx_panel_bytes() / 2 / bytes - flat.reach) / kTwo * kTwo);
   int64_t panels = ceil_div(flat.total, most);
-  if (panels * groups < wanted_tasks() / 2) panels = std::max(panels, std::min(wanted_tasks() / 2, flat.total / kFewestPixels));
+  if (panels * groups < threads) panels = std::max(panels, std::min(threads, flat.total / kFewestPixels));
   const int64_t width = ceil_div(ceil_div(flat.total, panels), kTwo) * kTwo;
   return {ceil_div(flat.total, width), width};
 }
@@ -58,6 +59,14 @@ Cut cut(const Flat& flat, int64_t pairs, int64_t groups) {
 int64_t pair_size(const Flat& flat, int64_t width) {
   const int64_t lines = ceil_div(flat.planes() * (width + flat.reach), kTileLines) | 1;
   return lines * kTileLines;
+}
+
+// Sixteen rows of the weight against so many pixels, and a panel filled.
+double tile_row_cycles(const AmxOrder& order, int64_t pixels) {
+  return static_cast<double>(order.steps()) * amx_tile_cycles(ceil_div(pixels, kTileLines), order.positions == 1 ? 0 : 20);
+}
+double fill_cycles(const Flat& flat, const Cut& cuts, int64_t pairs) {
+  return static_cast<double>(pairs * pair_size(flat, cuts.width)) / kTileLines * kFill;
 }
 
 struct Run {
@@ -211,11 +220,10 @@ double amx_cycles(const Weights& weights, const ConvAttributes& attributes, cons
   const AmxOrder order = amx_order(attributes);
   const Flat flat = flatten(attributes, image);
   const int64_t pairs = order.channel_tiles() * kTileLines;
-  const Cut cuts = cut(flat, pairs, attributes.groups);
-  const double tiles = static_cast<double>(ceil_div(weights.rows(), kTileLines) * order.steps()), panels = static_cast<double>(cuts.panels);
-  const double products = tiles * amx_tile_cycles(ceil_div(flat.total, kTileLines), volume(attributes.kernel) == 1 ? 0 : 20);
-  const double filled = panels * static_cast<double>(pairs * pair_size(flat, cuts.width)) / 16 * 30;
-  const double finished = static_cast<double>(weights.rows() * flat.total) / 16 * 3;
+  const Cut cuts = cut(flat, pairs, attributes.groups, 1);
+  const double products = static_cast<double>(ceil_div(weights.rows(), kTileLines)) * tile_row_cycles(order, flat.total);
+  const double filled = static_cast<double>(cuts.panels) * fill_cycles(flat, cuts, pairs);
+  const double finished = static_cast<double>(weights.rows() * flat.total) / kTileLines * kFinish;
   return static_cast<double>(attributes.groups) * (products + filled + finished) + 1000;
 }
 
@@ -227,7 +235,7 @@ void run_amx_conv(const Isa* isa, const AmxPlan& plan, const ConvAttributes& att
                                : Source{image.x, 0, channel * attributes.groups * attributes.inputs, channel, channel, image.in[2], 0};
   const Flat flat = flatten(attributes, image);
   const int64_t pairs = plan.order.channel_tiles() * kTileLines;
-  const Cut cuts = cut(flat, pairs, attributes.groups);
+  const Cut cuts = cut(flat, pairs, attributes.groups, parallel.threads());
   Run run{isa, plan, attributes, image, epilogue, source, padded, flat, cuts, pairs, nullptr};
   int64_t *offsets = Scratch::mine().shared_offsets.at_least(plan.order.steps()), *next = offsets;
   for (int64_t tile = 0; tile < plan.order.channel_tiles(); ++tile)
@@ -238,9 +246,10 @@ void run_amx_conv(const Isa* isa, const AmxPlan& plan, const ConvAttributes& att
         *next++ = 4 * (tile * kTileLines * run.pair() + plane * run.plane() + pixel);
       }
   run.offsets = offsets;
-  // Splitting the rows fills every panel once more: only where there are fewer panels than threads.
-  const int64_t blocks = ceil_div(plan.tiles, kBlock), wanted = ceil_div(wanted_tasks() / 2, cuts.panels * attributes.groups);
-  const int64_t share = ceil_div(blocks, std::min(wanted, blocks)) * kBlock, splits = ceil_div(plan.tiles, share);
+  const int64_t blocks = ceil_div(plan.tiles, kBlock);
+  const double rows = static_cast<double>(plan.tiles) * tile_row_cycles(plan.order, cuts.width);
+  const int64_t wanted = row_splits(attributes.groups * cuts.panels, parallel.threads(), fill_cycles(flat, cuts, pairs), rows, blocks);
+  const int64_t share = ceil_div(blocks, wanted) * kBlock, splits = ceil_div(plan.tiles, share);
   parallel(attributes.groups * cuts.panels * splits, [&](int64_t index) {
     const int64_t tile = index % splits * share;
     run(index / splits / cuts.panels, index / splits % cuts.panels, tile, std::min(plan.tiles, tile + share));

@@ -74,7 +74,7 @@ void run_amx_linear(const Isa* isa, const AmxPlan& plan, int64_t group, const To
   const int64_t width = std::min(padded, ceil_div(ceil_div(padded, panels), 2 * kTileLines) * 2 * kTileLines);  // tokens of a panel
   const int64_t together = width > kTileLines ? kBlock : 2 * kBlock;
   const int64_t blocks = ceil_div(plan.tiles, together), work = together * steps * width / kTileLines;
-  const int64_t per_task = std::max(ceil_div(blocks * panels, wanted_tasks()), std::min(blocks, kSmallestTask / work));
+  const int64_t per_task = std::max(ceil_div(blocks * panels, parallel.parts()), std::min(blocks, kSmallestTask / work));
   const int64_t splits = ceil_div(blocks, std::max<int64_t>(1, std::min(per_task, blocks)));
   const int64_t share = ceil_div(blocks, splits);
   parallel(panels * splits, [&](int64_t task) {

@@ -110,14 +110,15 @@ void* Context::output(const std::vector<int64_t>& shape) const {
   return data;
 }
 
-Parallel Context::parallel() const {
-  return Parallel(
-      [](void* raw, Parallel::Body body, size_t count, void* data) {
-        const Context& self = *static_cast<const Context*>(raw);
-        check(self.api_, call<OrtStatus*>(self.api_, ort::kKernelContextParallelFor, static_cast<const OrtKernelContext*>(self.context_), body,
-                                          count, size_t{0}, data));
-      },
-      const_cast<Context*>(this));
+Parallel Context::parallel(Team& team) const {
+  const Parallel::Loop loop = [](void* raw, Parallel::Body body, size_t count, void* data) {
+    const Context& self = *static_cast<const Context*>(raw);
+    check(self.api_, call<OrtStatus*>(self.api_, ort::kKernelContextParallelFor, static_cast<const OrtKernelContext*>(self.context_), body,
+                                      count, size_t{0}, data));
+  };
+  Context* self = const_cast<Context*>(this);
+  team.meet(Parallel(loop, self, 1));
+  return Parallel(loop, self, team.size());
 }
 
 }  // namespace nmconvert

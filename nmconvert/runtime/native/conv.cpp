@@ -31,15 +31,23 @@ int64_t count_panels(const TileChoice& choice, const Image& image) {
   return ceil_div(image.batch * rows * columns, choice.pieces);
 }
 
-double cycles(const TileChoice& choice, const ConvAttributes& attributes, const Image& image, const Weights& weights) {
+// Cycles to fill a panel, and of all rows of the weight with it.
+struct PanelCost {
+  double fill, rows;
+};
+PanelCost panel_cost(const TileChoice& choice, const ConvAttributes& attributes, const Image& image, const Weights& weights) {
   const bool strips = choice.layout.strips, direct = !strips && volume(image.out) % choice.panel_width() == 0;
   const double fill = strips                      ? strip_fill(choice.pieces)
                       : choice.layout.in_place() ? kFirstTouch
                                                  : column_fill(attributes, image, choice.isa->width);
   const double finish = direct ? 0.5 : 2.0 + static_cast<double>(choice.pieces);
-  const double moved = fill * static_cast<double>(choice.layout.lines() * choice.layout.height) +
-                       finish * static_cast<double>(weights.rows() * choice.shape().vectors);
-  return static_cast<double>(count_panels(choice, image)) * (panel_cycles(choice, weights) + moved);
+  return {fill * static_cast<double>(choice.layout.lines() * choice.layout.height),
+          panel_cycles(choice, weights) + finish * static_cast<double>(weights.rows() * choice.shape().vectors)};
+}
+
+double cycles(const TileChoice& choice, const ConvAttributes& attributes, const Image& image, const Weights& weights) {
+  const PanelCost cost = panel_cost(choice, attributes, image, weights);
+  return static_cast<double>(count_panels(choice, image)) * (cost.fill + cost.rows);
 }
 
 // Images of onnxruntime's own start at a cache line; those that a user gives it need not.
@@ -333,11 +341,11 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
   const int64_t* lines = line_offsets(attributes, choice.layout, source, weights.order());
   const Run run{choice, *plan, attributes, image, source, lines, epilogue};
 
-  // Splitting the rows gathers every panel once more: worth it only where there are few panels and many rows.
   const int64_t rows = plan->rows, panels = count_panels(choice, image);
-  const int64_t wanted = ceil_div(wanted_tasks() / 2, panels * attributes.groups);
+  const PanelCost cost = panel_cost(choice, attributes, image, weights);
   const int64_t useful = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(rows) * weights.density() / 32));
-  const int64_t per_task = ceil_div(ceil_div(rows, std::min(wanted, useful)), choice.row_unit()) * choice.row_unit();
+  const int64_t wanted = row_splits(attributes.groups * panels, parallel.threads(), cost.fill, cost.rows, useful);
+  const int64_t per_task = ceil_div(ceil_div(rows, wanted), choice.row_unit()) * choice.row_unit();
   const int64_t splits = ceil_div(rows, per_task);
   parallel(attributes.groups * panels * splits, [&](int64_t index) {
     const int64_t row = index % splits * per_task;

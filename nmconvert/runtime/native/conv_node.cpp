@@ -84,7 +84,7 @@ class ConvNode final : public Call<Math> {
     image.residual = this->residual(context, out, buffers);
     Output<Real> output(context, out, this->compute_, buffers.y);
     image.y = output.reals();
-    math_.conv(packed_, attributes, image, epilogue_, context.parallel());
+    math_.conv(packed_, attributes, image, epilogue_, context.parallel(this->team_));
     output.finish();
   }
 

@@ -23,7 +23,7 @@ void run_few(const Isa* isa, const RowPlan& plan, int64_t rows, int64_t columns,
     x = padded;
   }
   const int64_t work = plan.words * 8 * isa->width * tokens.tokens;
-  const int64_t per_task = std::max({ceil_div(plan.blocks, wanted_tasks()), ceil_div(kSmallestTask, work), int64_t{1}});
+  const int64_t per_task = std::max({ceil_div(plan.blocks, parallel.parts()), ceil_div(kSmallestTask, work), int64_t{1}});
   parallel(ceil_div(plan.blocks, per_task), [&](int64_t task) {
     RowJob job{};
     job.first_block = task * per_task;
@@ -71,7 +71,7 @@ void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group,
 
   const int64_t unit = choice.row_unit();
   const double row_work = static_cast<double>(columns * width) * density;
-  int64_t per_task = std::max(ceil_div(rows * panels, wanted_tasks()), static_cast<int64_t>(kSmallestTask / row_work));
+  int64_t per_task = std::max(ceil_div(rows * panels, parallel.parts()), static_cast<int64_t>(kSmallestTask / row_work));
   per_task = std::max(unit, ceil_div(std::min(per_task, rows), unit) * unit);
   const int64_t splits = ceil_div(rows, per_task);
   parallel(panels * splits, [&](int64_t task) {

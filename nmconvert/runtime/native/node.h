@@ -57,7 +57,8 @@ class Context {
   Context(const OrtApi* api, OrtKernelContext* context) : api_(api), context_(context) {}
   Constant input(size_t index) const;  // no data where the input is left out
   void* output(const std::vector<int64_t>& shape) const;
-  Parallel parallel() const;
+  // For a node that runs on `team`.
+  Parallel parallel(Team& team) const;
 
  private:
   const OrtApi* api_;

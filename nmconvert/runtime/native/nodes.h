@@ -34,6 +34,7 @@ class Call : public Node {
   int compute_;
   Packed packed_;
   Epilogue epilogue_;
+  Team team_;
 };
 
 std::unique_ptr<Node> make_conv_node(const Operator& op, int compute, const Isa* isa, const Info& info);

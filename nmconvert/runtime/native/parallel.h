@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -10,20 +11,20 @@
 
 namespace nmconvert {
 
-// Parts to split work into: two for each core, so that threads that are held up leave little to wait for. What a part costs
-// extra (its panel has to come into the cache once more) grows with their number; what is computed does not change with it.
-inline int64_t wanted_tasks() {
-  static const int64_t wanted = 2 * static_cast<int64_t>(std::thread::hardware_concurrency());
-  return wanted > 2 ? wanted : 2;
-}
-
-// Calls a function for 0 … count - 1, from any number of threads, and returns when all calls have.
+// Calls a function for 0 … count - 1, from any number of threads, and returns when all calls have. What is computed does not
+// change with the number of parts that work is split into.
 class Parallel {
  public:
   using Body = void (*)(void*, size_t);
   using Loop = void (*)(void* context, Body body, size_t count, void* data);
 
-  Parallel(Loop loop, void* context) : loop_(loop), context_(context) {}
+  Parallel(Loop loop, void* context, int64_t threads) : loop_(loop), context_(context), threads_(threads) {}
+
+  // How many threads take part, as far as is known.
+  int64_t threads() const { return threads_; }
+  // Parts to split work into that costs little to split: some more than threads, because cores are not equally fast where
+  // others use their other halves.
+  int64_t parts() const { return threads_ > 1 ? 4 * threads_ : 4; }
 
   // Throws std::bad_alloc where a task ran out of memory, the only way in which tasks fail.
   template <typename Task>
@@ -50,6 +51,44 @@ class Parallel {
  private:
   Loop loop_;
   void* context_;
+  int64_t threads_;
 };
+
+// The threads that a session runs its nodes on, which onnxruntime does not tell: met in the first two runs of a node.
+class Team {
+ public:
+  int64_t size() const { return size_; }
+
+  void meet(const Parallel& all) {
+    if (meetings_ >= 2) return;
+    ++meetings_;
+    const int64_t cores = std::thread::hardware_concurrency();
+    std::atomic<int64_t> present{0};
+    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+    all(cores, [&](int64_t) {
+      if (std::chrono::steady_clock::now() >= end) return;
+      ++present;
+      while (present < cores && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+    });
+    if (present > size_) size_ = present.load();
+  }
+
+ private:
+  std::atomic<int64_t> size_{1};
+  std::atomic<int> meetings_{0};
+};
+
+// Parts that the rows of every one of `panels` are split into, each of which fills its panel anew: those for which `threads` are
+// soonest done, half a part counted as what the last one has to be waited for.
+inline int64_t row_splits(int64_t panels, int64_t threads, double fill, double rows, int64_t most) {
+  int64_t best = 1;
+  double least = 0;
+  for (int64_t splits = 1; threads > 1 && splits <= most && splits <= 4 * threads; ++splits) {
+    const double turns = static_cast<double>((panels * splits + threads - 1) / threads) + 0.5;
+    const double cost = turns * (fill + rows / static_cast<double>(splits));
+    if (least == 0 || cost < least) least = cost, best = splits;
+  }
+  return best;
+}
 
 }  // namespace nmconvert

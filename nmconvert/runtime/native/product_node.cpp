@@ -65,14 +65,14 @@ class ProductNode final : public Call<Math> {
     Output<Real> output(context, named, this->compute_, buffers.y);
     job.y = output.reals();
     if (attributes_.batch.empty()) {
-      math_.linear(packed_, 0, job, epilogue_, context.parallel());
+      math_.linear(packed_, 0, job, epilogue_, context.parallel(this->team_));
     } else {
       each_batch(batch, shape, [&](int64_t index, int64_t from, int64_t group) {
         TokensOf<Real> part = job;
         part.x = x + from * tokens * k_;
         part.y = output.reals() + index * tokens * n_;
         if (job.residual) part.residual = job.residual + index * tokens * n_;
-        math_.linear(packed_, group, part, epilogue_, context.parallel());
+        math_.linear(packed_, group, part, epilogue_, context.parallel(this->team_));
       });
     }
     output.finish();
