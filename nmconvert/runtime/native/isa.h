@@ -90,6 +90,8 @@ struct Isa {
   void (*unpack_tokens)(const float* panel, int64_t panel_width, int64_t rows, int64_t tokens, const float* residual, float* y,
                         int64_t y_stride, float low, float high);
   void (*activate)(float* y, int64_t count, Activation activation);
+  // Rows of `columns` floats to rows `pitch` apart, behind `before` zeros, and before as many as fill the pitch.
+  void (*pad)(const float* from, int64_t rows, int64_t columns, int64_t before, int64_t pitch, float* to);
   // to[i] = from[i · stride], for i in 0 … count - 1.
   void (*every)(const float* from, int64_t stride, int64_t count, float* to);
   // Row c of the panel is filled from the runs `segments`, starting at from + offsets[c]. Up to a vector is read and written

@@ -440,6 +440,41 @@ void activate(float* y, int64_t count, Activation activation) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Convolutions: pixels into panels, sums into images.
 
+// The first `count` lanes, fewer than a vector.
+inline Vector load_part(const float* p, int64_t count) {
+#if NMC_WIDTH == 16
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#else
+  Vector v = {};
+  for (int i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+inline void store_part(float* p, Vector v, int64_t count) {
+#if NMC_WIDTH == 16
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+#else
+  for (int i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
+inline void zeros(float* to, int64_t count) {
+  for (; count >= W; to += W, count -= W) store(to, Vector{});
+  if (count > 0) store_part(to, Vector{}, count);
+}
+
+void pad(const float* from, int64_t rows, int64_t columns, int64_t before, int64_t pitch, float* to) {
+  if (rows == 0) return;
+  zeros(to, before);
+  to += before;
+  for (int64_t row = 0; row < rows; ++row, from += columns, to += pitch) {
+    int64_t i = 0;
+    for (; i + W <= columns; i += W) store(to + i, load(from + i));
+    if (i < columns) store_part(to + i, load_part(from + i, columns - i), columns - i);
+    zeros(to + columns, row + 1 < rows ? pitch - columns : pitch - columns - before);
+  }
+}
+
 void every(const float* from, int64_t stride, int64_t count, float* to) {
   int64_t i = 0;
   if (stride == 2) {
@@ -494,24 +529,6 @@ void gather_strips(const float* from, const int64_t* offsets, int64_t lines, con
   return gather_pieces<4>(from, offsets, lines, segments, height, step, panel);
 }
 
-// The first `count` lanes, fewer than a vector.
-inline Vector load_part(const float* p, int64_t count) {
-#if NMC_WIDTH == 16
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
-#else
-  Vector v = {};
-  for (int i = 0; i < count; ++i) v[i] = p[i];
-  return v;
-#endif
-}
-inline void store_part(float* p, Vector v, int64_t count) {
-#if NMC_WIDTH == 16
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
-#else
-  for (int i = 0; i < count; ++i) p[i] = v[i];
-#endif
-}
-
 void turn_pixels(const float* from, int64_t size, const int64_t* offsets, int64_t columns, int64_t pixels, float* to) {
   for (int64_t pixel = 0; pixel < pixels; pixel += W, from += W, size -= W, to += W * columns) {
     const int64_t valid = pixels - pixel < W ? pixels - pixel : W;
@@ -534,26 +551,31 @@ void turn_pixels(const float* from, int64_t size, const int64_t* offsets, int64_
   }
 }
 
-void finish(const FinishJob& job) {
+// `Clipped`: nothing but the bounds is left to be applied.
+template <bool Clipped, bool Residual>
+void finish_rows(const FinishJob& job) {
   const Vector low = splat(job.low), high = splat(job.high);
+  const auto finished = [&](Vector v) { return Clipped ? clip(v, low, high) : activated(clip(v, low, high), job.activation); };
   const float* sums = job.sums;
   for (int64_t r = 0; r < job.rows; ++r, sums += job.sums_stride) {
     float* y = job.y + r * job.y_stride;
-    const float* residual = job.residual ? job.residual + r * job.y_stride : nullptr;
+    const float* residual = Residual ? job.residual + r * job.y_stride : nullptr;
     for (int64_t s = 0; s < job.count; ++s) {
       const Segment segment = job.segments[s];
-      const float* from = sums + segment.from;
+      const float *from = sums + segment.from, *add = Residual ? residual + segment.to : nullptr;
+      float* to = y + segment.to;
       int64_t i = 0;
-      for (; i + W <= segment.count; i += W) {
-        const Vector v = residual ? load(from + i) + load(residual + segment.to + i) : load(from + i);
-        store(y + segment.to + i, activated(clip(v, low, high), job.activation));
-      }
+      for (; i + W <= segment.count; i += W) store(to + i, finished(Residual ? load(from + i) + load(add + i) : load(from + i)));
       const int64_t rest = segment.count - i;
-      if (rest == 0) continue;
-      const Vector v = residual ? load(from + i) + load_part(residual + segment.to + i, rest) : load(from + i);
-      store_part(y + segment.to + i, activated(clip(v, low, high), job.activation), rest);
+      if (rest) store_part(to + i, finished(Residual ? load(from + i) + load_part(add + i, rest) : load(from + i)), rest);
     }
   }
+}
+
+void finish(const FinishJob& job) {
+  const bool clipped = job.activation == Activation::kNone || job.activation == Activation::kClip;
+  if (clipped) return job.residual ? finish_rows<true, true>(job) : finish_rows<true, false>(job);
+  return job.residual ? finish_rows<false, true>(job) : finish_rows<false, false>(job);
 }
 
 #include "prune.inl"
@@ -579,6 +601,7 @@ constexpr Isa kIsa = {
     pack_tokens,
     unpack_tokens,
     activate,
+    pad,
     every,
     gather,
     gather_strips,

@@ -13,16 +13,31 @@ bool has_pads(const ConvAttributes& attributes) {
   return false;
 }
 
-// One row of pixels, those of each remainder modulo the stride together, behind `before` zeros.
-void copy_row(const Isa* isa, const float* from, int64_t count, int64_t before, int64_t stride, int64_t phase, float* to) {
-  for (int64_t first = 0; first < std::min(stride, count); ++first) {
-    float* next = to + (first + before) % stride * phase + (first + before) / stride;
-    if (stride == 1) {
-      std::copy_n(from, count, next);
-    } else {
-      isa->every(from + first, stride, (count - first + stride - 1) / stride, next);
-    }
+// A channel behind its pads, without a stride from column to column.
+void pad_channel(const Isa* isa, const ConvAttributes& a, const Triple& in, const float* from, int64_t row, int64_t slice, float* to) {
+  std::fill_n(to, a.before[0] * slice, 0.0f);
+  to += a.before[0] * slice;
+  for (int64_t z = 0; z < in[0]; ++z, from += in[1] * in[2], to += slice) {
+    float* first = to + a.before[1] * row;
+    std::fill_n(to, a.before[1] * row, 0.0f);
+    isa->pad(from, in[1], in[2], a.before[2], row, first);
+    std::fill_n(first + in[1] * row, a.after[1] * row, 0.0f);
   }
+  std::fill_n(to, a.after[0] * slice, 0.0f);
+}
+
+// The same with a stride: of each row those pixels together that have the same remainder.
+void sort_channel(const Isa* isa, const ConvAttributes& a, const Triple& in, const float* from, int64_t phase, int64_t slice, float* to) {
+  const int64_t stride = a.strides[2];
+  std::fill_n(to, slice * (in[0] + a.before[0] + a.after[0]), 0.0f);
+  for (int64_t z = 0; z < in[0]; ++z)
+    for (int64_t y = 0; y < in[1]; ++y, from += in[2]) {
+      float* row = to + (z + a.before[0]) * slice + (y + a.before[1]) * phase * stride;
+      for (int64_t x = 0; x < std::min(stride, in[2]); ++x) {
+        const int64_t at = x + a.before[2];
+        isa->every(from + x, stride, (in[2] - x + stride - 1) / stride, row + at % stride * phase + at / stride);
+      }
+    }
 }
 
 }  // namespace
@@ -44,13 +59,9 @@ Source make_source(const Isa* isa, const ConvAttributes& attributes, const Image
   const int64_t planes = channels * image.batch, per_task = std::max<int64_t>(1, kCopiedByTask / channel);
   parallel(ceil_div(planes, per_task), [&](int64_t task) {
     for (int64_t plane = task * per_task; plane < std::min(planes, (task + 1) * per_task); ++plane) {
-      float* to = copy + plane * channel;
       const float* from = image.x + plane * volume(in);
-      std::fill_n(to, channel, 0.0f);
-      for (int64_t z = 0; z < in[0]; ++z)
-        for (int64_t y = 0; y < in[1]; ++y, from += in[2])
-          copy_row(isa, from, in[2], attributes.before[2], stride, phase,
-                   to + (z + attributes.before[0]) * slice + (y + attributes.before[1]) * row);
+      float* to = copy + plane * channel;
+      stride == 1 ? pad_channel(isa, attributes, in, from, row, slice, to) : sort_channel(isa, attributes, in, from, phase, slice, to);
     }
   });
   return {copy, size, channel * channels, channel, slice, row, phase};
