@@ -69,6 +69,14 @@ double fill_cycles(const Flat& flat, const Cut& cuts, int64_t pairs) {
   return static_cast<double>(pairs * pair_size(flat, cuts.width)) / kTileLines * kFill;
 }
 
+double conv_cycles(const AmxOrder& order, int64_t rows, const Flat& flat, int64_t groups) {
+  const int64_t pairs = order.channel_tiles() * kTileLines;
+  const Cut cuts = cut(flat, pairs, groups, 1);
+  const double products = static_cast<double>(ceil_div(rows, kTileLines)) * tile_row_cycles(order, flat.total);
+  const double filled = static_cast<double>(cuts.panels) * fill_cycles(flat, cuts, pairs);
+  return static_cast<double>(groups) * (products + filled + static_cast<double>(rows * flat.total) / kTileLines * kFinish);
+}
+
 struct Run {
   const Isa* isa;
   const AmxPlan& plan;
@@ -217,24 +225,17 @@ bool fits_amx(const ConvAttributes& a, const Image& image) {
 AmxOrder amx_order(const ConvAttributes& attributes) { return {true, attributes.inputs, volume(attributes.kernel)}; }
 
 double amx_cycles(const Weights& weights, const ConvAttributes& attributes, const Image& image) {
-  const AmxOrder order = amx_order(attributes);
-  const Flat flat = flatten(attributes, image);
-  const int64_t pairs = order.channel_tiles() * kTileLines;
-  const Cut cuts = cut(flat, pairs, attributes.groups, 1);
-  const double products = static_cast<double>(ceil_div(weights.rows(), kTileLines)) * tile_row_cycles(order, flat.total);
-  const double filled = static_cast<double>(cuts.panels) * fill_cycles(flat, cuts, pairs);
-  const double finished = static_cast<double>(weights.rows() * flat.total) / kTileLines * kFinish;
-  return static_cast<double>(attributes.groups) * (products + filled + finished) + 1000;
+  return conv_cycles(amx_order(attributes), weights.rows(), flatten(attributes, image), attributes.groups) + 1000;
 }
 
 void run_amx_conv(const Isa* isa, const AmxPlan& plan, const ConvAttributes& attributes, const Image& image, const Epilogue& epilogue,
-                  const Parallel& parallel) {
+                  const Parallel& all) {
   const bool padded = volume(attributes.strides) > 1;
-  const int64_t channel = volume(image.in);
+  const Flat flat = flatten(attributes, image);
+  const Parallel parallel = all.for_cycles(conv_cycles(plan.order, plan.rows, flat, attributes.groups));
+  const int64_t channel = volume(image.in), pairs = plan.order.channel_tiles() * kTileLines;
   const Source source = padded ? make_source(isa, attributes, image, 0, parallel)
                                : Source{image.x, 0, channel * attributes.groups * attributes.inputs, channel, channel, image.in[2], 0};
-  const Flat flat = flatten(attributes, image);
-  const int64_t pairs = plan.order.channel_tiles() * kTileLines;
   const Cut cuts = cut(flat, pairs, attributes.groups, parallel.threads());
   Run run{isa, plan, attributes, image, epilogue, source, padded, flat, cuts, pairs, nullptr};
   int64_t *offsets = Scratch::mine().shared_offsets.at_least(plan.order.steps()), *next = offsets;

@@ -271,6 +271,26 @@ Streaming stream_image(const Isa* isa, Weights& weights, const Packed& packed, c
   return weights.stream(packed, size, [&] { return choose_panels(isa, weights, attributes, image); });
 }
 
+void run_panels(const Isa* isa, const Weights& weights, const Streaming& streaming, const ConvAttributes& attributes, const Image& image,
+                const Epilogue& epilogue, const Parallel& all) {
+  const TileChoice& choice = streaming.choice;
+  const int64_t rows = weights.rows(), panels = attributes.groups * count_panels(choice, image);
+  const PanelCost cost = panel_cost(choice, attributes, image, weights);
+  const Parallel parallel = all.for_cycles(static_cast<double>(panels) * (cost.fill + cost.rows));
+  const Source source = make_source(isa, attributes, image, strip_slack(choice, attributes, image), parallel);
+  const int64_t* lines = line_offsets(attributes, choice.layout, source, weights.order());
+  const Run run{choice, *streaming.plan, attributes, image, source, lines, epilogue};
+
+  const int64_t useful = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(rows) * weights.density() / 32));
+  const int64_t wanted = row_splits(panels, parallel.threads(), cost.fill, cost.rows, useful);
+  const int64_t per_task = ceil_div(ceil_div(rows, wanted), choice.row_unit()) * choice.row_unit();
+  const int64_t splits = ceil_div(rows, per_task), of_group = panels / attributes.groups;
+  parallel(panels * splits, [&](int64_t index) {
+    const int64_t row = index % splits * per_task;
+    run({index / splits / of_group, index / splits % of_group, row, std::min(per_task, rows - row)});
+  });
+}
+
 // Every pixel of the output as a token, through the row loops; their sums, turned round, go where panels' would.
 void run_pixels(const Isa* isa, Weights& weights, const Packed& packed, const ConvAttributes& attributes, const Image& image,
                 const Epilogue& epilogue, const Parallel& parallel) {
@@ -335,22 +355,7 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
   const Streaming streaming = stream_image(isa, weights, packed, attributes, image);
   if (streaming.amx) return run_amx_conv(isa, *streaming.amx, attributes, image, epilogue, parallel);
   if (streaming.by_rows()) return run_pixels(isa, weights, packed, attributes, image, epilogue, parallel);
-  const TileChoice& choice = streaming.choice;
-  const StreamPlan* plan = streaming.plan;
-  const Source source = make_source(isa, attributes, image, strip_slack(choice, attributes, image), parallel);
-  const int64_t* lines = line_offsets(attributes, choice.layout, source, weights.order());
-  const Run run{choice, *plan, attributes, image, source, lines, epilogue};
-
-  const int64_t rows = plan->rows, panels = count_panels(choice, image);
-  const PanelCost cost = panel_cost(choice, attributes, image, weights);
-  const int64_t useful = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(rows) * weights.density() / 32));
-  const int64_t wanted = row_splits(attributes.groups * panels, parallel.threads(), cost.fill, cost.rows, useful);
-  const int64_t per_task = ceil_div(ceil_div(rows, wanted), choice.row_unit()) * choice.row_unit();
-  const int64_t splits = ceil_div(rows, per_task);
-  parallel(attributes.groups * panels * splits, [&](int64_t index) {
-    const int64_t row = index % splits * per_task;
-    run({index / splits / panels, index / splits % panels, row, std::min(per_task, rows - row)});
-  });
+  run_panels(isa, weights, streaming, attributes, image, epilogue, parallel);
 }
 
 void prepare_conv(const Isa* isa, Weights& weights, const Packed& packed, const ConvAttributes& given, int64_t batch, const Triple& in) {

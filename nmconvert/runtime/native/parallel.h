@@ -20,6 +20,11 @@ class Parallel {
 
   Parallel(Loop loop, void* context, int64_t threads) : loop_(loop), context_(context), threads_(threads) {}
 
+  // The same on this thread alone, for what takes no longer than others take to come.
+  Parallel alone() const { return Parallel(nullptr, nullptr, 1); }
+  // For a job of so many estimated cycles.
+  Parallel for_cycles(double cycles) const { return cycles < 1e5 ? alone() : *this; }
+
   // How many threads take part, as far as is known.
   int64_t threads() const { return threads_; }
   // Parts to split work into that costs little to split: some more than threads, because cores are not equally fast where
@@ -33,7 +38,10 @@ class Parallel {
       std::remove_reference_t<Task>* task;
       std::atomic<bool> failed{false};
     } data{&task};
-    if (count == 1) return task(0);
+    if (count == 1 || !loop_) {
+      for (int64_t i = 0; i < count; ++i) task(i);
+      return;
+    }
     loop_(
         context_,
         [](void* raw, size_t index) {
@@ -79,13 +87,13 @@ class Team {
 };
 
 // Parts that the rows of every one of `panels` are split into, each of which fills its panel anew: those for which `threads` are
-// soonest done, half a part counted as what the last one has to be waited for.
+// soonest done, a fifth of a part counted as what the last one has to be waited for.
 inline int64_t row_splits(int64_t panels, int64_t threads, double fill, double rows, int64_t most) {
   int64_t best = 1;
   double least = 0;
   for (int64_t splits = 1; threads > 1 && splits <= most && splits <= 4 * threads; ++splits) {
-    const double turns = static_cast<double>((panels * splits + threads - 1) / threads) + 0.5;
-    const double cost = turns * (fill + rows / static_cast<double>(splits));
+    const double turns = static_cast<double>((panels * splits + threads - 1) / threads) + 0.2;
+    const double cost = turns * (2 * fill + rows / static_cast<double>(splits));  // filled once more, it is the other core's
     if (least == 0 || cost < least) least = cost, best = splits;
   }
   return best;

@@ -5,7 +5,7 @@
 namespace nmconvert {
 namespace {
 
-constexpr int64_t kCopiedByTask = 1 << 14;  // floats
+constexpr int64_t kCopiedByTask = 1 << 16;  // floats
 
 bool has_pads(const ConvAttributes& attributes) {
   for (int d = 0; d < 3; ++d)
