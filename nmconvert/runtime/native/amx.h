@@ -5,8 +5,8 @@
 // are as exact as one of floats. They take half the time of one on vectors, although the zeros of a pattern are multiplied, too:
 // weights stay compressed, and are unpacked tile by tile into the cache. An input that is infinite becomes NaN in the output.
 //
-// Weights in float, which are three parts themselves, take six products, and with the unit's clock under load that is no faster
-// than the kept weights on vectors: 1.52 of dense both for a BERT at 2:4, and 0.88 where a neighbour uses the core's other half.
+// Weights in float, which are three parts themselves, would take six products. That was tried, and with the unit's clock under
+// load it is no faster than the kept weights on vectors: both 1.52 of dense for a BERT at 2:4, and less beside a neighbour.
 #pragma once
 
 #include <cstdint>

@@ -6,8 +6,8 @@
 namespace nmconvert {
 namespace {
 
-constexpr int64_t kBlock = 2;            // weight tiles that are unpacked at a time
-constexpr int64_t kFewestPixels = 256;   // of a panel that an image is cut into for several threads
+constexpr int64_t kBlock = 2;              // weight tiles that are unpacked at a time
+constexpr int64_t kFewestPixels = 256;     // of a panel that an image is cut into for several threads
 constexpr double kFill = 30, kFinish = 3;  // cycles: of sixteen pairs of pixels, of sixteen sums
 
 // Where the pixels of a panel stand: pairs of channels, each with a plane for every remainder of its rows and columns modulo the
@@ -96,14 +96,14 @@ struct Run {
   int64_t find_reads(int64_t first, Segment* reads) const;
   int64_t find_writes(int64_t first, Segment* writes) const;
   void fill(int64_t group, int64_t first, Segment* reads, uint32_t* parts) const;
-  void multiply(int64_t group, int64_t tile, int64_t tiles, int64_t lefts, const uint32_t* pixels, float* sums) const;
+  void multiply(int64_t group, int64_t tile, int64_t tiles, int64_t pixel_tiles, const uint32_t* pixels, float* sums) const;
 };
 
 // The runs of pixels, and of zeros, that the planes of a panel are filled from.
 int64_t Run::find_reads(int64_t first, Segment* reads) const {
   int64_t count = 0;
   const int64_t before = padded ? 0 : attributes.before[2], above = padded ? 0 : attributes.before[1];
-  const int64_t width = padded ? source.phase ? source.phase : source.row : image.in[2];
+  const int64_t width = source.phase ? source.phase : image.in[2];  // of a row, or of those of its pixels with one remainder
   const int64_t height = padded ? image.in[1] + attributes.before[1] + attributes.after[1] : image.in[1];
   for (int64_t down = 0; down < flat.down; ++down)
     for (int64_t across = 0; across < flat.across; ++across) {
@@ -168,7 +168,7 @@ void Run::fill(int64_t group, int64_t first, Segment* reads, uint32_t* parts) co
   }
 }
 
-void Run::multiply(int64_t group, int64_t tile, int64_t tiles, int64_t lefts, const uint32_t* pixels, float* sums) const {
+void Run::multiply(int64_t group, int64_t tile, int64_t tiles, int64_t pixel_tiles, const uint32_t* pixels, float* sums) const {
   Scratch& own = Scratch::mine();
   float* biases = image.bias && !plan.scaled ? own.own_biases.at_least(tiles * kTileLines * kTileLines) : nullptr;
   for (int64_t i = 0; biases && i < tiles * kTileLines; ++i) {
@@ -190,7 +190,7 @@ void Run::multiply(int64_t group, int64_t tile, int64_t tiles, int64_t lefts, co
   job.out = sums;
   job.out_line = cuts.width;
   job.lefts = tiles;
-  job.rights = lefts;
+  job.rights = pixel_tiles;
   isa->amx->multiply_left(job);
   if (plan.scaled) {
     const int64_t row = tile * kTileLines, rows = std::min(tiles * kTileLines, plan.rows - row);

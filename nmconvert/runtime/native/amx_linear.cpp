@@ -7,9 +7,9 @@
 namespace nmconvert {
 namespace {
 
-constexpr int64_t kBlock = 2;             // weight tiles that are unpacked at a time
-constexpr int64_t kSplitTask = 1 << 14;   // floats
-constexpr int64_t kSmallestTask = 1 << 7; // products of tiles
+constexpr int64_t kBlock = 2;              // weight tiles that are unpacked at a time
+constexpr int64_t kSplitTask = 1 << 14;    // floats
+constexpr int64_t kSmallestTask = 1 << 7;  // products of tiles
 
 // Bytes of a token's parts: an odd number of cache lines, so that sixteen of them do not displace each other.
 int64_t line_bytes(int64_t columns) { return (ceil_div(columns, kTileColumns) | 1) * 64; }
