@@ -375,6 +375,22 @@ def test_a_graph_that_answers_by_place_is_fitted_to_what_its_maps_mean():
     assert lost[1] < 0.9 * lost[0]
 
 
+def test_maps_are_fitted_in_more_and_gentler_steps_of_the_same_images(monkeypatch):
+    fits = []
+
+    def fit(module, answer, pairs, masks, *, steps, rate, together, **others):
+        fits.append((steps, rate, together))
+
+    monkeypatch.setattr("nmconvert.calibrate.driver.reconstruct", fit)
+    recipe = Recipe(criterion="magnitude", block_steps=0, model_steps=10, model_rate=1e-3)
+    prune_onnx(detector(), images(8), rows_of(detector(), ["w1", "w2"]), recipe)
+    prune_onnx(residual_net(), images(8), rows_of(residual_net(), ["w1", "w2"]), recipe)
+    (steps, rate, together), (plain_steps, _, plain_together) = fits
+    assert steps * together == plain_steps * plain_together == 20
+    assert steps > plain_steps == 10
+    assert 0 < rate < recipe.model_rate
+
+
 def test_an_interrupted_graph_goes_on_and_ends_with_the_same_bytes(tmp_path):
     model, batches, file = residual_net(), images(), tmp_path / "state"
     rows = rows_of(model, ["w1", "w2", "w3", "w4"])

@@ -38,7 +38,8 @@ from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Axis, Pattern
 
 _IMAGES = 16  # of a step of reconstruction at least: gradients of few are noisy
-_BY_PLACE = 2.0  # times the rate where no two steps see the same images (:func:`nmconvert.calibrate.images.scenes`)
+_FINER = 2  # times as many steps of fewer images where a model answers for every place: an image is many answers
+_GENTLER = 0.5  # times the rate there: at four times this the fit of FastestDet first lost what layers and blocks had won
 _LARGE = 0.08  # relative error of the outputs at which the model is fitted at the full rate
 
 
@@ -337,7 +338,7 @@ class _Run:
             return inputs[order[number]][0], targets[order[number]][0]
 
         def change() -> None:
-            self._fit(unit, pair, masks, self.recipe.block_steps, self.recipe.block_rate, output_error)
+            self._fit(unit, pair, masks, self.recipe.block_steps, self.recipe.block_rate, output_error, self.together)
 
         self._correct(unit, "reconstruction", change, inputs[self.train :], targets[self.train :])
 
@@ -352,18 +353,20 @@ class _Run:
         if not self.recipe.model_steps:
             return
         by_place = bool(self.said) and any(output.dim() > 2 for output in targets[0][0])
-        order = self._shuffled(self.recipe.model_steps * self.together, len(self.fresh))
+        finer = min(_FINER, self.together) if by_place else 1
+        steps, together = self.recipe.model_steps * finer, self.together // finer
+        order = self._shuffled(steps * together, len(self.fresh))
 
         def pair(number: int) -> tuple[Call, Any]:
             call = as_call(self._changed(self.fresh[order[number]], by_place))
             return call, outputs_of(self.answer_dense, [[call]])[0][0]
 
         error = held_out_error(self.answer, held, targets, distance)
-        usual = self.recipe.model_rate * (_BY_PLACE if by_place else 1.0)
+        usual = self.recipe.model_rate * (_GENTLER if by_place else 1.0)
         rate = usual * min(1.0, (error / _LARGE) ** 0.5)  # a good model is spoilt by large steps
 
         def change() -> None:
-            self._fit("", pair, self.masks, self.recipe.model_steps, rate, distance)
+            self._fit("", pair, self.masks, steps, rate, distance, together)
 
         self._correct("", "reconstruction", change, held, targets, distance)
 
@@ -389,6 +392,7 @@ class _Run:
         steps: int,
         rate: float,
         distance: Measure,
+        together: int,
     ) -> None:
         module, relative = self.model.get_submodule(unit), self.recipe.relative_rates
         reconstruct(
@@ -398,7 +402,7 @@ class _Run:
             masks,
             steps=steps,
             rate=rate,
-            together=self.together,
+            together=together,
             relative=relative,
             distance=distance,
         )
