@@ -38,6 +38,7 @@ from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Axis, Pattern
 
 _IMAGES = 16  # of a step of reconstruction at least: gradients of few are noisy
+_VARIED = 2  # times as many copies of images where a model answers for every place, each another scene
 _FINER = 2  # times as many steps of fewer images where a model answers for every place: an image is many answers
 _GENTLER = 0.5  # times the rate there: at four times this the fit of FastestDet first lost what layers and blocks had won
 _LARGE = 0.08  # relative error of the outputs at which the model is fitted at the full rate
@@ -92,7 +93,7 @@ class Recipe:
     model_steps: int = 100
     model_rate: float = 1e-3
     tokens: int = 1 << 17  # positions taken of each layer's inputs, of all batches together
-    copies: int = 2  # of image batches, flipped and shifted (the first as it is)
+    copies: int = 2  # of image batches, flipped and shifted (the first as it is); twice as many scenes for maps
     relative_rates: bool = False  # each tensor's rate follows its size: for graphs whose norms are folded into the weights
     held_out: float = 0.125
     memory: int = LIMIT  # bytes of activations between units; more are kept in temporary files
@@ -159,13 +160,14 @@ class _Run:
         self.sites = find_sites(model, plan)
         held = max(1, round(len(batches) * recipe.held_out))
         generator = torch.Generator().manual_seed(recipe.seed)
-        copies = recipe.copies if is_images(batches[0]) else 1
-        train = [augment(b, generator) if copy else b for copy in range(copies) for b in batches[:-held]]
-        self.fresh = batches[:-held]
-        self.together = max(1, _IMAGES // image_count(batches[0])) if is_images(batches[0]) else 1
-        self.train, self.batches = len(train), train + batches[-held:]
         self.generator = generator
         self.said = [] if all(one.kind == "value" for one in said) else said
+        self.by_place = bool(self.said) and any(output.dim() > 2 for output in self._outputs_dense(batches[0]))
+        self.fresh = batches[:-held]
+        copies = recipe.copies * (_VARIED if self.by_place else 1) if is_images(batches[0]) else 1
+        train = [self._changed(b) if copy else b for copy in range(copies) for b in self.fresh]
+        self.together = max(1, _IMAGES // image_count(batches[0])) if is_images(batches[0]) else 1
+        self.train, self.batches = len(train), train + batches[-held:]
         self.followers = find_followers(model, batches[0], list({site.module for site in self.sites}))
         self.masks: dict[str, Tensor] = {}
         self.result = Pruned({})
@@ -352,17 +354,16 @@ class _Run:
             self._correct("", "norms", lambda: reestimate_norms(self.model, self.dense, train, train), held, targets, distance)
         if not self.recipe.model_steps:
             return
-        by_place = bool(self.said) and any(output.dim() > 2 for output in targets[0][0])
-        finer = min(_FINER, self.together) if by_place else 1
+        finer = min(_FINER, self.together) if self.by_place else 1
         steps, together = self.recipe.model_steps * finer, self.together // finer
         order = self._shuffled(steps * together, len(self.fresh))
 
         def pair(number: int) -> tuple[Call, Any]:
-            call = as_call(self._changed(self.fresh[order[number]], by_place))
-            return call, outputs_of(self.answer_dense, [[call]])[0][0]
+            call = as_call(self._changed(self.fresh[order[number]]))
+            return call, self._outputs_dense(call)
 
         error = held_out_error(self.answer, held, targets, distance)
-        usual = self.recipe.model_rate * (_GENTLER if by_place else 1.0)
+        usual = self.recipe.model_rate * (_GENTLER if self.by_place else 1.0)
         rate = usual * min(1.0, (error / _LARGE) ** 0.5)  # a good model is spoilt by large steps
 
         def change() -> None:
@@ -370,11 +371,11 @@ class _Run:
 
         self._correct("", "reconstruction", change, held, targets, distance)
 
-    def _changed(self, batch: Batch, by_place: bool) -> Batch:
+    def _changed(self, batch: Batch) -> Batch:
         """A batch of images at random: where the model answers for every place, changed more than for one answer."""
         if not is_images(batch):
             return batch
-        if not by_place or not isinstance(batch, Tensor):
+        if not self.by_place or not isinstance(batch, Tensor):
             return augment(batch, self.generator)
         return scenes(batch, [image for other in self.fresh for image in other], self.generator)
 
@@ -382,7 +383,10 @@ class _Run:
         """How far answers of the model as a whole are apart."""
         if not self.said:
             return output_error
-        return Distance(self.said, (outputs_of(self.answer_dense, [[as_call(batch)]])[0][0] for batch in self.fresh))
+        return Distance(self.said, (self._outputs_dense(batch) for batch in self.fresh))
+
+    def _outputs_dense(self, batch: Batch) -> Any:
+        return outputs_of(self.answer_dense, [[as_call(batch)]])[0][0]
 
     def _fit(
         self,
