@@ -135,8 +135,6 @@ def test_the_newest_result_is_taken_and_the_table_shown(folder, monkeypatch):
         "--epochs",
         1,
         "--no-teacher",
-        "--distill",
-        1,
         "--html",
         "run.html",
     )
@@ -252,6 +250,12 @@ BAD = {
     "a rate too high": ("finetune net.nm1-4.pt --data data.npz --lr 1e30", 1, "is the first layer whose output holds NaN"),
     "a batch too large": ("finetune net.nm1-4.pt --data data.npz --batch 999", 1, "fewer than a batch of 999"),
     "parts that do not divide": ("finetune net.nm1-4.pt --data data.npz --accumulate 3", 2, "give a multiple of 3"),
+    "a share of no teacher": (
+        "finetune net.nm1-4.pt --data data.npz --no-teacher --distill 0.5",
+        2,
+        "--distill needs the teacher",
+    ),
+    "no teacher and a teacher": ("finetune net.nm1-4.pt --data data.npz --no-teacher --teacher net.pt", 2, "leave out one"),
     "not pruned": ("finetune net.pt --data data.npz", 2, "run nmconvert prune net.pt --nm 2:4 first"),
 }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nmconvert.cli.common import F, Printer, model_options, newest_checkpoint, output_options, task_options
+from nmconvert.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -72,6 +73,10 @@ def command(
     """
     from nmconvert.train import Settings, finetune
 
+    if no_teacher and (teacher or numbers["distill"]):
+        raise UsageError(
+            f"{'--teacher' if teacher else '--distill'} needs the teacher that --no-teacher does without: leave out one"
+        )
     result = finetune(
         checkpoint, task, data, Settings(**{name: value for name, value in numbers.items() if value is not None}),
         task_settings=settings, model=model, model_arguments=model_arguments, teacher=teacher, learn_alone=no_teacher,
