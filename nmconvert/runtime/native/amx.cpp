@@ -19,7 +19,7 @@ struct alignas(64) Configuration {
   uint8_t lines[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 inline void configure() {
-  static const Configuration configuration;
+  static constexpr Configuration configuration;
   asm volatile("ldtilecfg %0" ::"m"(configuration));
 }
 inline void release() { asm volatile("tilerelease"); }
