@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from nmconvert.calibrate.answers import Answer
 from nmconvert.calibrate.replay import Call, outputs_of
 
+_RISE = 0.1  # of the steps: Adam's first ones are as large as the rate, whatever the gradients are
 _USUAL = 0.5  # size of a tensor at which a relative rate is the absolute one; with 0.1 the fit of FastestDet ran away
 
 Pair = tuple[Call, Any]
@@ -123,8 +124,9 @@ def reconstruct(
     relative: bool = False,
     distance: Measure = output_error,
 ) -> None:
-    """Fit the kept weights, biases and norms of ``module`` to the dense answers: Adam, cosine rate, masks fixed.
+    """Fit the kept weights, biases and norms of ``module`` to the dense answers: Adam, masks fixed.
 
+    The rate rises for a tenth of the steps, and falls as a cosine.
     ``answer`` is the module, or what it is judged by (:mod:`nmconvert.calibrate.answers`). ``pairs(n)`` gives the nth call and
     its target, of which a step takes ``together``; ``masks`` are by parameter name, in the parameter's shape. With ``relative``
     a tensor's rate is ``rate`` times its root mean square, over ½.
@@ -140,7 +142,7 @@ def reconstruct(
         optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.99))
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * 0.5 * (1 + cos(pi * step / steps))
+                group["lr"] = group["rate"] * min(1.0, (step + 1) / (_RISE * steps)) * 0.5 * (1 + cos(pi * step / steps))
             optimizer.zero_grad(set_to_none=True)
             for number in range(step * together, (step + 1) * together):
                 call, target = pairs(number)
