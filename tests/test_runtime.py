@@ -172,14 +172,17 @@ def test_convolutions(isa: str, seed: int, stored: Any, pattern: str, axis: Any,
         ((1, 1), (1, 1), {"pads": [1, 1, 0, 0], "strides": [2, 2]}),  # one pixel, which the output does not read
     ],
 )
-@pytest.mark.parametrize(("batch", "pattern"), [(1, "1:4"), (3, "2:4"), (1, "1:16")])
+@pytest.mark.parametrize(
+    ("batch", "pattern", "stored"),
+    [(1, "1:4", np.float32), (3, "2:4", np.float32), (1, "1:16", np.float32), (2, "2:4", np.int8)],
+)
 def test_convolutions_of_the_sizes_of_networks(
-    isa: str, size: Any, kernel: Any, attributes: Any, batch: int, pattern: str
+    isa: str, size: Any, kernel: Any, attributes: Any, batch: int, pattern: str, stored: Any
 ) -> None:
     rng = np.random.default_rng(5)
     attributes = {"pads": [1] * 4, **attributes}
     groups = attributes.get("group", 1)
-    weight = random_weight(rng, "conv", (50, 96 // groups, *kernel), pattern)
+    weight = random_weight(rng, "conv", (50, 96 // groups, *kernel), pattern, dtype=stored)
     x = rng.standard_normal((batch, 96, *size)).astype(np.float32)
     bias = rng.standard_normal(50).astype(np.float32)
     expected = convolve(x, weight, bias, **attributes)
@@ -333,10 +336,12 @@ def test_rows_of_int8_that_are_zero_or_huge(isa: str, tokens: int) -> None:
         assert_close(got[:, 7], expected[:, 7])
 
 
+@pytest.mark.parametrize("stored", [np.float32, np.int8])
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_what_is_not_finite_spoils_only_what_reads_it(isa: str, value: float) -> None:
+def test_what_is_not_finite_spoils_only_what_reads_it(isa: str, value: float, stored: Any) -> None:
     rng = np.random.default_rng(15)
-    linear, conv = random_weight(rng, "matmul", (96, 40), "2:4"), random_weight(rng, "conv", (40, 32, 3, 3), "2:4")
+    linear = random_weight(rng, "matmul", (96, 40), "2:4", dtype=stored)
+    conv = random_weight(rng, "conv", (40, 32, 3, 3), "2:4", dtype=stored)
     for proto, shape, at in (
         (layer("MatMul", linear, ["t", 96]), (40, 96), (17,)),
         (layer("Conv", conv, [2, 32, 20, 12], pads=[1] * 4), (2, 32, 20, 12), (1, slice(None), 7, 5)),
@@ -351,10 +356,12 @@ def test_what_is_not_finite_spoils_only_what_reads_it(isa: str, value: float) ->
         assert not np.isfinite(got[reads]).any()
 
 
-def test_the_number_of_threads_changes_no_bit(isa: str) -> None:
+@pytest.mark.parametrize("stored", [np.float32, np.int8])
+def test_the_number_of_threads_changes_no_bit(isa: str, stored: Any) -> None:
     rng = np.random.default_rng(4)
-    linear, conv = random_weight(rng, "matmul", (640, 500), "2:4"), random_weight(rng, "conv", (64, 32, 3, 3), "1:4")
-    pointwise = random_weight(rng, "conv", (64, 32, 1, 1), "2:4")
+    linear = random_weight(rng, "matmul", (640, 500), "2:4", dtype=stored)
+    conv = random_weight(rng, "conv", (64, 32, 3, 3), "1:4", dtype=stored)
+    pointwise = random_weight(rng, "conv", (64, 32, 1, 1), "2:4", dtype=stored)
     for proto, shape in (
         (layer("MatMul", linear, ["t", 640]), (1, 640)),
         (layer("MatMul", linear, ["t", 640]), (70, 640)),

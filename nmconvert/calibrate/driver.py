@@ -159,8 +159,7 @@ class _Run:
         self.answer, self.answer_dense = (answer_of(m, batches[0]) for m in (model, self.dense))
         self.sites = find_sites(model, plan)
         held = max(1, round(len(batches) * recipe.held_out))
-        generator = torch.Generator().manual_seed(recipe.seed)
-        self.generator = generator
+        self.generator = torch.Generator().manual_seed(recipe.seed)
         self.said = [] if all(one.kind == "value" for one in said) else said
         self.by_place = bool(self.said) and any(output.dim() > 2 for output in self._outputs_dense(batches[0]))
         self.fresh = batches[:-held]

@@ -70,7 +70,8 @@ class Team {
   void meet(const Parallel& all) {
     if (meetings_ >= 2) return;
     ++meetings_;
-    const int64_t cores = std::thread::hardware_concurrency();
+    const int64_t cores = std::thread::hardware_concurrency();  // 0 where it is not known
+    if (cores < 2) return;
     std::atomic<int64_t> present{0};
     const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
     all(cores, [&](int64_t) {
