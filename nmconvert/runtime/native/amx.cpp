@@ -39,211 +39,300 @@ inline void store(void* to, int64_t line) {
 // sum += left · right
 template <int Sum, int Left, int Right>
 inline void multiply() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(Left), "i"(Right));
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(Left), "i"(Right));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Blocks of L by R tiles of the output, at most four, which stay in registers 0 to 3 from the first step to the last.
+// Blocks of the output: one tile, or two that share their inputs or their weights. Each has three sums, by the weight of their
+// digits, in registers 0 to 5; operands pass through 6 and 7. Between the products, which leave the vector units idle, these make
+// floats of the sums of the block before, and unpack the weights that come next.
 
-constexpr int64_t kBytes = 2 * kTileSize;  // of a tile
+constexpr int kWeights = 6, kInputs = 7;
+constexpr int kSums = kTileLines * kTileLines;  // of a tile
 
-// Tiles of weights, unpacked for the next step a few lines at a time between the products, which leave the vector units idle.
-template <int Tiles>
-struct Unpacker {
-  const uint32_t* masks[Tiles];
-  const uint16_t* from[Tiles];
-  uint16_t* out;  // [tile][kTileSize]
+// The digits of a weight and of an input whose product is a term of sum weight + input: in an order in which the unit, which
+// takes the time of three to four products to add one, does not wait for a sum, and in which neighbours share an operand.
+struct Term {
+  int weight, input;
+};
+template <int Digits>
+struct Terms;
+template <>
+struct Terms<1> {
+  static constexpr int kCount = 3;
+  static constexpr Term kAll[kCount] = {{0, 2}, {0, 1}, {0, 0}};
+};
+template <>
+struct Terms<kDigits> {
+  static constexpr int kCount = 6;
+  static constexpr Term kAll[kCount] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
+};
 
-  void start(const AmxJob& job, int64_t first_tile, int64_t step, uint16_t* to) {
+// `Tiles` tiles of weights at one step.
+template <int Digits, int Tiles>
+class Unpacker {
+ public:
+  Unpacker() = default;
+  Unpacker(const AmxJob& job, int64_t first_tile, int64_t step, int8_t* to) : kept_(job.kept), to_(to) {
     for (int i = 0; i < Tiles; ++i) {
       const int64_t tile = (first_tile + i) * job.steps + step;
-      masks[i] = job.masks + tile * kTileLines;
-      from[i] = job.values + job.starts[tile];
+      masks_[i] = job.masks + tile * kTileLines;
+      from_[i] = job.values + job.starts[tile];
     }
-    out = to;
   }
 
-  // What one part of the inputs leaves time for.
-  template <int Part>
+  // What the products of one term leave time for.
+  template <int Term>
   void lines() {
-    constexpr int kAll = Tiles * kTileLines, kEach = (kAll + kParts - 1) / kParts;
-    constexpr int kFirst = Part * kEach, kLast = kFirst + kEach < kAll ? kFirst + kEach : kAll;
+    constexpr int kAll = Tiles * kTileLines, kTerms = Terms<Digits>::kCount;
 #pragma GCC unroll 32
-    for (int i = kFirst; i < kLast; ++i) {
+    for (int i = kAll * Term / kTerms; i < kAll * (Term + 1) / kTerms; ++i) {
       const int tile = i / kTileLines, line = i % kTileLines;
-      const __mmask32 mask = masks[tile][line];
-      _mm512_store_si512(out + i * kTileColumns, _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(from[tile])));
-      from[tile] += __builtin_popcount(mask);
+      const __mmask64 mask = masks_[tile][line];
+      int8_t* to = to_ + tile * Digits * kTileSize + line * kTileColumns;
+#pragma GCC unroll 3
+      for (int d = 0; d < Digits; ++d)
+        _mm512_store_si512(to + d * kTileSize, _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(from_[tile] + d * kept_)));
+      from_[tile] += __builtin_popcountll(mask);
     }
   }
 
+  template <int Term = 0>
   void all() {
-    lines<0>();
-    lines<1>();
-    lines<2>();
+    lines<Term>();
+    if constexpr (Term + 1 < Terms<Digits>::kCount) all<Term + 1>();
+  }
+
+ private:
+  const uint64_t* masks_[Tiles];
+  const int8_t* from_[Tiles];
+  int64_t kept_;
+  int8_t* to_ = nullptr;  // [tile][digit][kTileSize]
+};
+
+// The three sums of each tile of a block.
+template <bool WeightsLeft, int Tiles>
+struct Sums {
+  alignas(64) int32_t of[Tiles][kDigits][kSums];
+  int64_t left[Tiles], right[Tiles];
+
+  template <int I = 0>
+  void store_all() {
+    store<I>(of[I / kDigits][I % kDigits], 4 * kTileLines);
+    if constexpr (I + 1 < Tiles * kDigits) store_all<I + 1>();
+  }
+
+  // A line as floats: times a scale, plus a bias.
+  void line(const AmxJob& job, int tile, int i) const {
+    const int64_t line = left[tile] * kTileLines + i, column = right[tile] * kTileLines;
+    const auto floats = [&](int order) { return _mm512_cvtepi32_ps(_mm512_load_si512(of[tile][order] + i * kTileLines)); };
+    const __m512 shift = _mm512_set1_ps(1.f / 256), scale = _mm512_set1_ps(job.line_scales[line]);
+    __m512 sum = _mm512_fmadd_ps(_mm512_fmadd_ps(floats(2), shift, floats(1)), shift, floats(0));
+    if constexpr (!WeightsLeft) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(job.column_scales + column));
+    const __m512 bias = WeightsLeft ? _mm512_set1_ps(job.bias[line]) : _mm512_loadu_ps(job.bias + column);
+    _mm512_storeu_ps(job.out + line * job.out_line + column, _mm512_fmadd_ps(sum, scale, bias));
+  }
+
+  // What the products of one of `Terms` terms leave time for.
+  template <int Terms, int Term>
+  void lines(const AmxJob& job) const {
+    constexpr int kAll = Tiles * kTileLines;
+#pragma GCC unroll 4
+    for (int i = kAll * Term / Terms; i < kAll * (Term + 1) / Terms; ++i) line(job, i / kTileLines, i % kTileLines);
   }
 };
 
-// Where the tiles of one side stand: bytes from line to line and from tile to tile.
-struct Operand {
-  const char* tiles;
-  int64_t line, tile;
-};
+template <bool WeightsLeft, int Digits, int Inputs, int Weights>
+class Blocks {
+ public:
+  explicit Blocks(const AmxJob& job) : job_(job) {}
 
-template <int First, int Count>
-inline void load_tiles(const Operand& operand, int64_t at = 0) {
-  load<First>(operand.tiles + at, operand.line);
-  if constexpr (Count > 1) load_tiles<First + 1, Count - 1>(operand, at + operand.tile);
-}
-
-// Two rows of tiles by R, whose operands stand in registers 4 to 7.
-template <int R>
-inline void multiply_two() {
-  multiply<0, 4, 6>();
-  if constexpr (R > 1) multiply<1, 4, 7>();
-  multiply<R, 5, 6>();
-  if constexpr (R > 1) multiply<R + 1, 5, 7>();
-}
-
-// One row: the right tiles take turns in registers 5 to 7, so that no sum is needed again at once.
-template <int R, int J = 0>
-inline void multiply_one(const Operand& right) {
-  load<5 + J % 3>(right.tiles + J * right.tile, right.line);
-  multiply<J, 4, 5 + J % 3>();
-  if constexpr (J + 1 < R) multiply_one<R, J + 1>(right);
-}
-
-// One part of the inputs; the weights, where there are two rows, are in their registers already.
-template <bool WeightsLeft, int L, int R, int Part, typename Next>
-inline void multiply_part(const Operand& weights, Operand inputs, int64_t part, Next& next) {
-  inputs.tiles += Part * part;
-  if constexpr (L == 2) {
-    if constexpr (WeightsLeft) load_tiles<6, R>(inputs);
-    if constexpr (!WeightsLeft) load_tiles<4, 2>(inputs);
-    multiply_two<R>();
-  } else {
-    if constexpr (!WeightsLeft) load<4>(inputs.tiles, inputs.line);
-    multiply_one<R>(WeightsLeft ? inputs : weights);
+  // All pairs of these tiles, whose numbers are multiples of `Inputs` and `Weights`. Weights are unpacked a step ahead while they meet
+  // their first inputs, and stay for the others.
+  void operator()(int64_t input, int64_t last_input, int64_t weight, int64_t last_weight) {
+    if (input == last_input || weight == last_weight) return;
+    slots_ = input + Inputs < last_input ? job_.steps + 1 : 2;
+    Unpacker<Digits, Weights>(job_, weight, 0, unpacked(0)).all();
+    for (; weight < last_weight; weight += Weights) {
+      const int64_t follows = weight + Weights < last_weight ? weight + Weights : -1;
+      for (int64_t i = input; i < last_input; i += Inputs) block(i, weight, i == input, i + Inputs == last_input ? follows : -1);
+      first_slot_ = (first_slot_ + job_.steps) % slots_;
+    }
+    for (int i = 0; i < kTiles * kTileLines; ++i) sums_[now_ ^ 1].line(job_, i / kTileLines, i % kTileLines);
   }
-  next.template lines<Part>();
-}
 
-template <int I, int L, int R>
-inline void begin(const AmxJob& job, int64_t left, int64_t right) {
-  if (job.start) {
-    load<I>(job.start + (left + I / R) * job.start_left + (right + I % R) * job.start_right, 4 * job.start_line);
-  } else {
+ private:
+  static constexpr int kTiles = Inputs * Weights;
+  using All = Terms<Digits>;
+
+  int8_t* unpacked(int64_t slot) const { return job_.unpacked + slot * Weights * Digits * kTileSize; }
+
+  // `first` inputs of their weights unpack the rest of these; the last ones begin with those that follow, if any.
+  void block(int64_t input, int64_t weight, bool first, int64_t follows) {
+    zero_all();
+    const char* inputs = static_cast<const char*>(job_.inputs) + input * job_.tile;
+    int64_t slot = first_slot_;
+    for (int64_t step = 0; step < job_.steps; ++step) {
+      const int8_t* weights = unpacked(slot);
+      if (++slot == slots_) slot = 0;
+      const bool within = step + 1 < job_.steps, unpacks = within ? first : follows >= 0;
+      Unpacker<Digits, Weights> unpack;
+      if (unpacks) unpack = {job_, within ? weight : follows, within ? step + 1 : 0, unpacked(slot)};
+      multiply_step(inputs + step * job_.step, weights, unpacks, unpack, filled_ && step == 0);
+    }
+    Sums<WeightsLeft, kTiles>& sums = sums_[now_];
+    sums.store_all();
+    for (int i = 0; i < kTiles; ++i) {
+      const int64_t of_input = input + i % Inputs, of_weight = weight + i / Inputs;
+      sums.left[i] = WeightsLeft ? of_weight : of_input;
+      sums.right[i] = WeightsLeft ? of_input : of_weight;
+    }
+    filled_ = true;
+    now_ ^= 1;
+  }
+
+  template <int I = 0>
+  static void zero_all() {
     zero<I>();
+    if constexpr (I + 1 < kTiles * kDigits) zero_all<I + 1>();
   }
-  if constexpr (I + 1 < L * R) begin<I + 1, L, R>(job, left, right);
-}
-template <int I, int L, int R>
-inline void end(const AmxJob& job, int64_t left, int64_t right) {
-  store<I>(job.out + (left + I / R) * kTileLines * job.out_line + (right + I % R) * kTileLines, 4 * job.out_line);
-  if constexpr (I + 1 < L * R) end<I + 1, L, R>(job, left, right);
-}
 
-template <bool WeightsLeft, int L, int R>
-void block(const AmxJob& job, int64_t left, int64_t right) {
-  constexpr int kWeights = WeightsLeft ? L : R;
-  alignas(64) uint16_t unpacked[2][kWeights * kTileSize];
-  const int64_t first_weight = WeightsLeft ? left : right;
-  const char* first_input = static_cast<const char*>(job.inputs) + (WeightsLeft ? right : left) * job.tile;
-  Unpacker<kWeights> next;
-  next.start(job, first_weight, 0, unpacked[0]);
-  next.all();
-  begin<0, L, R>(job, left, right);
-  for (int64_t step = 0; step < job.steps; ++step) {
-    const Operand weights{reinterpret_cast<const char*>(unpacked[step % 2]), 64, kBytes};
-    const Operand inputs{first_input + job.offsets[step], job.line, job.tile};
-    next.start(job, first_weight, step + 1 < job.steps ? step + 1 : step, unpacked[(step + 1) % 2]);
-    if constexpr (WeightsLeft) load_tiles<4, L>(weights);
-    if constexpr (!WeightsLeft && L == 2) load_tiles<6, R>(weights);
-    multiply_part<WeightsLeft, L, R, 0>(weights, inputs, job.part, next);
-    multiply_part<WeightsLeft, L, R, 1>(weights, inputs, job.part, next);
-    multiply_part<WeightsLeft, L, R, 2>(weights, inputs, job.part, next);
+  template <int Digit, int Tile>
+  void load_input(const char* inputs) const {
+    load<kInputs>(inputs + Digit * job_.digit + (Inputs > 1 ? Tile : 0) * job_.tile, job_.line);
   }
-  end<0, L, R>(job, left, right);
-}
+  template <int Digit, int Tile>
+  static void load_weight(const int8_t* weights) {
+    load<kWeights>(weights + ((Weights > 1 ? Tile : 0) * Digits + Digit) * kTileSize, kTileColumns);
+  }
+  template <int Sum>
+  static void add() {
+    if constexpr (WeightsLeft) multiply<Sum, kWeights, kInputs>();
+    if constexpr (!WeightsLeft) multiply<Sum, kInputs, kWeights>();
+  }
 
-template <bool WeightsLeft>
+  template <int T = 0>
+  void multiply_step(const char* inputs, const int8_t* weights, bool unpacks, Unpacker<Digits, Weights>& unpack, bool finishes) {
+    constexpr Term term = All::kAll[T], before = T ? All::kAll[T - 1] : Term{-1, -1};
+    constexpr int kSum = term.weight + term.input, kFirst = kTiles > 1 ? T % 2 : 0;  // the tile of the product before
+    if constexpr (term.input != before.input) load_input<term.input, kFirst>(inputs);
+    if constexpr (term.weight != before.weight) load_weight<term.weight, kFirst>(weights);
+    add<kFirst * kDigits + kSum>();
+    if constexpr (Inputs > 1) load_input<term.input, 1 - kFirst>(inputs);
+    if constexpr (Weights > 1) load_weight<term.weight, 1 - kFirst>(weights);
+    if constexpr (kTiles > 1) add<(1 - kFirst) * kDigits + kSum>();
+    if (unpacks) unpack.template lines<T>();
+    if (finishes) sums_[now_ ^ 1].template lines<All::kCount, T>(job_);
+    if constexpr (T + 1 < All::kCount) multiply_step<T + 1>(inputs, weights, unpacks, unpack, finishes);
+  }
+
+  const AmxJob& job_;
+  int64_t slots_ = 0, first_slot_ = 0;  // of unpacked steps, in a ring
+  Sums<WeightsLeft, kTiles> sums_[2];
+  int now_ = 0;          // which of them the next block fills
+  bool filled_ = false;  // the other holds a block
+};
+
+// Pairs of input tiles with all tiles of weights, and a last one with pairs of weights.
+template <bool WeightsLeft, int Digits>
 void multiply_all(const AmxJob& job) {
+  const int64_t inputs = WeightsLeft ? job.rights : job.lefts, weights = WeightsLeft ? job.lefts : job.rights;
+  const int64_t even_inputs = inputs / 2 * 2, even_weights = weights / 2 * 2;
   configure();
-  int64_t left = 0;
-  for (; left + 2 <= job.lefts; left += 2) {
-    int64_t right = 0;
-    for (; right + 2 <= job.rights; right += 2) block<WeightsLeft, 2, 2>(job, left, right);
-    if (right < job.rights) block<WeightsLeft, 2, 1>(job, left, right);
-  }
-  if (left < job.lefts) {
-    int64_t right = 0;
-    for (; right + 4 <= job.rights; right += 4) block<WeightsLeft, 1, 4>(job, left, right);
-    if (right + 2 <= job.rights) block<WeightsLeft, 1, 2>(job, left, right), right += 2;
-    if (right < job.rights) block<WeightsLeft, 1, 1>(job, left, right);
-  }
+  Blocks<WeightsLeft, Digits, 2, 1>{job}(0, even_inputs, 0, weights);
+  Blocks<WeightsLeft, Digits, 1, 2>{job}(even_inputs, inputs, 0, even_weights);
+  Blocks<WeightsLeft, Digits, 1, 1>{job}(even_inputs, inputs, even_weights, weights);
   release();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Inputs in parts, and sums times scales.
+// Inputs in digits.
 
-// Takes from `x` what bfloat16 holds of it, in the upper half of each lane.
-inline __m512i take(__m512& x) {
-  const __m512i near = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)), _mm512_set1_epi32(-0x10000));
-  x -= _mm512_castsi512_ps(near);
-  return near;
+Range range(const float* x, int64_t count) {
+  constexpr int kSums = 4;
+  const __m512i absolute = _mm512_set1_epi32(0x7fffffff);
+  __m512i largest[kSums] = {};  // as integers, among which NaN is the largest
+  __m512 sums[kSums] = {};
+  for (int64_t i = 0; i < count; i += 16 * kSums) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSums; ++s) {
+      const int64_t left = count - i - 16 * s;
+      const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? static_cast<__mmask16>((1u << left) - 1) : 0;
+      const __m512i values = _mm512_and_si512(_mm512_castps_si512(_mm512_maskz_loadu_ps(mask, x + i + 16 * s)), absolute);
+      largest[s] = _mm512_max_epi32(largest[s], values);
+      sums[s] += _mm512_castsi512_ps(values);
+    }
+  }
+  for (int s = 1; s < kSums; ++s) largest[0] = _mm512_max_epi32(largest[0], largest[s]), sums[0] += sums[s];
+  const int bits = _mm512_reduce_max_epi32(largest[0]);
+  Range range;
+  __builtin_memcpy(&range.largest, &bits, sizeof bits);
+  range.sum = _mm512_reduce_add_ps(sums[0]);
+  return range;
 }
 
-void split(const float* x, int64_t count, int64_t padded, uint16_t* parts, int64_t part) {
-  alignas(64) static constexpr uint16_t kUpper[kTileColumns] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                                                                33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  const __m512i upper_halves = _mm512_load_si512(kUpper);
+// Integers whose bytes are the digits, the lowest first; the fourth is of no use.
+inline __m512i digits_of(__m512 x, __m512 scale) {
+  const __m512i middle = _mm512_set1_epi32(0x8080);
+  return _mm512_xor_si512(_mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x, scale)), middle), middle);
+}
+
+void split(const float* x, int64_t count, int64_t padded, float scale, int8_t* digits, int64_t digit) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  // Within a lane: first bytes of four integers, second ones, third ones, fourth ones.
+  const __m512i by_digit = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   for (int64_t i = 0; i < padded; i += kTileColumns) {
-    const int64_t left = count - i;
-    const uint32_t mask = left >= kTileColumns ? ~0u : left > 0 ? (1u << left) - 1 : 0;
-    __m512 first = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), x + i);
-    __m512 second = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), x + i + 16);
-#pragma GCC unroll 3
-    for (int p = 0; p < kParts; ++p) {
-      const __m512i of_first = take(first), of_second = take(second);
-      _mm512_storeu_si512(parts + p * part + i, _mm512_permutex2var_epi16(of_first, upper_halves, of_second));
+    __m512i quads[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const int64_t left = count - i - 16 * v;
+      const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? static_cast<__mmask16>((1u << left) - 1) : 0;
+      quads[v] = _mm512_shuffle_epi8(digits_of(_mm512_maskz_loadu_ps(mask, x + i + 16 * v), factor), by_digit);
     }
+    const __m512i low01 = _mm512_unpacklo_epi32(quads[0], quads[1]), low23 = _mm512_unpacklo_epi32(quads[2], quads[3]);
+    const __m512i high01 = _mm512_unpackhi_epi32(quads[0], quads[1]), high23 = _mm512_unpackhi_epi32(quads[2], quads[3]);
+    const __m512i planes[kDigits] = {_mm512_unpacklo_epi64(high01, high23), _mm512_unpackhi_epi64(low01, low23),
+                                     _mm512_unpacklo_epi64(low01, low23)};
+#pragma GCC unroll 3
+    for (int d = 0; d < kDigits; ++d) _mm512_storeu_si512(digits + d * digit + i, _mm512_permutexvar_epi32(in_order, planes[d]));
   }
 }
 
-void split_pairs(const float* even, const float* odd, const Segment* segments, int64_t count, uint32_t* parts, int64_t part) {
+void split_quads(const float* const* channels, const Segment* segments, int64_t count, float scale, uint32_t* digits, int64_t digit) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  constexpr __mmask64 kOddBytes = 0xaaaaaaaaaaaaaaaa;
+  constexpr __mmask32 kOddHalves = 0xaaaaaaaa;
   for (int64_t s = 0; s < count; ++s) {
     const Segment segment = segments[s];
     for (int64_t i = 0; i < segment.count; i += 16) {
       const int64_t left = segment.count - i;
       const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-      const bool zeros = segment.from < 0;
-      __m512 first = zeros ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, even + segment.from + i);
-      __m512 second = zeros || !odd ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, odd + segment.from + i);
-#pragma GCC unroll 3
-      for (int p = 0; p < kParts; ++p) {
-        const __m512i of_first = take(first), of_second = take(second);
-        _mm512_mask_storeu_epi32(parts + p * part + segment.to + i, mask, _mm512_or_si512(_mm512_srli_epi32(of_first, 16), of_second));
+      __m512i values[4];
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) {
+        const bool zeros = segment.from < 0 || !channels[c];
+        values[c] = zeros ? _mm512_setzero_si512() : digits_of(_mm512_maskz_loadu_ps(mask, channels[c] + segment.from + i), factor);
       }
+      // Bytes 0 and 2 of two channels side by side, and 1 and 3; then halves of two such pairs.
+      const auto even = [](__m512i a, __m512i b) { return _mm512_mask_blend_epi8(kOddBytes, a, _mm512_slli_epi32(b, 8)); };
+      const auto odd = [](__m512i a, __m512i b) { return _mm512_mask_blend_epi8(kOddBytes, _mm512_srli_epi32(a, 8), b); };
+      const auto low = [](__m512i a, __m512i b) { return _mm512_mask_blend_epi16(kOddHalves, a, _mm512_slli_epi32(b, 16)); };
+      const auto high = [](__m512i a, __m512i b) { return _mm512_mask_blend_epi16(kOddHalves, _mm512_srli_epi32(a, 16), b); };
+      const __m512i even01 = even(values[0], values[1]), even23 = even(values[2], values[3]);
+      const __m512i planes[kDigits] = {high(even01, even23), low(odd(values[0], values[1]), odd(values[2], values[3])), low(even01, even23)};
+#pragma GCC unroll 3
+      for (int d = 0; d < kDigits; ++d) _mm512_mask_storeu_epi32(digits + d * digit / 4 + segment.to + i, mask, planes[d]);
     }
   }
 }
 
-void scale(float* sums, int64_t rows, int64_t columns, const float* scales, const float* bias, bool by_row) {
-  for (int64_t r = 0; r < rows; ++r, sums += columns)
-    for (int64_t i = 0; i < columns; i += 16) {
-      const __m512 factor = by_row ? _mm512_set1_ps(scales[r]) : _mm512_loadu_ps(scales + i);
-      const __m512 start = !bias ? _mm512_setzero_ps() : by_row ? _mm512_set1_ps(bias[r]) : _mm512_loadu_ps(bias + i);
-      _mm512_storeu_ps(sums + i, _mm512_loadu_ps(sums + i) * factor + start);
-    }
-}
-
 constexpr Amx kAmx = {
+    range,
     split,
-    split_pairs,
-    multiply_all<true>,
-    multiply_all<false>,
-    scale,
+    split_quads,
+    {multiply_all<true, 1>, multiply_all<true, kDigits>},
+    {multiply_all<false, 1>, multiply_all<false, kDigits>},
 };
 
 }  // namespace

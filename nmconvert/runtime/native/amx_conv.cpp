@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 
 #include "amx_run.h"
 #include "source.h"
@@ -8,9 +9,12 @@ namespace {
 
 constexpr int64_t kBlock = 2;              // weight tiles that are unpacked at a time
 constexpr int64_t kFewestPixels = 256;     // of a panel that an image is cut into for several threads
-constexpr double kFill = 30, kFinish = 3;  // cycles: of sixteen pairs of pixels, of sixteen sums
+constexpr int64_t kRangeTask = 1 << 14;    // floats
+constexpr double kMostOfMean = 128;        // of what pixels are on average, the largest: seven of 23 bits; networks have up to 50
+// Cycles of sixteen: inputs whose range is found, quads, quads that are staged, sums.
+constexpr double kRange = 2, kFill = 30, kStage = 8, kFinish = 3;
 
-// Where the pixels of a panel stand: pairs of channels, each with a plane for every remainder of its rows and columns modulo the
+// Where the pixels of a panel stand: quads of channels, each with a plane for every remainder of its rows and columns modulo the
 // stride. Planes are flat, one image after the other, and rows end in the zeros that the next row begins with; so that what a
 // kernel position reads for sixteen outputs in a row is contiguous, and lies as far from them as it does anywhere else.
 // Outputs are counted in the same way: those that fall on the zeros between rows are computed, and dropped.
@@ -43,12 +47,14 @@ Flat flatten(const ConvAttributes& a, const Image& image) {
 // How the outputs are cut: panels whose pixels stay in the L2 cache, of a multiple of two tiles.
 struct Cut {
   int64_t panels, width;
+  int64_t staged() const { return width + kTileLines; }  // from line to line of a staged panel
 };
 
-Cut cut(const Flat& flat, int64_t pairs, int64_t groups, int64_t threads) {
+Cut cut(const Flat& flat, const AmxOrder& order, int64_t groups, int64_t threads) {
   constexpr int64_t kTwo = 2 * kTileLines;
-  const int64_t bytes = pairs * kParts * 4 * flat.planes();  // half of a linear layer's: images come from farther
-  const int64_t most = std::max(kTwo * 2, (amx_panel_bytes() / 2 / bytes - flat.reach) / kTwo * kTwo);
+  const int64_t flat_bytes = order.quads() * kDigits * 4 * flat.planes(), bytes = order.positions > 1 ? order.lines() * kDigits * 4 : 0;
+  const int64_t room = amx_panel_bytes() / 2 - flat_bytes * flat.reach;
+  const int64_t most = std::max(kTwo * 2, room / (flat_bytes + bytes) / kTwo * kTwo);
   int64_t panels = ceil_div(flat.total, most);
   if (panels * groups < threads) panels = std::max(panels, std::min(threads, flat.total / kFewestPixels));
   const int64_t width = ceil_div(ceil_div(flat.total, panels), kTwo) * kTwo;
@@ -56,25 +62,44 @@ Cut cut(const Flat& flat, int64_t pairs, int64_t groups, int64_t threads) {
 }
 
 // Sixteen lines of a tile do not displace each other in the L1 cache: planes lie an odd number of cache lines apart.
-int64_t pair_size(const Flat& flat, int64_t width) {
+int64_t quad_size(const Flat& flat, int64_t width) {
   const int64_t lines = ceil_div(flat.planes() * (width + flat.reach), kTileLines) | 1;
   return lines * kTileLines;
 }
 
 // Sixteen rows of the weight against so many pixels, and a panel filled.
-double tile_row_cycles(const AmxOrder& order, int64_t pixels) {
-  return static_cast<double>(order.steps()) * amx_tile_cycles(ceil_div(pixels, kTileLines), order.positions == 1 ? 0 : 20);
+double tile_row_cycles(const AmxOrder& order, int digits, int64_t pixels) {
+  return amx_tile_cycles(digits, order.steps(), ceil_div(pixels, kTileLines));
 }
-double fill_cycles(const Flat& flat, const Cut& cuts, int64_t pairs) {
-  return static_cast<double>(pairs * pair_size(flat, cuts.width)) / kTileLines * kFill;
+double fill_cycles(const Flat& flat, const Cut& cuts, const AmxOrder& order) {
+  const double filled = static_cast<double>(order.quads() * quad_size(flat, cuts.width)) * kFill;
+  return (filled + (order.positions > 1 ? static_cast<double>(order.lines() * cuts.width) * kStage : 0)) / kTileLines;
 }
 
-double conv_cycles(const AmxOrder& order, int64_t rows, const Flat& flat, int64_t groups) {
-  const int64_t pairs = order.channel_tiles() * kTileLines;
-  const Cut cuts = cut(flat, pairs, groups, 1);
-  const double products = static_cast<double>(ceil_div(rows, kTileLines)) * tile_row_cycles(order, flat.total);
-  const double filled = static_cast<double>(cuts.panels) * fill_cycles(flat, cuts, pairs);
-  return static_cast<double>(groups) * (products + filled + static_cast<double>(rows * flat.total) / kTileLines * kFinish);
+double conv_cycles(const AmxOrder& order, int64_t rows, int digits, const Flat& flat, int64_t groups) {
+  const Cut cuts = cut(flat, order, groups, 1);
+  const double products = static_cast<double>(ceil_div(rows, kTileLines)) * tile_row_cycles(order, digits, flat.total);
+  const double filled = static_cast<double>(cuts.panels) * fill_cycles(flat, cuts, order);
+  const double read = static_cast<double>(order.channels * flat.total) * kRange;
+  return static_cast<double>(groups) * (products + filled + (read + static_cast<double>(rows * flat.total) * kFinish) / kTileLines);
+}
+
+// The scale of all pixels, or 0 where some are not finite or most are too small for it.
+float pixel_scale(const Amx& amx, const float* x, int64_t count, const Parallel& parallel) {
+  const int64_t tasks = ceil_div(count, kRangeTask);  // whatever the number of threads, for the same sum
+  float* ranges = Scratch::mine().shared_sums.at_least(2 * tasks);
+  parallel(tasks, [&](int64_t task) {
+    const Range range = amx.range(x + task * kRangeTask, std::min(kRangeTask, count - task * kRangeTask));
+    ranges[2 * task] = range.largest, ranges[2 * task + 1] = range.sum;
+  });
+  float largest = 0;
+  double sum = 0;
+  for (int64_t task = 0; task < tasks; ++task) {
+    if (!std::isfinite(ranges[2 * task])) return 0;
+    largest = std::max(largest, ranges[2 * task]);
+    sum += ranges[2 * task + 1];
+  }
+  return largest * static_cast<double>(count) <= kMostOfMean * sum ? digit_scale(largest) : 0;
 }
 
 struct Run {
@@ -87,15 +112,18 @@ struct Run {
   bool padded;  // the source is a copy with its zeros in place
   Flat flat;
   Cut cuts;
-  int64_t pairs;
-  const int64_t* offsets;  // of every step
+  int64_t quads;
+  float scale;                   // of the pixels
+  const float *scales, *biases;  // of the sums: [group][16 · tiles]
+  const int64_t* reads_at;       // of every kernel position, quads from a pixel to what it reads; null where there is only one
 
   int64_t plane() const { return cuts.width + flat.reach; }
-  int64_t pair() const { return pair_size(flat, cuts.width); }
+  int64_t quad() const { return quad_size(flat, cuts.width); }
   void operator()(int64_t group, int64_t panel, int64_t tile, int64_t last) const;
   int64_t find_reads(int64_t first, Segment* reads) const;
   int64_t find_writes(int64_t first, Segment* writes) const;
-  void fill(int64_t group, int64_t first, Segment* reads, uint32_t* parts) const;
+  void fill(int64_t group, int64_t first, Segment* reads, uint32_t* digits) const;
+  void stage(const uint32_t* pixels, uint32_t* digits) const;
   void multiply(int64_t group, int64_t tile, int64_t tiles, int64_t pixel_tiles, const uint32_t* pixels, float* sums) const;
 };
 
@@ -154,49 +182,51 @@ int64_t Run::find_writes(int64_t first, Segment* writes) const {
   return count;
 }
 
-void Run::fill(int64_t group, int64_t first, Segment* reads, uint32_t* parts) const {
+// The pixels of a panel, in quads that lie quad() apart.
+void Run::fill(int64_t group, int64_t first, Segment* reads, uint32_t* digits) const {
   const int64_t count = find_reads(first, reads), channels = attributes.inputs;
   const float* base = source.data + group * channels * source.channel;
-  for (int64_t c = 0; c < 2 * pairs; c += 2, parts += pair()) {
-    if (c >= channels) {
-      const Segment zeros{-1, 0, flat.planes() * plane()};
-      isa->amx->split_pairs(nullptr, nullptr, &zeros, 1, parts, pairs * pair());
-    } else {
-      const float* even = base + c * source.channel;
-      isa->amx->split_pairs(even, c + 1 < channels ? even + source.channel : nullptr, reads, count, parts, pairs * pair());
-    }
+  const Segment zeros{-1, 0, flat.planes() * plane()};
+  for (int64_t c = 0; c < 4 * quads; c += 4, digits += quad()) {
+    const float* of_quad[4] = {};
+    for (int64_t i = 0; i < 4 && c + i < channels; ++i) of_quad[i] = base + (c + i) * source.channel;
+    const bool any = of_quad[0];
+    isa->amx->split_quads(of_quad, any ? reads : &zeros, any ? count : 1, scale, digits, quads * quad() * 4);
+  }
+}
+
+// What every kernel position reads of them, from the start of a cache line on: a tile that is not so aligned takes the time of seven.
+void Run::stage(const uint32_t* pixels, uint32_t* digits) const {
+  const int64_t line = cuts.staged(), lines = plan.order.steps() * kTileLines;
+  for (int64_t d = 0; d < kDigits; ++d, pixels += quads * quad()) {
+    for (int64_t position = 0; position < plan.order.positions; ++position)
+      for (int64_t q = 0; q < quads; ++q, digits += line) std::copy_n(pixels + q * quad() + reads_at[position], cuts.width, digits);
+    for (int64_t i = plan.order.lines(); i < lines; ++i, digits += line) std::fill_n(digits, cuts.width, 0);
   }
 }
 
 void Run::multiply(int64_t group, int64_t tile, int64_t tiles, int64_t pixel_tiles, const uint32_t* pixels, float* sums) const {
-  Scratch& own = Scratch::mine();
-  float* biases = image.bias && !plan.scaled ? own.own_biases.at_least(tiles * kTileLines * kTileLines) : nullptr;
-  for (int64_t i = 0; biases && i < tiles * kTileLines; ++i) {
-    const int64_t row = std::min(tile * kTileLines + i, plan.rows - 1);
-    std::fill_n(biases + i * kTileLines, kTileLines, image.bias[group * plan.rows + row]);
-  }
-  const int64_t at = plan.index(group, tile);
+  const int64_t at = plan.index(group, tile), row = (group * plan.tiles + tile) * kTileLines;
+  const int64_t line = 4 * (reads_at ? cuts.staged() : quad());
   AmxJob job{};
   job.masks = plan.masks.data() + at * kTileLines;
   job.starts = plan.starts.data() + at;
   job.values = plan.values.data();
+  job.kept = plan.kept;
   job.inputs = pixels;
-  job.part = pairs * pair() * 4;
-  job.line = pair() * 4;
+  job.digit = plan.order.steps() * kTileLines * line;
+  job.line = line;
   job.tile = 64;
-  job.offsets = offsets;
+  job.step = kTileLines * line;
   job.steps = plan.order.steps();
-  if (biases) job.start = biases, job.start_line = kTileLines, job.start_left = kTileLines * kTileLines;
+  job.unpacked = Scratch::mine().own_unpacked.at_least(unpacked_bytes(plan));
+  job.line_scales = scales + row;
+  job.bias = biases + row;
   job.out = sums;
   job.out_line = cuts.width;
   job.lefts = tiles;
   job.rights = pixel_tiles;
-  isa->amx->multiply_left(job);
-  if (plan.scaled) {
-    const int64_t row = tile * kTileLines, rows = std::min(tiles * kTileLines, plan.rows - row);
-    isa->amx->scale(sums, rows, cuts.width, plan.scales.data() + group * plan.tiles * kTileLines + row,
-                    image.bias ? image.bias + group * plan.rows + row : nullptr, true);
-  }
+  isa->amx->multiply_left[plan.digits > 1](job);
 }
 
 void Run::operator()(int64_t group, int64_t panel, int64_t tile, int64_t last) const {
@@ -204,8 +234,13 @@ void Run::operator()(int64_t group, int64_t panel, int64_t tile, int64_t last) c
   const int64_t first = panel * cuts.width, count = std::min(cuts.width, flat.total - first), size = volume(image.out);
   const int64_t most = flat.planes() * (plane() / flat.pitch + 2) * 3;  // segments
   Segment* segments = own.own_segments.at_least(2 * most);
-  uint32_t* pixels = own.own_pairs.at_least(kParts * pairs * pair());
+  uint32_t* pixels = own.own_quads.at_least(kDigits * quads * quad());
   fill(group, first, segments, pixels);
+  if (reads_at) {
+    uint32_t* staged = own.own_staged.at_least(kDigits * plan.order.steps() * kTileLines * cuts.staged());
+    stage(pixels, staged);
+    pixels = staged;
+  }
   const int64_t writes = find_writes(first, segments + most);
   float* sums = own.own_sums.at_least(kBlock * kTileLines * cuts.width);
   for (; tile < last; tile += kBlock) {
@@ -225,36 +260,51 @@ bool fits_amx(const ConvAttributes& a, const Image& image) {
 AmxOrder amx_order(const ConvAttributes& attributes) { return {true, attributes.inputs, volume(attributes.kernel)}; }
 
 double amx_cycles(const Weights& weights, const ConvAttributes& attributes, const Image& image) {
-  return conv_cycles(amx_order(attributes), weights.rows(), flatten(attributes, image), attributes.groups) + 1000;
+  return conv_cycles(amx_order(attributes), weights.rows(), weights.digits(), flatten(attributes, image), attributes.groups) + 1000;
 }
 
-void run_amx_conv(const Isa* isa, const AmxPlan& plan, const ConvAttributes& attributes, const Image& image, const Epilogue& epilogue,
+bool run_amx_conv(const Isa* isa, const AmxPlan& plan, const ConvAttributes& attributes, const Image& image, const Epilogue& epilogue,
                   const Parallel& all) {
   const bool padded = volume(attributes.strides) > 1;
   const Flat flat = flatten(attributes, image);
-  const Parallel parallel = all.for_cycles(conv_cycles(plan.order, plan.rows, flat, attributes.groups));
-  const int64_t channel = volume(image.in), pairs = plan.order.channel_tiles() * kTileLines;
+  const Parallel parallel = all.for_cycles(conv_cycles(plan.order, plan.rows, plan.digits, flat, attributes.groups));
+  const int64_t channel = volume(image.in), steps = plan.order.steps();
+  const int64_t quads = plan.order.positions > 1 ? plan.order.quads() : steps * kTileLines;
+  const int64_t size = channel * attributes.groups * attributes.inputs;  // of an image
+  const float scale = pixel_scale(*isa->amx, image.x, image.batch * size, parallel);
+  if (scale == 0) return false;
   const Source source = padded ? make_source(isa, attributes, image, 0, parallel)
-                               : Source{image.x, 0, channel * attributes.groups * attributes.inputs, channel, channel, image.in[2], 0};
-  const Cut cuts = cut(flat, pairs, attributes.groups, parallel.threads());
-  Run run{isa, plan, attributes, image, epilogue, source, padded, flat, cuts, pairs, nullptr};
-  int64_t *offsets = Scratch::mine().shared_offsets.at_least(plan.order.steps()), *next = offsets;
-  for (int64_t tile = 0; tile < plan.order.channel_tiles(); ++tile)
+                               : Source{image.x, 0, size, channel, channel, image.in[2], 0};
+  const Cut cuts = cut(flat, plan.order, attributes.groups, parallel.threads());
+  Run run{isa, plan, attributes, image, epilogue, source, padded, flat, cuts, quads, scale, nullptr, nullptr, nullptr};
+  const int64_t lines = attributes.groups * plan.tiles * kTileLines;
+  float *scales = Scratch::mine().shared_scales.at_least(2 * lines), *biases = scales + lines;
+  for (int64_t i = 0; i < lines; ++i) {
+    const int64_t group = i / (plan.tiles * kTileLines), row = i % (plan.tiles * kTileLines);
+    scales[i] = plan.scales.data()[i] * ((1 << 16) / scale);
+    biases[i] = image.bias && row < plan.rows ? image.bias[group * plan.rows + row] : 0;
+  }
+  run.scales = scales;
+  run.biases = biases;
+  if (plan.order.positions > 1) {
+    int64_t* next = Scratch::mine().shared_offsets.at_least(plan.order.positions);
+    run.reads_at = next;
     for (int64_t ky = 0; ky < attributes.kernel[1]; ++ky)
       for (int64_t kx = 0; kx < attributes.kernel[2]; ++kx) {
         const int64_t y = ky * attributes.dilations[1], x = kx * attributes.dilations[2];
-        const int64_t plane = y % flat.down * flat.across + x % flat.across, pixel = y / flat.down * flat.pitch + x / flat.across;
-        *next++ = 4 * (tile * kTileLines * run.pair() + plane * run.plane() + pixel);
+        const int64_t plane = y % flat.down * flat.across + x % flat.across;
+        *next++ = plane * run.plane() + y / flat.down * flat.pitch + x / flat.across;
       }
-  run.offsets = offsets;
+  }
   const int64_t blocks = ceil_div(plan.tiles, kBlock);
-  const double rows = static_cast<double>(plan.tiles) * tile_row_cycles(plan.order, cuts.width);
-  const int64_t wanted = row_splits(attributes.groups * cuts.panels, parallel.threads(), fill_cycles(flat, cuts, pairs), rows, blocks);
+  const double rows = static_cast<double>(plan.tiles) * tile_row_cycles(plan.order, plan.digits, cuts.width);
+  const int64_t wanted = row_splits(attributes.groups * cuts.panels, parallel.threads(), fill_cycles(flat, cuts, plan.order), rows, blocks);
   const int64_t share = ceil_div(blocks, wanted) * kBlock, splits = ceil_div(plan.tiles, share);
   parallel(attributes.groups * cuts.panels * splits, [&](int64_t index) {
     const int64_t tile = index % splits * share;
     run(index / splits / cuts.panels, index / splits % cuts.panels, tile, std::min(plan.tiles, tile + share));
   });
+  return true;
 }
 
 }  // namespace nmconvert

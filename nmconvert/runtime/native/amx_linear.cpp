@@ -1,6 +1,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "amx_run.h"
 
@@ -11,12 +12,12 @@ constexpr int64_t kBlock = 2;              // weight tiles that are unpacked at 
 constexpr int64_t kSplitTask = 1 << 14;    // floats
 constexpr int64_t kSmallestTask = 1 << 7;  // products of tiles
 
-// Bytes of a token's parts: an odd number of cache lines, so that sixteen of them do not displace each other.
+// Bytes of a token's digits: an odd number of cache lines, so that sixteen of them do not displace each other.
 int64_t line_bytes(int64_t columns) { return (ceil_div(columns, kTileColumns) | 1) * 64; }
 
 int64_t panel_tokens(int64_t columns) {
   constexpr int64_t kTwo = 2 * kTileLines;
-  return std::max(kTwo, amx_panel_bytes() / (kParts * line_bytes(columns)) / kTwo * kTwo);
+  return std::max(kTwo, amx_panel_bytes() / (kDigits * line_bytes(columns)) / kTwo * kTwo);
 }
 
 }  // namespace
@@ -32,20 +33,22 @@ int64_t amx_panel_bytes() {
 
 // Neighbours on the same core take more from the unit than from the vectors: it has to be the faster by a tenth.
 bool takes_amx(const Isa* isa, const Weights& weights, double cycles, double otherwise) {
-  return isa->amx && weights.fit_bfloat16() && (isa->always_amx || cycles < 0.9 * otherwise);
+  return isa->amx && weights.digits() && (isa->always_amx || cycles < 0.9 * otherwise);
 }
 
-// As measured on Emerald Rapids, in the cycles of panel_cycles(). Input tiles come in pairs; one alone waits for its weights.
-double amx_tile_cycles(int64_t inputs, double load) {
-  return static_cast<double>(inputs / 2) * 2 * (76 + load) + (inputs % 2 ? 120 : 0);
+// As measured on Emerald Rapids, in the cycles of panel_cycles(): of a product, and of its sums. Input tiles come in pairs; one alone
+// waits for its weights.
+double amx_tile_cycles(int digits, int64_t steps, int64_t inputs) {
+  const double each = digits == 1 ? 125 : 205, alone = digits == 1 ? 25 : 0, sums = 130;
+  return static_cast<double>(inputs) * (static_cast<double>(steps) * each + sums) + (inputs % 2 ? static_cast<double>(steps) * alone : 0);
 }
 
 AmxOrder amx_order(const Weights& weights) { return {false, weights.columns()}; }
 
 double amx_cycles(const Weights& weights, int64_t tokens) {
-  const double tiles = static_cast<double>(ceil_div(weights.rows(), kTileLines) * amx_order(weights).steps());
+  const double tiles = static_cast<double>(ceil_div(weights.rows(), kTileLines));
   const double moved = static_cast<double>(tokens * (weights.columns() + 3 * weights.rows())) / 8;
-  return tiles * amx_tile_cycles(ceil_div(tokens, kTileLines), 0) + moved + 500;
+  return tiles * amx_tile_cycles(weights.digits(), amx_order(weights).steps(), ceil_div(tokens, kTileLines)) + moved + 500;
 }
 
 void run_amx_linear(const Isa* isa, const AmxPlan& plan, int64_t group, const Tokens& tokens, const Epilogue& epilogue,
@@ -54,21 +57,20 @@ void run_amx_linear(const Isa* isa, const AmxPlan& plan, int64_t group, const To
   const int64_t columns = plan.order.channels, rows = plan.rows, steps = plan.order.steps();
   const int64_t line = line_bytes(columns), padded = ceil_div(tokens.tokens, kTileLines) * kTileLines;
   Scratch& scratch = Scratch::mine();
-  const int64_t part = padded * line / 2;  // elements
-  uint16_t* parts = scratch.shared_parts.at_least(kParts * part);
+  const int64_t digit = padded * line;
+  int8_t* digits = scratch.shared_digits.at_least(kDigits * digit);
+  float* scales = scratch.shared_scales.at_least(padded);
   const int64_t of_task = std::max<int64_t>(1, kSplitTask / columns);
   parallel(ceil_div(padded, of_task), [&](int64_t task) {
-    for (int64_t t = task * of_task; t < std::min(padded, (task + 1) * of_task); ++t)
-      amx.split(tokens.x + t * columns, t < tokens.tokens ? columns : 0, steps * kTileColumns, parts + t * line / 2, part);
+    for (int64_t t = task * of_task; t < std::min(padded, (task + 1) * of_task); ++t) {
+      const float *x = tokens.x + t * columns, largest = t < tokens.tokens ? amx.range(x, columns).largest : 0;
+      const float scale = digit_scale(std::isfinite(largest) ? largest : 0);
+      scales[t] = std::isfinite(largest) ? (1 << 16) / scale : largest - largest;  // NaN
+      amx.split(x, t < tokens.tokens ? columns : 0, steps * kTileColumns, scale, digits + t * line, digit);
+    }
   });
-  int64_t* offsets = scratch.shared_offsets.at_least(steps);
-  for (int64_t step = 0; step < steps; ++step) offsets[step] = step * 64;
-  const float* bias = tokens.bias;
-  if (bias && rows % kTileLines) {
-    float* whole = scratch.shared_sums.at_least(plan.tiles * kTileLines);
-    std::copy_n(bias, rows, whole);
-    bias = whole;
-  }
+  float* biases = scratch.shared_sums.at_least(plan.tiles * kTileLines);
+  std::fill_n(std::copy_n(tokens.bias, tokens.bias ? rows : 0, biases), plan.tiles * kTileLines - (tokens.bias ? rows : 0), 0.f);
 
   const int64_t most = panel_tokens(columns), panels = ceil_div(padded, most);
   const int64_t width = std::min(padded, ceil_div(ceil_div(padded, panels), 2 * kTileLines) * 2 * kTileLines);  // tokens of a panel
@@ -90,21 +92,22 @@ void run_amx_linear(const Isa* isa, const AmxPlan& plan, int64_t group, const To
       job.masks = plan.masks.data() + at * kTileLines;
       job.starts = plan.starts.data() + at;
       job.values = plan.values.data();
-      job.inputs = parts + first_token * line / 2;
-      job.part = 2 * part;
+      job.kept = plan.kept;
+      job.inputs = digits + first_token * line;
+      job.digit = digit;
       job.line = line;
       job.tile = kTileLines * line;
-      job.offsets = offsets;
+      job.step = kTileColumns;
       job.steps = steps;
-      if (bias && !plan.scaled) job.start = bias + tile * kTileLines, job.start_right = kTileLines;  // the same line for every token
+      job.unpacked = own.own_unpacked.at_least(unpacked_bytes(plan));
+      job.line_scales = scales + first_token;
+      job.column_scales = plan.scales.data() + (group * plan.tiles + tile) * kTileLines;
+      job.bias = biases + tile * kTileLines;
       job.out = sums;
       job.out_line = stride;
       job.lefts = count / kTileLines;
       job.rights = tiles;
-      amx.multiply_right(job);
-      if (plan.scaled)
-        amx.scale(sums, count, stride, plan.scales.data() + (group * plan.tiles + tile) * kTileLines,
-                  bias ? bias + tile * kTileLines : nullptr, false);
+      amx.multiply_right[plan.digits > 1](job);
       const int64_t row = tile * kTileLines, valid = std::min(tokens.tokens - first_token, count);
       const Segment segment{0, row, std::min(stride, rows - row)};
       const int64_t to = first_token * rows;

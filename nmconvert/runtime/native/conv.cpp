@@ -267,7 +267,7 @@ bool is_product(const ConvAttributes& a, const Image& image) {
 }
 
 Streaming stream_image(const Isa* isa, Weights& weights, const Packed& packed, const ConvAttributes& attributes, const Image& image) {
-  const Size size{image.batch, image.in[0], image.in[1], image.in[2], is_aligned(image)};
+  const Size size{image.batch, image.in[0], image.in[1], image.in[2], is_aligned(image) + 2 * !isa->amx};
   return weights.stream(packed, size, [&] { return choose_panels(isa, weights, attributes, image); });
 }
 
@@ -353,7 +353,10 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
   if (pointwise && is_product(attributes, image))
     return run_linear(isa, weights, packed, 0, {image.x, image.batch, image.bias, image.residual, image.y}, epilogue, parallel);
   const Streaming streaming = stream_image(isa, weights, packed, attributes, image);
-  if (streaming.amx) return run_amx_conv(isa, *streaming.amx, attributes, image, epilogue, parallel);
+  if (streaming.amx) {
+    if (run_amx_conv(isa, *streaming.amx, attributes, image, epilogue, parallel)) return;
+    return run_conv(isa_avx512(), weights, packed, given, given_image, epilogue, parallel);
+  }
   if (streaming.by_rows()) return run_pixels(isa, weights, packed, attributes, image, epilogue, parallel);
   run_panels(isa, weights, streaming, attributes, image, epilogue, parallel);
 }

@@ -15,11 +15,11 @@ namespace {
 // Whether the CPU has a matrix unit, and Linux (from 5.16 on) lets this process use its registers: once asked, for good.
 bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__)
-  constexpr unsigned kTiles = 1u << 24, kBfloat16 = 1u << 22;  // of EDX
+  constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25;  // of EDX
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
   asm("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  static const bool granted = (edx & kTiles) && (edx & kBfloat16) && __builtin_cpu_supports("avx512vbmi2") &&
+  static const bool granted = (edx & kTiles) && (edx & kInt8) && __builtin_cpu_supports("avx512vbmi2") &&
                               syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return granted;
 #else

@@ -60,10 +60,10 @@ struct Scratch {
   Buffer<float> own_panel, own_sums;
   Buffer<int64_t> shared_offsets;
   Buffer<Segment> own_segments;
-  // Of the matrix unit: inputs in parts, of tokens and of pairs of channels; a bias for each line of a tile.
-  Buffer<uint16_t> shared_parts;
-  Buffer<uint32_t> own_pairs;
-  Buffer<float> own_biases;
+  // Of the matrix unit: inputs in digits, of tokens and of quads of channels; what their sums are multiplied by.
+  Buffer<int8_t> shared_digits, own_unpacked;
+  Buffer<uint32_t> own_quads, own_staged;
+  Buffer<float> shared_scales;
 
   static Scratch& mine() {
     thread_local Scratch scratch;

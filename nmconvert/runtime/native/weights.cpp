@@ -15,7 +15,7 @@ Weights::Weights(const Packed& packed, const std::vector<bool>& is_row, int64_t 
   rows_ = decoded_->rows / groups;
   columns_ = decoded_->columns;
   density_ = static_cast<double>(decoded_->column.size()) / (static_cast<double>(decoded_->rows) * columns_);
-  fit_bfloat16_ = fits_bfloat16(packed.values.type);
+  digits_ = weight_digits(packed.values, columns_);
   order_ = decoded_->order;
 }
 
@@ -64,7 +64,7 @@ const AmxPlan* Weights::plan_for(const Packed& packed, const AmxOrder& order) {
   const std::pair<bool, int64_t> key{order.left, order.positions};
   meet(amx_.count(key) != 0);
   std::unique_ptr<AmxPlan>& plan = amx_[key];
-  if (!plan) plan = std::make_unique<AmxPlan>(plan_amx(take(packed), packed.values, {packed, scale_}, groups_, order));
+  if (!plan) plan = std::make_unique<AmxPlan>(plan_amx(take(packed), packed.values, {packed, scale_}, groups_, digits_, order));
   return plan.get();
 }
 

@@ -58,7 +58,7 @@ class Weights {
   int64_t rows() const { return rows_; }        // of one group
   int64_t columns() const { return columns_; }  // of one group
   double density() const { return density_; }
-  bool fit_bfloat16() const { return fit_bfloat16_; }
+  int digits() const { return digits_; }  // on the matrix unit; 0 where it does not take them
   Hint hint() const { return hint_; }
   const std::vector<uint32_t>& order() const { return order_; }
 
@@ -74,7 +74,7 @@ class Weights {
   Hint hint_;
   float scale_;
   double density_;
-  bool fit_bfloat16_;
+  int digits_;
   std::vector<uint32_t> order_;
   std::mutex mutex_;
   std::unique_ptr<SparseRows> decoded_;  // until the first plan is made, or the session
