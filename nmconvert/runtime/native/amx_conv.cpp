@@ -8,7 +8,8 @@ namespace nmconvert {
 namespace {
 
 constexpr int64_t kBlock = 2;              // weight tiles that are unpacked at a time
-constexpr int64_t kFewestPixels = 256;     // of a panel that an image is cut into for several threads
+constexpr int64_t kFewestPixels = 128;     // of a panel that an image is cut into for several threads
+constexpr int64_t kParts = 4;              // panels that each of these should have, because cores are not equally fast
 constexpr int64_t kRangeTask = 1 << 14;    // floats
 constexpr double kMostOfMean = 128;        // of what pixels are on average, the largest: seven of 23 bits; networks have up to 50
 // Cycles of sixteen: inputs whose range is found, quads, quads that are staged, sums.
@@ -56,7 +57,7 @@ Cut cut(const Flat& flat, const AmxOrder& order, int64_t groups, int64_t threads
   const int64_t room = amx_panel_bytes() / 2 - flat_bytes * flat.reach;
   const int64_t most = std::max(kTwo * 2, room / (flat_bytes + bytes) / kTwo * kTwo);
   int64_t panels = ceil_div(flat.total, most);
-  if (panels * groups < threads) panels = std::max(panels, std::min(threads, flat.total / kFewestPixels));
+  if (threads > 1 && panels * groups < kParts * threads) panels = std::max(panels, std::min(kParts * threads, flat.total / kFewestPixels));
   const int64_t width = ceil_div(ceil_div(flat.total, panels), kTwo) * kTwo;
   return {ceil_div(flat.total, width), width};
 }
