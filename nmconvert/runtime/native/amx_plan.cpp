@@ -9,39 +9,50 @@
 namespace nmconvert {
 namespace {
 
-// Where weights go: by column the step and the place in its tile's 64 of k, found once, because that takes divisions.
+// Where weights go: by column a line of the tiles of its row and a bit there, found once, because that takes divisions.
 class Places {
  public:
   Places(const AmxPlan& plan, const std::vector<uint32_t>& order) : plan_(plan), columns_(order.size()) {
     for (size_t column = 0; column < order.size(); ++column) {
       const int64_t position = order[column] % plan.order.positions, channel = order[column] / plan.order.positions;
-      const int64_t place = plan.order.place(channel, position);
-      columns_[column] = {place / kTileColumns, static_cast<int>(place % kTileColumns)};
+      const int64_t place = plan.order.place(channel, position), step = place / kTileColumns, k = place % kTileColumns;
+      columns_[column] = plan.order.left ? Column{step * kTileLines, k} : Column{step * kTileLines + k / 4, k % 4};
     }
   }
 
-  // visit(row, entry, its line of a tile, its bit there) for every kept entry, row by row.
+  // visit(its line, its bit there) for every kept entry of a row.
   template <typename Visit>
-  void each(const SparseRows& matrix, Visit visit) const {
-    for (int64_t row = 0; row < matrix.rows; ++row) {
-      const int64_t in_group = row % plan_.rows, tile = plan_.index(row / plan_.rows, in_group / kTileLines);
-      const int i = static_cast<int>(in_group % kTileLines);
-      for (uint32_t entry = matrix.starts[row]; entry < matrix.starts[row + 1]; ++entry) {
-        const auto [step, k] = columns_[matrix.column[entry]];
-        const int64_t first_line = (tile + step) * kTileLines;
-        plan_.order.left ? visit(row, entry, first_line + i, k) : visit(row, entry, first_line + k / 4, 4 * i + k % 4);
-      }
+  void each(const SparseRows& matrix, int64_t row, Visit visit) const {
+    const int64_t in_group = row % plan_.rows, i = in_group % kTileLines;
+    const int64_t first_line = plan_.index(row / plan_.rows, in_group / kTileLines) * kTileLines + (plan_.order.left ? i : 0);
+    const int64_t first_bit = plan_.order.left ? 0 : 4 * i;
+    for (uint32_t entry = matrix.starts[row]; entry < matrix.starts[row + 1]; ++entry) {
+      const Column& column = columns_[matrix.column[entry]];
+      visit(first_line + column.line, first_bit + column.bit);
     }
   }
 
  private:
   struct Column {
-    int64_t step;
-    int k;
+    int64_t line, bit;
   };
   const AmxPlan& plan_;
   std::vector<Column> columns_;
 };
+
+// The weights of a row as integers, and the power of two that makes them such.
+float make_whole(const SparseRows& matrix, const float* values, int64_t row, int digits, std::vector<int32_t>& whole) {
+  const uint32_t first = matrix.starts[row], count = matrix.starts[row + 1] - first;
+  whole.resize(count);
+  float largest = 0;
+  for (uint32_t i = 0; digits > 1 && i < count; ++i) largest = std::max(largest, std::fabs(values[matrix.value_index(first + i)]));
+  const float scale = digits > 1 ? digit_scale(largest) : 1;
+  for (uint32_t i = 0; i < count; ++i) {
+    const float value = values[matrix.value_index(first + i)] * scale;
+    whole[i] = static_cast<int32_t>(value + std::copysign(0.5f, value));
+  }
+  return scale;
+}
 
 }  // namespace
 
@@ -73,39 +84,35 @@ AmxPlan plan_amx(const SparseRows& matrix, const Constant& values, const RowScal
   uint32_t* starts = plan.starts.at_least(tiles);
   const Places places(plan, matrix.order);
   bool rises = true;  // bits of a line come in their order, so that they need not be counted
-  places.each(matrix, [&](int64_t, uint32_t, int64_t line, int bit) {
-    rises = rises && masks[line] >> bit == 0;
-    masks[line] |= uint64_t{1} << bit;
-  });
+  for (int64_t row = 0; row < matrix.rows; ++row)
+    places.each(matrix, row, [&](int64_t line, int64_t bit) {
+      rises = rises && masks[line] >> bit == 0;
+      masks[line] |= uint64_t{1} << bit;
+    });
   std::vector<uint32_t> next(tiles * kTileLines);  // of each line, where its first value goes
   for (int64_t line = 0; line < tiles * kTileLines; ++line) {
     if (line % kTileLines == 0) starts[line / kTileLines] = plan.kept;
     next[line] = plan.kept;
     plan.kept += static_cast<uint32_t>(__builtin_popcountll(masks[line]));
   }
-  std::vector<float> widened, factors(matrix.rows, 1);  // that make the weights of a row integers
+  std::vector<float> widened;
   const float* floats = widen(values, widened);
   float* of_sums = plan.scales.at_least(groups * plan.tiles * kTileLines);
-  for (int64_t row = 0; row < matrix.rows; ++row) {
-    float largest = 0;
-    for (uint32_t entry = matrix.starts[row]; digits > 1 && entry < matrix.starts[row + 1]; ++entry)
-      largest = std::max(largest, std::fabs(floats[matrix.value_index(entry)]));
-    if (digits > 1) factors[row] = digit_scale(largest);
-    of_sums[row / plan.rows * plan.tiles * kTileLines + row % plan.rows] = scales.of(row) / factors[row] * (digits > 1 ? 1 << 16 : 1);
-  }
   int8_t* stored = plan.values.at_least(int64_t{digits} * plan.kept);
-  places.each(matrix, [&](int64_t row, uint32_t entry, int64_t line, int bit) {
-    const int before = rises ? 0 : __builtin_popcountll(masks[line] & ((uint64_t{1} << bit) - 1));
-    const int32_t whole = static_cast<int32_t>(std::nearbyint(floats[matrix.value_index(entry)] * factors[row]));
-    int8_t* at = stored + next[line] + before;
-    if (digits == 1) {
-      *at = static_cast<int8_t>(whole);
-    } else {
-      const int32_t bytes = (whole + 0x8080) ^ 0x8080;
-      for (int d = 0; d < kDigits; ++d) at[int64_t{d} * plan.kept] = static_cast<int8_t>(bytes >> 8 * (kDigits - 1 - d));
-    }
-    if (rises) ++next[line];
-  });
+  std::vector<int32_t> whole;
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    const float scale = make_whole(matrix, floats, row, digits, whole);
+    of_sums[row / plan.rows * plan.tiles * kTileLines + row % plan.rows] = scales.of(row) / scale * (digits > 1 ? 1 << 16 : 1);
+    const int32_t* value = whole.data();
+    places.each(matrix, row, [&](int64_t line, int64_t bit) {
+      const int before = rises ? 0 : __builtin_popcountll(masks[line] & ((uint64_t{1} << bit) - 1));
+      int8_t* at = stored + next[line] + before;
+      next[line] += rises;
+      const int32_t bytes = digits > 1 ? (*value + 0x8080) ^ 0x8080 : *value * (1 << 16);  // the highest digit first
+      ++value;
+      for (int d = 0; d < digits; ++d) at[int64_t{d} * plan.kept] = static_cast<int8_t>(bytes >> (16 - 8 * d));
+    });
+  }
   return plan;
 }
 
