@@ -122,15 +122,22 @@ struct Sums {
     if constexpr (I + 1 < Tiles * kDigits) store_all<I + 1>();
   }
 
-  // A line as floats: times a scale, plus a bias.
+  // A line as floats: times a scale, plus a bias, and on its way out.
   void line(const AmxJob& job, int tile, int i) const {
     const int64_t line = left[tile] * kTileLines + i, column = right[tile] * kTileLines;
+    if (line >= job.lines) return;
+    const int64_t columns = job.columns - column;
+    const __mmask16 mask = columns >= 16 ? 0xffff : columns > 0 ? static_cast<__mmask16>((1u << columns) - 1) : 0;
     const auto floats = [&](int order) { return _mm512_cvtepi32_ps(_mm512_load_si512(of[tile][order] + i * kTileLines)); };
     const __m512 shift = _mm512_set1_ps(1.f / 256), scale = _mm512_set1_ps(job.line_scales[line]);
     __m512 sum = _mm512_fmadd_ps(_mm512_fmadd_ps(floats(2), shift, floats(1)), shift, floats(0));
     if constexpr (!WeightsLeft) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(job.column_scales + column));
     const __m512 bias = WeightsLeft ? _mm512_set1_ps(job.bias[line]) : _mm512_loadu_ps(job.bias + column);
-    _mm512_storeu_ps(job.out + line * job.out_line + column, _mm512_fmadd_ps(sum, scale, bias));
+    sum = _mm512_fmadd_ps(sum, scale, bias);
+    const int64_t at = line * job.out_line + column;
+    if (job.residual) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, job.residual + at));
+    sum = _mm512_min_ps(_mm512_set1_ps(job.high), _mm512_max_ps(_mm512_set1_ps(job.low), sum));  // NaN stays
+    _mm512_mask_storeu_ps(job.out + at, mask, sum);
   }
 
   // What the products of one of `Terms` terms leave time for.

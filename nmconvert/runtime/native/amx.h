@@ -33,11 +33,14 @@ struct AmxJob {
   int64_t step;             // bytes from step to step
   int64_t steps;
   int8_t* unpacked;         // [steps + 1, at least four][digits of weights][kTileSize]: room for unpacked weights
-  // out[i][j] = sum · line_scales[i] · column_scales[j] + bias, which is of lines where weights are on the left (and column_scales
-  // are not read), else of columns.
+  // out[i][j] = clip(sum · line_scales[i] · column_scales[j] + bias + residual[i][j]), where the bias is of lines if weights are on the
+  // left (and column_scales are not read), else of columns.
   const float *line_scales, *column_scales, *bias;
-  float* out;               // [16 · lefts][out_line]
+  const float* residual;    // strides of out, or null
+  float low, high;
+  float* out;               // [lines][out_line]
   int64_t out_line;
+  int64_t lines, columns;   // that are written: of the last tiles perhaps not all
   int64_t lefts, rights;    // tiles
 };
 

@@ -8,6 +8,7 @@ namespace nmconvert {
 namespace {
 
 constexpr int64_t kBlock = 2;              // weight tiles that are unpacked at a time
+constexpr int64_t kMostPixels = 1024;      // of a panel, so that its sums stay in the L2 cache, too
 constexpr int64_t kFewestPixels = 128;     // of a panel that an image is cut into for several threads
 constexpr int64_t kParts = 4;              // panels that each of these should have, because cores are not equally fast
 constexpr int64_t kRangeTask = 1 << 14;    // floats
@@ -55,7 +56,7 @@ Cut cut(const Flat& flat, const AmxOrder& order, int64_t groups, int64_t threads
   constexpr int64_t kTwo = 2 * kTileLines;
   const int64_t flat_bytes = order.quads() * kDigits * 4 * flat.planes(), bytes = order.positions > 1 ? order.lines() * kDigits * 4 : 0;
   const int64_t room = amx_panel_bytes() / 2 - flat_bytes * flat.reach;
-  const int64_t most = std::max(kTwo * 2, room / (flat_bytes + bytes) / kTwo * kTwo);
+  const int64_t most = std::clamp(room / (flat_bytes + bytes) / kTwo * kTwo, kTwo * 2, kMostPixels);
   int64_t panels = ceil_div(flat.total, most);
   if (threads > 1 && panels * groups < kParts * threads) panels = std::max(panels, std::min(kParts * threads, flat.total / kFewestPixels));
   const int64_t width = ceil_div(ceil_div(flat.total, panels), kTwo) * kTwo;
@@ -125,7 +126,7 @@ struct Run {
   int64_t find_writes(int64_t first, Segment* writes) const;
   void fill(int64_t group, int64_t first, Segment* reads, uint32_t* digits) const;
   void stage(const uint32_t* pixels, uint32_t* digits) const;
-  void multiply(int64_t group, int64_t tile, int64_t tiles, int64_t pixel_tiles, const uint32_t* pixels, float* sums) const;
+  AmxJob job(int64_t group, int64_t tile, int64_t tiles, const uint32_t* pixels) const;
 };
 
 // The runs of pixels, and of zeros, that the planes of a panel are filled from.
@@ -206,7 +207,8 @@ void Run::stage(const uint32_t* pixels, uint32_t* digits) const {
   }
 }
 
-void Run::multiply(int64_t group, int64_t tile, int64_t tiles, int64_t pixel_tiles, const uint32_t* pixels, float* sums) const {
+// What does not depend on where sums go.
+AmxJob Run::job(int64_t group, int64_t tile, int64_t tiles, const uint32_t* pixels) const {
   const int64_t at = plan.index(group, tile), row = (group * plan.tiles + tile) * kTileLines;
   const int64_t line = 4 * (reads_at ? cuts.staged() : quad());
   AmxJob job{};
@@ -223,11 +225,9 @@ void Run::multiply(int64_t group, int64_t tile, int64_t tiles, int64_t pixel_til
   job.unpacked = Scratch::mine().own_unpacked.at_least(unpacked_bytes(plan));
   job.line_scales = scales + row;
   job.bias = biases + row;
-  job.out = sums;
-  job.out_line = cuts.width;
+  job.lines = std::min(tiles * kTileLines, plan.rows - tile * kTileLines);
   job.lefts = tiles;
-  job.rights = pixel_tiles;
-  isa->amx->multiply_left[plan.digits > 1](job);
+  return job;
 }
 
 void Run::operator()(int64_t group, int64_t panel, int64_t tile, int64_t last) const {
@@ -242,13 +242,33 @@ void Run::operator()(int64_t group, int64_t panel, int64_t tile, int64_t last) c
     stage(pixels, staged);
     pixels = staged;
   }
-  const int64_t writes = find_writes(first, segments + most);
-  float* sums = own.own_sums.at_least(kBlock * kTileLines * cuts.width);
+  const Segment* writes = segments + most;
+  const int64_t write_count = find_writes(first, segments + most);
+  const bool direct = write_count == 1 && writes->count == count;
+  const bool activates = epilogue.activation != Activation::kNone && epilogue.activation != Activation::kClip;
+  float* sums = direct ? nullptr : own.own_sums.at_least(kBlock * kTileLines * cuts.width);
   for (; tile < last; tile += kBlock) {
-    const int64_t tiles = std::min(kBlock, last - tile), row = tile * kTileLines, at = (group * plan.rows + row) * size;
-    multiply(group, tile, tiles, ceil_div(count, kTileLines), pixels, sums);
-    isa->finish({sums, cuts.width, std::min(tiles * kTileLines, plan.rows - row), segments + most, writes,
-                 image.residual ? image.residual + at : nullptr, image.y + at, size, epilogue.low, epilogue.high, epilogue.activation});
+    const int64_t tiles = std::min(kBlock, last - tile), at = (group * plan.rows + tile * kTileLines) * size;
+    AmxJob job = this->job(group, tile, tiles, pixels);
+    job.rights = ceil_div(count, kTileLines);
+    job.columns = count;
+    if (direct) {
+      job.residual = image.residual ? image.residual + at + writes->to : nullptr;
+      job.low = epilogue.low, job.high = epilogue.high;
+      job.out = image.y + at + writes->to;
+      job.out_line = size;
+    } else {
+      job.low = -__builtin_inff(), job.high = __builtin_inff();
+      job.out = sums;
+      job.out_line = cuts.width;
+    }
+    isa->amx->multiply_left[plan.digits > 1](job);
+    if (direct) {
+      for (int64_t r = 0; activates && r < job.lines; ++r) isa->activate(job.out + r * size, count, epilogue.activation);
+    } else {
+      isa->finish({sums, cuts.width, job.lines, writes, write_count, image.residual ? image.residual + at : nullptr, image.y + at, size,
+                   epilogue.low, epilogue.high, epilogue.activation});
+    }
   }
 }
 

@@ -39,7 +39,7 @@ bool takes_amx(const Isa* isa, const Weights& weights, double cycles, double oth
 // As measured on Emerald Rapids, in the cycles of panel_cycles(): of a product, and of its sums. Input tiles come in pairs; one alone
 // waits for its weights.
 double amx_tile_cycles(int digits, int64_t steps, int64_t inputs) {
-  const double each = digits == 1 ? 125 : 205, alone = digits == 1 ? 25 : 0, sums = 130;
+  const double each = digits == 1 ? 110 : 185, alone = digits == 1 ? 40 : 20, sums = 100;
   return static_cast<double>(inputs) * (static_cast<double>(steps) * each + sums) + (inputs % 2 ? static_cast<double>(steps) * alone : 0);
 }
 
@@ -79,15 +79,14 @@ void run_amx_linear(const Isa* isa, const AmxPlan& plan, int64_t group, const To
   const int64_t per_task = std::max(ceil_div(blocks * panels, parallel.parts()), std::min(blocks, kSmallestTask / work));
   const int64_t splits = ceil_div(blocks, std::max<int64_t>(1, std::min(per_task, blocks)));
   const int64_t share = ceil_div(blocks, splits);
+  const bool activates = epilogue.activation != Activation::kNone && epilogue.activation != Activation::kClip;
   parallel(panels * splits, [&](int64_t task) {
-    Scratch& own = Scratch::mine();
     const int64_t first_token = task / splits * width, count = std::min(width, padded - first_token);
     if (count <= 0) return;
-    float* sums = own.own_sums.at_least(count * together * kTileLines);
-    const int64_t last = std::min(plan.tiles, (task % splits + 1) * share * together);
-    for (int64_t tile = task % splits * share * together; tile < last; tile += together) {
-      const int64_t tiles = std::min(together, last - tile), stride = tiles * kTileLines;
-      const int64_t at = plan.index(group, tile);
+    const int64_t last = std::min(plan.tiles, (task % splits + 1) * share * together), valid = std::min(tokens.tokens - first_token, count);
+    for (int64_t tile = task % splits * share * together, tiles; tile < last; tile += tiles) {
+      tiles = std::min(activates ? together : last, last - tile);
+      const int64_t at = plan.index(group, tile), row = tile * kTileLines, to = first_token * rows + row;
       AmxJob job{};
       job.masks = plan.masks.data() + at * kTileLines;
       job.starts = plan.starts.data() + at;
@@ -99,20 +98,20 @@ void run_amx_linear(const Isa* isa, const AmxPlan& plan, int64_t group, const To
       job.tile = kTileLines * line;
       job.step = kTileColumns;
       job.steps = steps;
-      job.unpacked = own.own_unpacked.at_least(unpacked_bytes(plan));
+      job.unpacked = Scratch::mine().own_unpacked.at_least(unpacked_bytes(plan));
       job.line_scales = scales + first_token;
-      job.column_scales = plan.scales.data() + (group * plan.tiles + tile) * kTileLines;
-      job.bias = biases + tile * kTileLines;
-      job.out = sums;
-      job.out_line = stride;
+      job.column_scales = plan.scales.data() + group * plan.tiles * kTileLines + row;
+      job.bias = biases + row;
+      job.residual = tokens.residual ? tokens.residual + to : nullptr;
+      job.low = epilogue.low, job.high = epilogue.high;
+      job.out = tokens.y + to;
+      job.out_line = rows;
+      job.lines = valid;
+      job.columns = std::min(tiles * kTileLines, rows - row);
       job.lefts = count / kTileLines;
       job.rights = tiles;
       amx.multiply_right[plan.digits > 1](job);
-      const int64_t row = tile * kTileLines, valid = std::min(tokens.tokens - first_token, count);
-      const Segment segment{0, row, std::min(stride, rows - row)};
-      const int64_t to = first_token * rows;
-      isa->finish({sums, stride, valid, &segment, 1, tokens.residual ? tokens.residual + to : nullptr, tokens.y + to, rows, epilogue.low,
-                   epilogue.high, epilogue.activation});
+      for (int64_t t = 0; activates && t < valid; ++t) isa->activate(job.out + t * rows, job.columns, epilogue.activation);
     }
   });
 }

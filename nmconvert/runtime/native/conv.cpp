@@ -324,6 +324,25 @@ void run_pixels(const Isa* isa, Weights& weights, const Packed& packed, const Co
   }
 }
 
+void run_vectors(const Isa* isa, Weights& weights, const Packed& packed, const Streaming& streaming, const ConvAttributes& attributes,
+                 const Image& image, const Epilogue& epilogue, const Parallel& parallel) {
+  if (streaming.by_rows()) return run_pixels(isa, weights, packed, attributes, image, epilogue, parallel);
+  run_panels(isa, weights, streaming, attributes, image, epilogue, parallel);
+}
+
+// On the matrix unit images of so many pixels run one by one: then each is still in the caches when it is read a second time.
+constexpr int64_t kLargeImage = 512;
+
+Image images(const ConvAttributes& a, const Image& all, int64_t first, int64_t count) {
+  Image some = all;
+  const int64_t inputs = a.groups * a.inputs * volume(all.in), outputs = a.outputs * volume(all.out);
+  some.x += first * inputs;
+  some.y += first * outputs;
+  if (some.residual) some.residual += first * outputs;
+  some.batch = count;
+  return some;
+}
+
 }  // namespace
 
 Triple conv_output(ConvAttributes& a, const Triple& in) {
@@ -353,12 +372,14 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
   if (pointwise && is_product(attributes, image))
     return run_linear(isa, weights, packed, 0, {image.x, image.batch, image.bias, image.residual, image.y}, epilogue, parallel);
   const Streaming streaming = stream_image(isa, weights, packed, attributes, image);
-  if (streaming.amx) {
-    if (run_amx_conv(isa, *streaming.amx, attributes, image, epilogue, parallel)) return;
-    return run_conv(isa_avx512(), weights, packed, given, given_image, epilogue, parallel);
+  if (!streaming.amx) return run_vectors(isa, weights, packed, streaming, attributes, image, epilogue, parallel);
+  const int64_t together = volume(image.out) < kLargeImage ? image.batch : 1;
+  for (int64_t n = 0; n < image.batch; n += together) {
+    const Image some = images(attributes, image, n, together);
+    if (run_amx_conv(isa, *streaming.amx, attributes, some, epilogue, parallel)) continue;
+    const Isa* vectors = isa_avx512();
+    run_vectors(vectors, weights, packed, stream_image(vectors, weights, packed, attributes, some), attributes, some, epilogue, parallel);
   }
-  if (streaming.by_rows()) return run_pixels(isa, weights, packed, attributes, image, epilogue, parallel);
-  run_panels(isa, weights, streaming, attributes, image, epilogue, parallel);
 }
 
 void prepare_conv(const Isa* isa, Weights& weights, const Packed& packed, const ConvAttributes& given, int64_t batch, const Triple& in) {
