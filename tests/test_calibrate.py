@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,6 +281,19 @@ def test_a_store_keeps_the_values_and_holds_its_limit(limit, dtype):
     del kept, copied, rest
     gc.collect()
     assert store.held == 0
+
+
+def test_what_is_on_disk_is_in_few_files_that_go_when_nothing_refers_to_them(monkeypatch):
+    monkeypatch.setattr("nmconvert.calibrate.store._FILE", 1000)
+    files = Path("/proc/self/fd")
+    before = len(list(files.iterdir()))
+    store = Store(0)
+    kept = store.keep([torch.full((n,), n) for n in (*[1] * 100, 300)])
+    assert len(list(files.iterdir())) - before <= 8  # 16 in each, as every one begins at a multiple of 64 bytes
+    assert all((tensor == len(tensor)).all() for tensor in kept)
+    del kept, store
+    gc.collect()
+    assert len(list(files.iterdir())) == before
 
 
 def test_activations_beyond_the_limit_are_on_disk_and_change_nothing(monkeypatch):
