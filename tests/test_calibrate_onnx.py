@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from nmconvert.calibrate.distance import Said
 from nmconvert.calibrate.driver import Recipe, prune_model
+from nmconvert.calibrate.moments import Moments
 from nmconvert.calibrate.onnx_driver import check, compared, prune_onnx
 from nmconvert.calibrate.onnx_module import GraphModule
 from nmconvert.calibrate.onnx_ops import window_pads
@@ -389,6 +390,28 @@ def test_maps_are_fitted_in_more_and_gentler_steps_of_the_same_images(monkeypatc
     assert steps * together == plain_steps * plain_together == 20
     assert steps > plain_steps == 10
     assert 0 < rate < recipe.model_rate
+
+
+def test_maps_are_fitted_for_longer_to_many_images_which_are_not_copied(monkeypatch):
+    monkeypatch.setattr("nmconvert.calibrate.driver._FEW", 14)
+    fits, seen = [], []
+
+    def fit(module, answer, pairs, masks, *, steps, **others):
+        fits.append(steps)
+
+    class Counted(Moments):
+        def add(self, x, x_dense):
+            seen[-1] += 1
+            super().add(x, x_dense)
+
+    monkeypatch.setattr("nmconvert.calibrate.driver.reconstruct", fit)
+    monkeypatch.setattr("nmconvert.calibrate.driver.Moments", Counted)
+    recipe = Recipe(criterion="magnitude", block_steps=0, model_steps=10)
+    for count in (2, 8, 64):  # batches of eight images, of which the last eighth is held out
+        seen.append(0)
+        prune_onnx(detector(), images(count), rows_of(detector(), ["w1"]), recipe)
+    assert fits == [20, 80, 200]
+    assert seen == [4, 7, 56]
 
 
 def test_an_interrupted_graph_goes_on_and_ends_with_the_same_bytes(tmp_path):
