@@ -105,6 +105,17 @@ def test_the_faster_way_is_taken_and_remembered(
     assert sorted(measured) == sorted(ratios)  # once, though there were two sessions
 
 
+def test_another_build_of_the_kernels_is_measured_anew(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, measured = file(two_layers(), tmp_path), pretend(monkeypatch, {"[64, 32]": 2.0, "[32, 16]": 3.0}, [1.5, 1.5])
+    runtime.session(path)
+    assert len(measured) == 2
+    rebuilt = tmp_path / runtime.library().name
+    rebuilt.write_bytes(runtime.library().read_bytes() + b"of the same version")
+    monkeypatch.setenv("NMCONVERT_KERNELS", str(rebuilt))
+    runtime.session(path)
+    assert len(measured) == 4
+
+
 @pytest.mark.parametrize(
     ("ratios", "native"),
     [

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import onnxruntime
 
-from nmconvert import __version__
 from nmconvert.runtime.cache import Cache
 from nmconvert.runtime.locate import Kernels, kernels, library
 
@@ -95,7 +94,9 @@ def _chosen(
     What reads the graph is imported only where there is something to measure or to change: it brings torch along.
     """
     threads = options.intra_op_num_threads
-    situation = {"isa": found.isa, "kernels": __version__, "onnxruntime": onnxruntime.__version__, "threads": threads}
+    assert found.path is not None
+    build = hashlib.sha256(found.path.read_bytes()).hexdigest()[:16]  # not its version: it may have been built anew
+    situation = {"isa": found.isa, "kernels": build, "onnxruntime": onnxruntime.__version__, "threads": threads}
     cache = Cache(situation | {"cores": os.cpu_count()})
     fingerprint = _fingerprint(source, inputs)
     dense = cache.get(fingerprint)  # the outputs of the calls that are left dense, or "all"
