@@ -373,9 +373,22 @@ def test_inputs_of_any_size_and_beside_an_outlier(isa: str, outlier: float, scal
         assert_close(got[token] * scaled, expected[token] * scaled)
     x = rng.standard_normal((2, 32, 20, 12)).astype(np.float32) * np.float32(scale)
     x[1, 2, 3, 4] *= outlier
-    got, expected = with_kernels(layer("Conv", conv, [2, 32, 20, 12], pads=[1] * 4)).run(None, {"x": x})[0], convolve(x, conv, pads=[1] * 4)
+    got = with_kernels(layer("Conv", conv, [2, 32, 20, 12], pads=[1] * 4)).run(None, {"x": x})[0]
+    expected = convolve(x, conv, pads=[1] * 4)
     scaled = 1 / float(np.abs(expected[0]).max())
     assert_close(got[0] * scaled, expected[0] * scaled)  # the image without the outlier
+
+
+@pytest.mark.parametrize("largest", [np.finfo(np.float32).max, np.finfo(np.float32).tiny, 1e-44])
+def test_inputs_at_the_ends_of_floats(isa: str, largest: float) -> None:
+    linear = random_weight(np.random.default_rng(17), "matmul", (64, 40), "2:4")
+    x = np.zeros((20, 64), np.float32)
+    x[np.arange(20), np.arange(20)] = np.float32(largest)
+    got = with_kernels(layer("MatMul", linear, ["t", 64])).run(None, {"x": x})[0]
+    expected = np.clip(x.astype(np.float64) @ linear.dense, -np.finfo(np.float32).max, np.finfo(np.float32).max)
+    finite = np.isfinite(got)
+    assert finite.mean() > 0.5  # products of the largest float and weights beyond 1 are infinite
+    np.testing.assert_allclose(got[finite], expected[finite], rtol=1e-5, atol=1e-37)
 
 
 @pytest.mark.parametrize("stored", [np.float32, np.int8])

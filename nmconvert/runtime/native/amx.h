@@ -1,11 +1,11 @@
 // Products on the matrix unit of Intel's servers (AMX), which multiplies tiles of bytes and adds in 32 bits.
 //
 // A float becomes an integer of 23 bits and a sign, by a power of two that its token, image or row of weights shares; and this three
-// digits of 8 bits, the first of which is the highest. Digits from -128 on, not from 0: what is dropped must be zero on average. A
-// weight that is stored as int8 is one digit. Of the nine products of two floats six count (Ozaki et al. 2012 split doubles so, for
-// exact products): 2^-23 of the largest input times the largest weight is what a product is uncertain by, which lies between float32
-// and 1e-6 of a sum, and all sums are exact. Inputs that are not finite, or most of which would lose too many bits beside the
-// largest, take the vectors.
+// digits of 8 bits, the first of which is the highest. Digits count from -128, not from 0, so that what is dropped is zero on average.
+// A weight that is stored as int8 is one digit. Of the nine products of two floats' digits six count (Ozaki et al. 2012 split doubles
+// so). Sums are exact; a product is uncertain by 2^-23 of the largest input times the largest weight, an output by about 1e-6 of the
+// largest. Images that are not finite, or most of which would lose too many bits beside their largest pixel, take the vectors; a
+// token that is not finite makes NaN.
 //
 // Zeros of a pattern are multiplied, too. Weights stay compressed, and are unpacked tile by tile into the cache.
 #pragma once

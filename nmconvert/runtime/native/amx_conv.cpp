@@ -7,7 +7,7 @@
 namespace nmconvert {
 namespace {
 
-constexpr int64_t kBlock = 2;              // weight tiles that are unpacked at a time
+constexpr int64_t kBlock = 2;              // weight tiles whose sums are on their way out at a time
 constexpr int64_t kMostPixels = 1024;      // of a panel, so that its sums stay in the L2 cache, too
 constexpr int64_t kFewestPixels = 128;     // of a panel that an image is cut into for several threads
 constexpr int64_t kParts = 4;              // panels that each of these should have, because cores are not equally fast
@@ -58,7 +58,8 @@ Cut cut(const Flat& flat, const AmxOrder& order, int64_t groups, int64_t threads
   const int64_t room = amx_panel_bytes() / 2 - flat_bytes * flat.reach;
   const int64_t most = std::clamp(room / (flat_bytes + bytes) / kTwo * kTwo, kTwo * 2, kMostPixels);
   int64_t panels = ceil_div(flat.total, most);
-  if (threads > 1 && panels * groups < kParts * threads) panels = std::max(panels, std::min(kParts * threads, flat.total / kFewestPixels));
+  const int64_t wanted = kParts * threads;
+  if (threads > 1 && panels * groups < wanted) panels = std::max(panels, std::min(wanted, flat.total / kFewestPixels));
   const int64_t width = ceil_div(ceil_div(flat.total, panels), kTwo) * kTwo;
   return {ceil_div(flat.total, width), width};
 }

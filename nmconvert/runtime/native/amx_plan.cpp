@@ -68,7 +68,7 @@ int weight_digits(const Constant& values, int64_t columns) {
 float digit_scale(float largest) {
   constexpr int kHighest = 120;  // so that its inverse is a normal float
   int exponent;                  // the next power of two, of one that leaves room for three digits of 127
-  std::frexp(largest * 1.004f, &exponent);
+  std::frexp(largest * 1.004, &exponent);
   return std::ldexp(1.f, largest > 0 ? std::min(23 - exponent, kHighest) : 0);
 }
 
