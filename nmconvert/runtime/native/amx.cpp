@@ -42,6 +42,9 @@ inline void multiply() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(Left), "i"(Right));
 }
 
+// Of a vector those lanes that `left` floats fill.
+inline __mmask16 lanes(int64_t left) { return left >= 16 ? 0xffff : left > 0 ? static_cast<__mmask16>((1u << left) - 1) : 0; }
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Blocks of the output: one tile, or two that share their inputs or their weights. Each has three sums, by the weight of their
 // digits, in registers 0 to 5; operands pass through 6 and 7. Between the products, which leave the vector units idle, these make
@@ -126,8 +129,7 @@ struct Sums {
   void line(const AmxJob& job, int tile, int i) const {
     const int64_t line = left[tile] * kTileLines + i, column = right[tile] * kTileLines;
     if (line >= job.lines) return;
-    const int64_t columns = job.columns - column;
-    const __mmask16 mask = columns >= 16 ? 0xffff : columns > 0 ? static_cast<__mmask16>((1u << columns) - 1) : 0;
+    const __mmask16 mask = lanes(job.columns - column);
     const auto floats = [&](int order) { return _mm512_cvtepi32_ps(_mm512_load_si512(of[tile][order] + i * kTileLines)); };
     const __m512 shift = _mm512_set1_ps(1.f / 256), scale = _mm512_set1_ps(job.line_scales[line]);
     __m512 sum = _mm512_fmadd_ps(_mm512_fmadd_ps(floats(2), shift, floats(1)), shift, floats(0));
@@ -256,21 +258,20 @@ void multiply_all(const AmxJob& job) {
 // Inputs in digits.
 
 Range range(const float* x, int64_t count) {
-  constexpr int kSums = 4;
+  constexpr int kAtOnce = 4;
   const __m512i absolute = _mm512_set1_epi32(0x7fffffff);
-  __m512i largest[kSums] = {};  // as integers, among which NaN is the largest
-  __m512 sums[kSums] = {};
-  for (int64_t i = 0; i < count; i += 16 * kSums) {
+  __m512i largest[kAtOnce] = {};  // as integers, among which NaN is the largest
+  __m512 sums[kAtOnce] = {};
+  for (int64_t i = 0; i < count; i += 16 * kAtOnce) {
 #pragma GCC unroll 4
-    for (int s = 0; s < kSums; ++s) {
-      const int64_t left = count - i - 16 * s;
-      const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? static_cast<__mmask16>((1u << left) - 1) : 0;
-      const __m512i values = _mm512_and_si512(_mm512_castps_si512(_mm512_maskz_loadu_ps(mask, x + i + 16 * s)), absolute);
+    for (int s = 0; s < kAtOnce; ++s) {
+      const __m512 some = _mm512_maskz_loadu_ps(lanes(count - i - 16 * s), x + i + 16 * s);
+      const __m512i values = _mm512_and_si512(_mm512_castps_si512(some), absolute);
       largest[s] = _mm512_max_epi32(largest[s], values);
       sums[s] += _mm512_castsi512_ps(values);
     }
   }
-  for (int s = 1; s < kSums; ++s) largest[0] = _mm512_max_epi32(largest[0], largest[s]), sums[0] += sums[s];
+  for (int s = 1; s < kAtOnce; ++s) largest[0] = _mm512_max_epi32(largest[0], largest[s]), sums[0] += sums[s];
   const int bits = _mm512_reduce_max_epi32(largest[0]);
   Range range;
   __builtin_memcpy(&range.largest, &bits, sizeof bits);
@@ -293,9 +294,8 @@ void split(const float* x, int64_t count, int64_t padded, float scale, int8_t* d
     __m512i quads[4];
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
-      const int64_t left = count - i - 16 * v;
-      const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? static_cast<__mmask16>((1u << left) - 1) : 0;
-      quads[v] = _mm512_shuffle_epi8(digits_of(_mm512_maskz_loadu_ps(mask, x + i + 16 * v), factor), by_digit);
+      const __m512 some = _mm512_maskz_loadu_ps(lanes(count - i - 16 * v), x + i + 16 * v);
+      quads[v] = _mm512_shuffle_epi8(digits_of(some, factor), by_digit);
     }
     const __m512i low01 = _mm512_unpacklo_epi32(quads[0], quads[1]), low23 = _mm512_unpacklo_epi32(quads[2], quads[3]);
     const __m512i high01 = _mm512_unpackhi_epi32(quads[0], quads[1]), high23 = _mm512_unpackhi_epi32(quads[2], quads[3]);
@@ -313,8 +313,7 @@ void split_quads(const float* const* channels, const Segment* segments, int64_t 
   for (int64_t s = 0; s < count; ++s) {
     const Segment segment = segments[s];
     for (int64_t i = 0; i < segment.count; i += 16) {
-      const int64_t left = segment.count - i;
-      const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+      const __mmask16 mask = lanes(segment.count - i);
       __m512i values[4];
 #pragma GCC unroll 4
       for (int c = 0; c < 4; ++c) {
