@@ -53,8 +53,8 @@ inline __mmask16 lanes(int64_t left) { return left >= 16 ? 0xffff : left > 0 ? s
 constexpr int kWeights = 6, kInputs = 7;
 constexpr int kSums = kTileLines * kTileLines;  // of a tile
 
-// The digits of a weight and of an input whose product is a term of sum weight + input: in an order in which the unit, which
-// takes the time of three to four products to add one, does not wait for a sum, and in which neighbours share an operand.
+// The digits of a weight and of an input whose product is a term of sum weight + input: in an order in which neighbours share an
+// operand.
 struct Term {
   int weight, input;
 };
@@ -85,11 +85,11 @@ class Unpacker {
   }
 
   // What the products of one term leave time for.
-  template <int Term>
+  template <int T>
   void lines() {
     constexpr int kAll = Tiles * kTileLines, kTerms = Terms<Digits>::kCount;
 #pragma GCC unroll 32
-    for (int i = kAll * Term / kTerms; i < kAll * (Term + 1) / kTerms; ++i) {
+    for (int i = kAll * T / kTerms; i < kAll * (T + 1) / kTerms; ++i) {
       const int tile = i / kTileLines, line = i % kTileLines;
       const __mmask64 mask = masks_[tile][line];
       int8_t* to = to_ + tile * Digits * kTileSize + line * kTileColumns;
@@ -100,10 +100,10 @@ class Unpacker {
     }
   }
 
-  template <int Term = 0>
+  template <int T = 0>
   void all() {
-    lines<Term>();
-    if constexpr (Term + 1 < Terms<Digits>::kCount) all<Term + 1>();
+    lines<T>();
+    if constexpr (T + 1 < Terms<Digits>::kCount) all<T + 1>();
   }
 
  private:
@@ -142,12 +142,12 @@ struct Sums {
     _mm512_mask_storeu_ps(job.out + at, mask, sum);
   }
 
-  // What the products of one of `Terms` terms leave time for.
-  template <int Terms, int Term>
+  // What the products of one of `Count` terms leave time for.
+  template <int Count, int T>
   void lines(const AmxJob& job) const {
     constexpr int kAll = Tiles * kTileLines;
 #pragma GCC unroll 4
-    for (int i = kAll * Term / Terms; i < kAll * (Term + 1) / Terms; ++i) line(job, i / kTileLines, i % kTileLines);
+    for (int i = kAll * T / Count; i < kAll * (T + 1) / Count; ++i) line(job, i / kTileLines, i % kTileLines);
   }
 };
 

@@ -246,7 +246,6 @@ void Run::operator()(int64_t group, int64_t panel, int64_t tile, int64_t last) c
   const Segment* writes = segments + most;
   const int64_t write_count = find_writes(first, segments + most);
   const bool direct = write_count == 1 && writes->count == count;
-  const bool activates = epilogue.activation != Activation::kNone && epilogue.activation != Activation::kClip;
   float* sums = direct ? nullptr : own.own_sums.at_least(kBlock * kTileLines * cuts.width);
   for (; tile < last; tile += kBlock) {
     const int64_t tiles = std::min(kBlock, last - tile), at = (group * plan.rows + tile * kTileLines) * size;
@@ -265,7 +264,7 @@ void Run::operator()(int64_t group, int64_t panel, int64_t tile, int64_t last) c
     }
     isa->amx->multiply_left[plan.digits > 1](job);
     if (direct) {
-      for (int64_t r = 0; activates && r < job.lines; ++r) isa->activate(job.out + r * size, count, epilogue.activation);
+      for (int64_t r = 0; epilogue.activates() && r < job.lines; ++r) isa->activate(job.out + r * size, count, epilogue.activation);
     } else {
       isa->finish({sums, cuts.width, job.lines, writes, write_count, image.residual ? image.residual + at : nullptr, image.y + at, size,
                    epilogue.low, epilogue.high, epilogue.activation});

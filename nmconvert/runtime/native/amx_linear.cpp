@@ -79,13 +79,12 @@ void run_amx_linear(const Isa* isa, const AmxPlan& plan, int64_t group, const To
   const int64_t per_task = std::max(ceil_div(blocks * panels, parallel.parts()), std::min(blocks, kSmallestTask / work));
   const int64_t splits = ceil_div(blocks, std::max<int64_t>(1, std::min(per_task, blocks)));
   const int64_t share = ceil_div(blocks, splits);
-  const bool activates = epilogue.activation != Activation::kNone && epilogue.activation != Activation::kClip;
   parallel(panels * splits, [&](int64_t task) {
     const int64_t first_token = task / splits * width, count = std::min(width, padded - first_token);
     if (count <= 0) return;
     const int64_t last = std::min(plan.tiles, (task % splits + 1) * share * together), valid = std::min(tokens.tokens - first_token, count);
     for (int64_t tile = task % splits * share * together, tiles; tile < last; tile += tiles) {
-      tiles = std::min(activates ? together : last, last - tile);
+      tiles = std::min(epilogue.activates() ? together : last, last - tile);
       const int64_t at = plan.index(group, tile), row = tile * kTileLines, to = first_token * rows + row;
       AmxJob job{};
       job.masks = plan.masks.data() + at * kTileLines;
@@ -111,7 +110,7 @@ void run_amx_linear(const Isa* isa, const AmxPlan& plan, int64_t group, const To
       job.lefts = count / kTileLines;
       job.rights = tiles;
       amx.multiply_right[plan.digits > 1](job);
-      for (int64_t t = 0; activates && t < valid; ++t) isa->activate(job.out + t * rows, job.columns, epilogue.activation);
+      for (int64_t t = 0; epilogue.activates() && t < valid; ++t) isa->activate(job.out + t * rows, job.columns, epilogue.activation);
     }
   });
 }
