@@ -4,10 +4,11 @@
 
 The models have random weights in the shapes of the real ones: speed does not depend on their values. All convolutions but the
 first and all linear layers of a model are pruned by magnitude, the embeddings are not. Both files come from the same traced
-graph; OpenVINO (``--peers openvino,torch``; at float32) reads the dense file, torch runs the module. All take turns, in rounds;
-times are of the fastest rounds, ratios the medians of the rounds' own, with quartiles, and that of the fastest rounds. With
-one thread processor time is taken, which does not count what other processes use; with more, wall time. Prints the rows of a
-Markdown table. What loading costs: load.py.
+graph; OpenVINO (``--peers openvino,torch``; at float32) reads the dense file, torch runs the module. All take turns, in rounds.
+Times and the first ratio are medians of the turns in which neighbours left the machine alone (quiet.py): rounds go on until each
+has had enough of these, or until the seconds are over. After it the median of all rounds' own ratios, with quartiles, and the
+ratio of the fastest turns. With one thread processor time is taken, which does not count what other processes use; with more,
+wall time. Prints the rows of a Markdown table. What loading costs: load.py.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from statistics import quantiles
-from typing import Any
+from statistics import median, quantiles
+from typing import Any, NamedTuple
 
 import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from benchmarks.quiet import Probe
 from nmconvert import runtime
 from nmconvert.export.compress import compress
 from nmconvert.export.find import sparse_layers
@@ -194,38 +196,59 @@ def contestants(
     yield "torch", run_torch
 
 
-def race(runs: dict[str, Run], *, rounds: int, seconds: float, threads: int) -> dict[str, list[float]]:
-    """Seconds of every round, of 20 ms or more for each; as many as fit into ``seconds``, but no fewer than ``rounds``."""
+class Turn(NamedTuple):
+    """Seconds of a run, the mean of some, and whether neighbours left the machine alone."""
+
+    seconds: float
+    quiet: bool
+
+
+Turns = dict[str, list[Turn]]
+
+
+def race(runs: dict[str, Run], *, rounds: int, seconds: float, threads: int) -> Turns:
+    """Turns of 10 ms or more: rounds until each had ``rounds`` quiet turns or ``seconds`` are over, but ``rounds`` at least."""
     clock = time.process_time if threads == 1 else time.perf_counter
+    probe = Probe(threads)
     repeats = {}
     for name, run in runs.items():
         run()
         begin = clock()
         run()
-        repeats[name] = max(1, int(0.02 / (clock() - begin)))
-    times: dict[str, list[float]] = {name: [] for name in runs}
+        repeats[name] = max(1, int(0.01 / (clock() - begin)))
+    turns: Turns = {name: [] for name in runs}
     start = time.perf_counter()
-    while len(times["dense"]) < rounds or (time.perf_counter() - start < seconds and len(times["dense"]) < 100):
+    while len(turns["dense"]) < rounds or (time.perf_counter() - start < seconds and _fewest_quiet(turns) < rounds):
         for name, run in runs.items():
             if threads > 1:
                 time.sleep(0.02)  # threads of the one before spin on for a while
+            quiet = probe.quiet()
             begin = clock()
             for _ in range(repeats[name]):
                 run()
-            times[name].append((clock() - begin) / repeats[name])
-    return times
+            turns[name].append(Turn((clock() - begin) / repeats[name], quiet and probe.quiet()))
+    return turns
 
 
-def row(name: str, pattern: str, batch: int, threads: int, times: dict[str, list[float]]) -> str:
-    """Ms of dense and kernels, median ratio with quartiles, the fastest rounds' ratio, and the other runtimes' ratios."""
+def _quiet(turns: Sequence[Turn]) -> list[float]:
+    return [turn.seconds for turn in turns if turn.quiet]
 
-    def ratio(other: str) -> tuple[float, float, float]:
-        low, middle, high = quantiles([d / s for d, s in zip(times["dense"], times[other], strict=True)], n=4)
-        return low, middle, high
 
-    low, middle, high = ratio("kernels")
-    dense, sparse = (min(times[side]) * 1e3 for side in ("dense", "kernels"))
-    others = [f"{ratio(other)[1]:.2f}" if other in times else "" for other in ("openvino", "torch")]
+def _fewest_quiet(turns: Turns) -> int:
+    return min(len(_quiet(of_one)) for of_one in turns.values())
+
+
+def row(name: str, pattern: str, batch: int, threads: int, turns: Turns) -> str:
+    """The cells of ``COLUMNS``."""
+
+    def quiet_ms(side: str) -> float:
+        return median(_quiet(turns[side])) * 1e3 if _quiet(turns[side]) else float("nan")
+
+    def best(side: str) -> float:
+        return min(turn.seconds for turn in turns[side])
+
+    dense, sparse = quiet_ms("dense"), quiet_ms("kernels")
+    low, middle, high = quantiles([d.seconds / s.seconds for d, s in zip(turns["dense"], turns["kernels"], strict=True)], n=4)
     cells = [
         name,
         pattern,
@@ -233,9 +256,10 @@ def row(name: str, pattern: str, batch: int, threads: int, times: dict[str, list
         threads,
         f"{dense:.2f}",
         f"{sparse:.2f}",
-        f"**{middle:.2f}** ({low:.2f}–{high:.2f})",
-        f"{dense / sparse:.2f}",
-        *others,
+        f"**{dense / sparse:.2f}** ({_fewest_quiet(turns)} of {len(turns['dense'])})",
+        f"{middle:.2f} ({low:.2f}–{high:.2f})",
+        f"{best('dense') / best('kernels'):.2f}",
+        *(f"{dense / quiet_ms(peer):.2f}" if peer in turns else "" for peer in ("openvino", "torch")),
     ]
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -247,7 +271,8 @@ COLUMNS = (
     "threads",
     "dense ms",
     "kernels ms",
-    "dense ÷ kernels",
+    "dense ÷ kernels in quiet turns (how many)",
+    "in all rounds",
     "best",
     "dense ÷ OpenVINO",
     "dense ÷ torch",
@@ -264,8 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", default="1")
     parser.add_argument("--layers", default="auto", choices=("auto", "sparse"))
     parser.add_argument("--peers", default="torch", help="who else takes turns: openvino, torch, both, or nobody")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--keep", type=Path, help="Folder of the models' files, written where they are not there.")
     chosen = parser.parse_args(arguments)
     print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
@@ -281,8 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for threads in map(int, chosen.threads.split(",")):
                 peers = [peer for peer in chosen.peers.split(",") if peer]
                 runs = dict(contestants(name, Pattern.parse(pattern), files, feed, threads, chosen.layers, peers))
-                times = race(runs, rounds=chosen.rounds, seconds=chosen.seconds, threads=threads)
-                print(row(name, label, int(batch), threads, times), flush=True)
+                turns = race(runs, rounds=chosen.rounds, seconds=chosen.seconds, threads=threads)
+                print(row(name, label, int(batch), threads, turns), flush=True)
 
 
 if __name__ == "__main__":

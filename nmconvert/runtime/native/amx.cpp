@@ -42,6 +42,15 @@ inline void multiply() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(Left), "i"(Right));
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Vectors, by the names of kernels.inl.
+
+using Vector = __m512;
+typedef int32_t Ints __attribute__((vector_size(64)));
+inline Vector splat(float x) { return _mm512_set1_ps(x); }
+inline Vector clip(Vector v, Vector low, Vector high) { return _mm512_min_ps(high, _mm512_max_ps(low, v)); }
+#include "activations.inl"
+
 // Of a vector those lanes that `left` floats fill.
 inline __mmask16 lanes(int64_t left) { return left >= 16 ? 0xffff : left > 0 ? static_cast<__mmask16>((1u << left) - 1) : 0; }
 
@@ -116,6 +125,7 @@ class Unpacker {
 // The three sums of each tile of a block.
 template <bool WeightsLeft, int Tiles>
 struct Sums {
+  static constexpr int kLines = Tiles * kTileLines;
   alignas(64) int32_t of[Tiles][kDigits][kSums];
   int64_t left[Tiles], right[Tiles];
 
@@ -126,35 +136,44 @@ struct Sums {
   }
 
   // A line as floats: times a scale, plus a bias, and on its way out.
+  template <bool Activates>
   void line(const AmxJob& job, int tile, int i) const {
     const int64_t line = left[tile] * kTileLines + i, column = right[tile] * kTileLines;
     if (line >= job.lines) return;
     const __mmask16 mask = lanes(job.columns - column);
     const auto floats = [&](int order) { return _mm512_cvtepi32_ps(_mm512_load_si512(of[tile][order] + i * kTileLines)); };
-    const __m512 shift = _mm512_set1_ps(1.f / 256), scale = _mm512_set1_ps(job.line_scales[line]);
-    __m512 sum = _mm512_fmadd_ps(_mm512_fmadd_ps(floats(2), shift, floats(1)), shift, floats(0));
+    const Vector shift = splat(1.f / 256), scale = splat(job.line_scales[line]);
+    Vector sum = _mm512_fmadd_ps(_mm512_fmadd_ps(floats(2), shift, floats(1)), shift, floats(0));
     if constexpr (!WeightsLeft) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(job.column_scales + column));
-    const __m512 bias = WeightsLeft ? _mm512_set1_ps(job.bias[line]) : _mm512_loadu_ps(job.bias + column);
+    const Vector bias = WeightsLeft ? splat(job.bias[line]) : _mm512_loadu_ps(job.bias + column);
     sum = _mm512_fmadd_ps(sum, scale, bias);
     const int64_t at = line * job.out_line + column;
     if (job.residual) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, job.residual + at));
-    sum = _mm512_min_ps(_mm512_set1_ps(job.high), _mm512_max_ps(_mm512_set1_ps(job.low), sum));  // NaN stays
+    sum = clip(sum, splat(job.low), splat(job.high));  // NaN stays
+    if constexpr (Activates) sum = activated(sum, job.activation);
     _mm512_mask_storeu_ps(job.out + at, mask, sum);
   }
 
   // What the products of one of `Count` terms leave time for.
   template <int Count, int T>
   void lines(const AmxJob& job) const {
-    constexpr int kAll = Tiles * kTileLines;
 #pragma GCC unroll 4
-    for (int i = kAll * T / Count; i < kAll * (T + 1) / Count; ++i) line(job, i / kTileLines, i % kTileLines);
+    for (int i = kLines * T / Count; i < kLines * (T + 1) / Count; ++i) line<false>(job, i / kTileLines, i % kTileLines);
+  }
+
+  // Lines `first` … `last` - 1 with an activation, which takes longer than the products of a step.
+  __attribute__((noinline)) void activated_lines(const AmxJob& job, int64_t first, int64_t last) const {
+    for (int64_t i = first; i < last && i < kLines; ++i) line<true>(job, static_cast<int>(i / kTileLines), i % kTileLines);
   }
 };
 
 template <bool WeightsLeft, int Digits, int Inputs, int Weights>
 class Blocks {
  public:
-  explicit Blocks(const AmxJob& job) : job_(job) {}
+  explicit Blocks(const AmxJob& job) : job_(job) {
+    const int64_t terms = job.steps * All::kCount;
+    if (activates(job.activation)) activated_at_once_ = (BlockSums::kLines + terms - 1) / terms;
+  }
 
   // All pairs of these tiles, whose numbers are multiples of `Inputs` and `Weights`. Weights are unpacked a step ahead while they meet
   // their first inputs, and stay for the others.
@@ -167,12 +186,13 @@ class Blocks {
       for (int64_t i = input; i < last_input; i += Inputs) block(i, weight, i == input, i + Inputs == last_input ? follows : -1);
       first_slot_ = (first_slot_ + job_.steps) % slots_;
     }
-    for (int i = 0; i < kTiles * kTileLines; ++i) sums_[now_ ^ 1].line(job_, i / kTileLines, i % kTileLines);
+    sums_[now_ ^ 1].activated_lines(job_, 0, BlockSums::kLines);
   }
 
  private:
   static constexpr int kTiles = Inputs * Weights;
   using All = Terms<Digits>;
+  using BlockSums = Sums<WeightsLeft, kTiles>;
 
   int8_t* unpacked(int64_t slot) const { return job_.unpacked + slot * Weights * Digits * kTileSize; }
 
@@ -187,9 +207,9 @@ class Blocks {
       const bool within = step + 1 < job_.steps, unpacks = within ? first : follows >= 0;
       Unpacker<Digits, Weights> unpack;
       if (unpacks) unpack = {job_, within ? weight : follows, within ? step + 1 : 0, unpacked(slot)};
-      multiply_step(inputs + step * job_.step, weights, unpacks, unpack, filled_ && step == 0);
+      multiply_step(inputs + step * job_.step, weights, unpacks, unpack, step);
     }
-    Sums<WeightsLeft, kTiles>& sums = sums_[now_];
+    BlockSums& sums = sums_[now_];
     sums.store_all();
     for (int i = 0; i < kTiles; ++i) {
       const int64_t of_input = input + i % Inputs, of_weight = weight + i / Inputs;
@@ -221,7 +241,7 @@ class Blocks {
   }
 
   template <int T = 0>
-  void multiply_step(const char* inputs, const int8_t* weights, bool unpacks, Unpacker<Digits, Weights>& unpack, bool finishes) {
+  void multiply_step(const char* inputs, const int8_t* weights, bool unpacks, Unpacker<Digits, Weights>& unpack, int64_t step) {
     constexpr Term term = All::kAll[T], before = T ? All::kAll[T - 1] : Term{-1, -1};
     constexpr int kSum = term.weight + term.input, kFirst = kTiles > 1 ? T % 2 : 0;  // the tile of the product before
     if constexpr (term.input != before.input) load_input<term.input, kFirst>(inputs);
@@ -231,15 +251,21 @@ class Blocks {
     if constexpr (Weights > 1) load_weight<term.weight, 1 - kFirst>(weights);
     if constexpr (kTiles > 1) add<(1 - kFirst) * kDigits + kSum>();
     if (unpacks) unpack.template lines<T>();
-    if (finishes) sums_[now_ ^ 1].template lines<All::kCount, T>(job_);
-    if constexpr (T + 1 < All::kCount) multiply_step<T + 1>(inputs, weights, unpacks, unpack, finishes);
+    if (filled_ && activated_at_once_) {
+      const int64_t first = (step * All::kCount + T) * activated_at_once_;
+      if (first < BlockSums::kLines) sums_[now_ ^ 1].activated_lines(job_, first, first + activated_at_once_);
+    } else if (filled_ && step == 0) {
+      sums_[now_ ^ 1].template lines<All::kCount, T>(job_);
+    }
+    if constexpr (T + 1 < All::kCount) multiply_step<T + 1>(inputs, weights, unpacks, unpack, step);
   }
 
   const AmxJob& job_;
   int64_t slots_ = 0, first_slot_ = 0;  // of unpacked steps, in a ring
-  Sums<WeightsLeft, kTiles> sums_[2];
-  int now_ = 0;          // which of them the next block fills
-  bool filled_ = false;  // the other holds a block
+  BlockSums sums_[2];
+  int now_ = 0;                    // which of them the next block fills
+  bool filled_ = false;            // the other holds a block
+  int64_t activated_at_once_ = 0;  // its lines that go out beside the products of a term, if they are activated
 };
 
 // Pairs of input tiles with all tiles of weights, and a last one with pairs of weights.

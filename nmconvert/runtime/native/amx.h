@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace nmconvert {
 
 constexpr int kDigits = 3;           // of a float, the highest first
@@ -33,18 +35,17 @@ struct AmxJob {
   int64_t step;             // bytes from step to step
   int64_t steps;
   int8_t* unpacked;         // [steps + 1, at least four][digits of weights][kTileSize]: room for unpacked weights
-  // out[i][j] = clip(sum · line_scales[i] · column_scales[j] + bias + residual[i][j]), where the bias is of lines if weights are on the
-  // left (and column_scales are not read), else of columns.
+  // out[i][j] = activation(clip(sum · line_scales[i] · column_scales[j] + bias + residual[i][j])), where the bias is of lines if weights
+  // are on the left (and column_scales are not read), else of columns.
   const float *line_scales, *column_scales, *bias;
   const float* residual;    // strides of out, or null
   float low, high;
+  Activation activation;
   float* out;               // [lines][out_line]
   int64_t out_line;
   int64_t lines, columns;   // that are written: of the last tiles perhaps not all
   int64_t lefts, rights;    // tiles
 };
-
-struct Segment;  // isa.h; here from < 0 are zeros
 
 // What the scale of floats follows from.
 struct Range {
@@ -59,7 +60,7 @@ struct Amx {
   Range (*range)(const float* x, int64_t count);
   // The digits of `count` floats times `scale`, `digit` bytes apart, with zeros up to `padded`, a multiple of a tile's columns.
   void (*split)(const float* x, int64_t count, int64_t padded, float scale, int8_t* digits, int64_t digit);
-  // Four channels, of which some may be null, as quads: digits[to + i] is of channels[…][from + i].
+  // Four channels, of which some may be null, as quads: digits[to + i] is of channels[…][from + i], or zeros where from < 0.
   void (*split_quads)(const float* const* channels, const Segment* segments, int64_t count, float scale, uint32_t* digits, int64_t digit);
   // By the digits that weights have.
   void (*multiply_left[2])(const AmxJob& job);   // weights on the left

@@ -254,7 +254,7 @@ void Run::operator()(int64_t group, int64_t panel, int64_t tile, int64_t last) c
     job.columns = count;
     if (direct) {
       job.residual = image.residual ? image.residual + at + writes->to : nullptr;
-      job.low = epilogue.low, job.high = epilogue.high;
+      job.low = epilogue.low, job.high = epilogue.high, job.activation = epilogue.activation;
       job.out = image.y + at + writes->to;
       job.out_line = size;
     } else {
@@ -263,12 +263,9 @@ void Run::operator()(int64_t group, int64_t panel, int64_t tile, int64_t last) c
       job.out_line = cuts.width;
     }
     isa->amx->multiply_left[plan.digits > 1](job);
-    if (direct) {
-      for (int64_t r = 0; epilogue.activates() && r < job.lines; ++r) isa->activate(job.out + r * size, count, epilogue.activation);
-    } else {
+    if (!direct)
       isa->finish({sums, cuts.width, job.lines, writes, write_count, image.residual ? image.residual + at : nullptr, image.y + at, size,
                    epilogue.low, epilogue.high, epilogue.activation});
-    }
   }
 }
 

@@ -9,6 +9,7 @@ namespace nmconvert {
 struct Amx;
 
 enum class Activation { kNone, kClip, kSilu, kGelu, kGeluTanh };
+constexpr bool activates(Activation activation) { return activation > Activation::kClip; }  // beyond clipping
 
 constexpr int kStep = 4;  // kept entries that are read at once: four values, and four 16-bit offsets in one word
 

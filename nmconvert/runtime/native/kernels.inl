@@ -385,49 +385,10 @@ void unpack_tokens(const float* panel, int64_t panel_width, int64_t rows, int64_
 // ---------------------------------------------------------------------------------------------------------------------
 // Activations.
 
-// e^x to 1e-7, for x clipped to ±87: x = k·ln 2 + r, a polynomial in r (Cephes), and k added to the exponent.
-inline Vector exponential(Vector x) {
-  x = clip(x, splat(-87.0f), splat(87.0f));
-  const Vector scaled = x * 1.44269504f;
-  const Ints k = __builtin_convertvector(scaled + (scaled < 0.0f ? splat(-0.5f) : splat(0.5f)), Ints);
-  const Vector whole = __builtin_convertvector(k, Vector);
-  const Vector r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  Vector p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * reinterpret_cast<Vector>((k + 127) << 23);
-}
-
-inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
-
-// Abramowitz and Stegun 7.1.26: absolute error 1.5e-7.
-inline Vector error_function(Vector x) {
-  const Vector a = x < 0.0f ? -x : x;
-  const Vector t = 1.0f / (1.0f + 0.3275911f * a);
-  Vector p = splat(1.061405429f);
-  p = p * t - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  const Vector y = 1.0f - p * t * exponential(-a * a);
-  return x < 0.0f ? -y : y;
-}
-
-inline Vector activated(Vector x, Activation activation) {
-  switch (activation) {
-    case Activation::kSilu: return x * sigmoid(x);
-    case Activation::kGelu: return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
-    case Activation::kGeluTanh: return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
-    default: return x;
-  }
-}
+#include "activations.inl"
 
 void activate(float* y, int64_t count, Activation activation) {
-  if (activation == Activation::kNone || activation == Activation::kClip) return;
+  if (!activates(activation)) return;
   int64_t i = 0;
   for (; i + W <= count; i += W) store(y + i, activated(load(y + i), activation));
   if (i == count) return;
@@ -573,8 +534,7 @@ void finish_rows(const FinishJob& job) {
 }
 
 void finish(const FinishJob& job) {
-  const bool clipped = job.activation == Activation::kNone || job.activation == Activation::kClip;
-  if (clipped) return job.residual ? finish_rows<true, true>(job) : finish_rows<true, false>(job);
+  if (!activates(job.activation)) return job.residual ? finish_rows<true, true>(job) : finish_rows<true, false>(job);
   return job.residual ? finish_rows<false, true>(job) : finish_rows<false, false>(job);
 }
 
