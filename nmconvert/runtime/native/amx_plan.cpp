@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <numeric>
 
 #include "elements.h"
 #include "ort_abi.h"
@@ -9,49 +11,94 @@
 namespace nmconvert {
 namespace {
 
-// Where weights go: by column a line of the tiles of its row and a bit there, found once, because that takes divisions.
-class Places {
+// Of absolute values. Integers of the same order, so that the compiler takes several at a time.
+float largest_of(const std::vector<float>& floats) {
+  int32_t largest = 0;
+  for (size_t i = 0; i < floats.size(); ++i) {
+    int32_t bits;
+    std::memcpy(&bits, &floats[i], sizeof bits);
+    largest = std::max(largest, bits & INT32_MAX);
+  }
+  float value;
+  std::memcpy(&value, &largest, sizeof value);
+  return value;
+}
+
+// The kept entries of a row, by their place: its weights as integers, in three digits if there are several.
+class Row {
  public:
-  Places(const AmxPlan& plan, const std::vector<uint32_t>& order) : plan_(plan), columns_(order.size()) {
-    for (size_t column = 0; column < order.size(); ++column) {
-      const int64_t position = order[column] % plan.order.positions, channel = order[column] / plan.order.positions;
-      const int64_t place = plan.order.place(channel, position), step = place / kTileColumns, k = place % kTileColumns;
-      columns_[column] = plan.order.left ? Column{step * kTileLines, k} : Column{step * kTileLines + k / 4, k % 4};
+  // Returns the power of two that makes the weights integers.
+  float read(const SparseRows& matrix, const std::vector<uint32_t>& places, const float* values, int64_t row, int digits) {
+    const uint32_t first = matrix.starts[row], count = matrix.starts[row + 1] - first;
+    place_.resize(count), whole_.resize(count), floats_.resize(count);
+    for (uint32_t i = 0; i < count; ++i) place_[i] = places[matrix.column[first + i]];
+    if (matrix.source.empty()) {
+      std::copy_n(values + first, count, floats_.data());
+    } else {
+      for (uint32_t i = 0; i < count; ++i) floats_[i] = values[matrix.source[first + i]];
     }
+    const float scale = digits > 1 ? digit_scale(largest_of(floats_)) : 1;
+    for (uint32_t i = 0; i < count; ++i) {
+      const float value = floats_[i] * scale;
+      whole_[i] = static_cast<int32_t>(value + std::copysign(0.5f, value));
+    }
+    if (!std::is_sorted(place_.begin(), place_.end())) sort();
+    met_ = 0;
+    return scale;
   }
 
-  // visit(its line, its bit there) for every kept entry of a row.
+  // Of the entries before `end` that come next: a bit for the place of each from `begin` on, and visit(that place, its weight).
+  uint64_t bits(uint32_t begin, uint32_t end) const {
+    uint64_t found = 0;
+    for (size_t i = met_; i < place_.size() && place_[i] < end; ++i) found |= uint64_t{1} << (place_[i] - begin);
+    return found;
+  }
   template <typename Visit>
-  void each(const SparseRows& matrix, int64_t row, Visit visit) const {
-    const int64_t in_group = row % plan_.rows, i = in_group % kTileLines;
-    const int64_t first_line = plan_.index(row / plan_.rows, in_group / kTileLines) * kTileLines + (plan_.order.left ? i : 0);
-    const int64_t first_bit = plan_.order.left ? 0 : 4 * i;
-    for (uint32_t entry = matrix.starts[row]; entry < matrix.starts[row + 1]; ++entry) {
-      const Column& column = columns_[matrix.column[entry]];
-      visit(first_line + column.line, first_bit + column.bit);
-    }
+  void pass(uint32_t begin, uint32_t end, Visit visit) {
+    size_t i = met_;
+    for (const size_t count = place_.size(); i < count && place_[i] < end; ++i) visit(place_[i] - begin, whole_[i]);
+    met_ = i;
   }
 
  private:
-  struct Column {
-    int64_t line, bit;
-  };
-  const AmxPlan& plan_;
-  std::vector<Column> columns_;
+  void sort() {
+    std::vector<uint32_t> order(place_.size()), place;
+    std::iota(order.begin(), order.end(), 0);
+    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return place_[a] < place_[b]; });
+    std::vector<int32_t> whole;
+    for (uint32_t i : order) place.push_back(place_[i]), whole.push_back(whole_[i]);
+    place_ = std::move(place), whole_ = std::move(whole);
+  }
+
+  std::vector<uint32_t> place_;
+  std::vector<int32_t> whole_;
+  std::vector<float> floats_;
+  size_t met_ = 0;  // entries that were passed
 };
 
-// The weights of a row as integers, and the power of two that makes them such.
-float make_whole(const SparseRows& matrix, const float* values, int64_t row, int digits, std::vector<int32_t>& whole) {
-  const uint32_t first = matrix.starts[row], count = matrix.starts[row + 1] - first;
-  whole.resize(count);
-  float largest = 0;
-  for (uint32_t i = 0; digits > 1 && i < count; ++i) largest = std::max(largest, std::fabs(values[matrix.value_index(first + i)]));
-  const float scale = digits > 1 ? digit_scale(largest) : 1;
-  for (uint32_t i = 0; i < count; ++i) {
-    const float value = values[matrix.value_index(first + i)] * scale;
-    whole[i] = static_cast<int32_t>(value + std::copysign(0.5f, value));
+// The entries of a tile, which come next in its rows: sets the masks of its lines, appends the digits of its values.
+template <int Digits>
+void plan_tile(AmxPlan& plan, Row* rows, int64_t count, uint32_t begin, uint64_t* masks, uint32_t& kept) {
+  constexpr uint64_t kQuad = 0xf;
+  const bool left = plan.order.left;
+  const uint32_t end = begin + kTileColumns;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t bits = rows[i].bits(begin, end);
+    if (left) masks[i] = bits;
+    for (int line = 0; !left && line < kTileLines; ++line) masks[line] |= (bits >> 4 * line & kQuad) << 4 * i;
   }
-  return scale;
+  int8_t* next[kTileLines];  // where the next value of a line goes: those of a line follow one another
+  for (int line = 0; line < kTileLines; ++line) {
+    next[line] = plan.values.data() + kept;
+    kept += static_cast<uint32_t>(__builtin_popcountll(masks[line]));
+  }
+  const int64_t digit = plan.kept;
+  for (int64_t i = 0; i < count; ++i)
+    rows[i].pass(begin, end, [&](uint32_t place, int32_t whole) {
+      int8_t* at = next[left ? i : place / 4]++;
+      const int32_t bytes = Digits > 1 ? (whole + 0x8080) ^ 0x8080 : whole * (1 << 16);  // the highest digit first
+      for (int d = 0; d < Digits; ++d) at[d * digit] = static_cast<int8_t>(bytes >> (16 - 8 * d));
+    });
 }
 
 }  // namespace
@@ -62,7 +109,14 @@ int weight_digits(const Constant& values, int64_t columns) {
   if (values.type == ort::kInt8) return 1;
   std::vector<float> widened;
   const float* floats = widen(values, widened);
-  return std::all_of(floats, floats + values.size(), [](float value) { return std::isfinite(value); }) ? kDigits : 0;
+  constexpr int32_t kInfinity = 0x7f800000;
+  int32_t infinite = 0;
+  for (int64_t i = 0, count = values.size(); i < count; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, floats + i, sizeof bits);
+    infinite |= (bits & kInfinity) == kInfinity;
+  }
+  return infinite ? 0 : kDigits;
 }
 
 float digit_scale(float largest) {
@@ -79,39 +133,29 @@ AmxPlan plan_amx(const SparseRows& matrix, const Constant& values, const RowScal
   plan.rows = matrix.rows / groups;
   plan.tiles = (plan.rows + kTileLines - 1) / kTileLines;
   plan.digits = digits;
+  plan.kept = static_cast<uint32_t>(matrix.column.size());
   const int64_t tiles = groups * plan.tiles * order.steps();
   uint64_t* masks = plan.masks.at_least(tiles * kTileLines);
   uint32_t* starts = plan.starts.at_least(tiles);
-  const Places places(plan, matrix.order);
-  bool rises = true;  // bits of a line come in their order, so that they need not be counted
-  for (int64_t row = 0; row < matrix.rows; ++row)
-    places.each(matrix, row, [&](int64_t line, int64_t bit) {
-      rises = rises && masks[line] >> bit == 0;
-      masks[line] |= uint64_t{1} << bit;
-    });
-  std::vector<uint32_t> next(tiles * kTileLines);  // of each line, where its first value goes
-  for (int64_t line = 0; line < tiles * kTileLines; ++line) {
-    if (line % kTileLines == 0) starts[line / kTileLines] = plan.kept;
-    next[line] = plan.kept;
-    plan.kept += static_cast<uint32_t>(__builtin_popcountll(masks[line]));
-  }
+  float* of_sums = plan.scales.at_least(groups * plan.tiles * kTileLines);
+  plan.values.at_least(int64_t{digits} * plan.kept);
+  std::vector<uint32_t> places;
+  for (uint32_t column : matrix.order) places.push_back(static_cast<uint32_t>(order.place(column / order.positions, column % order.positions)));
   std::vector<float> widened;
   const float* floats = widen(values, widened);
-  float* of_sums = plan.scales.at_least(groups * plan.tiles * kTileLines);
-  int8_t* stored = plan.values.at_least(int64_t{digits} * plan.kept);
-  std::vector<int32_t> whole;
-  for (int64_t row = 0; row < matrix.rows; ++row) {
-    const float scale = make_whole(matrix, floats, row, digits, whole);
-    of_sums[row / plan.rows * plan.tiles * kTileLines + row % plan.rows] = scales.of(row) / scale * (digits > 1 ? 1 << 16 : 1);
-    const int32_t* value = whole.data();
-    places.each(matrix, row, [&](int64_t line, int64_t bit) {
-      const int before = rises ? 0 : __builtin_popcountll(masks[line] & ((uint64_t{1} << bit) - 1));
-      int8_t* at = stored + next[line] + before;
-      next[line] += rises;
-      const int32_t bytes = digits > 1 ? (*value + 0x8080) ^ 0x8080 : *value * (1 << 16);  // the highest digit first
-      ++value;
-      for (int d = 0; d < digits; ++d) at[int64_t{d} * plan.kept] = static_cast<int8_t>(bytes >> (16 - 8 * d));
-    });
+  Row rows[kTileLines];
+  uint32_t kept = 0;
+  for (int64_t tile = 0; tile < groups * plan.tiles; ++tile) {
+    const int64_t within = tile % plan.tiles * kTileLines, first = tile / plan.tiles * plan.rows + within;
+    const int64_t count = std::min<int64_t>(kTileLines, plan.rows - within);
+    for (int64_t i = 0; i < count; ++i) {
+      const float scale = rows[i].read(matrix, places, floats, first + i, digits);
+      of_sums[tile * kTileLines + i] = scales.of(first + i) / scale * (digits > 1 ? 1 << 16 : 1);
+    }
+    for (int64_t step = 0; step < order.steps(); ++step, masks += kTileLines) {
+      *starts++ = kept;
+      (digits > 1 ? plan_tile<kDigits> : plan_tile<1>)(plan, rows, count, static_cast<uint32_t>(step * kTileColumns), masks, kept);
+    }
   }
   return plan;
 }

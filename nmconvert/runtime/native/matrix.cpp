@@ -1,5 +1,6 @@
 #include "matrix.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -23,6 +24,10 @@ int64_t checked_size(const std::vector<int64_t>& shape, const char* name) {
 }
 
 std::string count(int64_t n) { return std::to_string(n); }
+
+[[noreturn]] void throw_surplus(int64_t values) {
+  throw InvalidNode("the mask keeps more weights than there are values (" + count(values) + ")");
+}
 
 struct Coding {
   int64_t parts, width, codes;
@@ -187,26 +192,31 @@ SparseRows decode(const Packed& packed, const std::vector<bool>& is_row) {
   matrix.columns = walk.columns;
   matrix.starts.assign(walk.rows + 1, 0);
   if (kept > size) throw InvalidNode("there are more values than weights");
-  matrix.column.reserve(kept);
-  std::vector<uint32_t> row;
-  int64_t row_end = 0, current = -1;
-  each_kept(packed, coding, size, [&](int64_t flat) {
-    if (static_cast<int64_t>(matrix.column.size()) == kept)
-      throw InvalidNode("the mask keeps more weights than there are values (" + count(kept) + ")");
-    if (walk.rows_lead) {
-      while (flat >= row_end) row_end += walk.columns, ++current;
-      matrix.column.push_back(static_cast<uint32_t>(flat - (row_end - walk.columns)));
-      ++matrix.starts[current + 1];
-    } else {
+  matrix.column.resize(kept);
+  uint32_t* const begin = matrix.column.data();
+  uint32_t *next = begin, *const end = begin + kept;
+  if (walk.rows_lead) {
+    int64_t row_end = walk.columns;
+    auto ended = matrix.starts.begin() + 1;
+    each_kept(packed, coding, size, [&](int64_t flat) {
+      if (next == end) throw_surplus(kept);
+      for (; flat >= row_end; row_end += walk.columns) *ended++ = static_cast<uint32_t>(next - begin);
+      *next++ = static_cast<uint32_t>(flat - (row_end - walk.columns));
+    });
+    std::fill(ended, matrix.starts.end(), static_cast<uint32_t>(next - begin));
+  } else {
+    std::vector<uint32_t> row;
+    each_kept(packed, coding, size, [&](int64_t flat) {
+      if (next == end) throw_surplus(kept);
       row.push_back(static_cast<uint32_t>(along(walk.extent, walk.row_step, flat)));
-      matrix.column.push_back(static_cast<uint32_t>(along(walk.extent, walk.column_step, flat)));
+      *next++ = static_cast<uint32_t>(along(walk.extent, walk.column_step, flat));
       ++matrix.starts[row.back() + 1];
-    }
-  });
-  if (static_cast<int64_t>(matrix.column.size()) != kept)
-    throw InvalidNode("the mask keeps " + count(matrix.column.size()) + " weights, but there are " + count(kept) + " values");
-  for (int64_t r = 0; r < matrix.rows; ++r) matrix.starts[r + 1] += matrix.starts[r];
-  if (!walk.rows_lead) sort_by_row(matrix, row);
+    });
+    for (int64_t r = 0; r < matrix.rows; ++r) matrix.starts[r + 1] += matrix.starts[r];
+    if (next == end) sort_by_row(matrix, row);
+  }
+  if (next != end)
+    throw InvalidNode("the mask keeps " + count(next - begin) + " weights, but there are " + count(kept) + " values");
   matrix.order = native_order(walk);
   return matrix;
 }

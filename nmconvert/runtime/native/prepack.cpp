@@ -93,7 +93,7 @@ Storage storage_of(const Constant& values) {
   if (values.type != ort::kFloat16 && values.type != ort::kBfloat16) return Storage::kFloats;
   const uint16_t* bits = static_cast<const uint16_t*>(values.data);
   const uint16_t infinity = values.type == ort::kFloat16 ? 0x7c00 : 0x7f80;
-  for (int64_t i = 0; i < values.size(); ++i)
+  for (int64_t i = 0, count = values.size(); i < count; ++i)
     if ((bits[i] & infinity) == infinity) return Storage::kFloats;
   return values.type == ort::kFloat16 ? Storage::kHalves : Storage::kBrains;
 }
