@@ -24,7 +24,7 @@ from nmconvert.pattern import Pattern
 
 _SIZE, _TOKENS = 256, 256  # what one thread computes in about 0.1 ms, and two share; all of it stays in the L2 cache
 _PATTERN = Pattern(2, 4)
-_SLACK = 1.1  # times the fastest so far
+_SLACK = 1.3  # times the fastest so far: the clock changes by a fifth, a neighbour makes it 1.4 to 3
 _RUNS = 4
 
 

@@ -436,14 +436,32 @@ void pad(const float* from, int64_t rows, int64_t columns, int64_t before, int64
   }
 }
 
-void every(const float* from, int64_t stride, int64_t count, float* to) {
-  int64_t i = 0;
-  if (stride == 2) {
-    Ints even;
-    for (int lane = 0; lane < W; ++lane) even[lane] = 2 * lane;
-    for (; i + W < count; i += W) store(to + i, __builtin_shuffle(load(from + 2 * i), load(from + 2 * i + W), even));
+template <int Lanes>
+struct Part {
+  typedef float Floats __attribute__((vector_size(4 * Lanes), aligned(4), may_alias));
+  typedef int32_t Indices __attribute__((vector_size(4 * Lanes)));
+};
+
+// Every second float; the last `Lanes` of them together with some of those before, so that nothing beyond them is read.
+template <int Lanes>
+void every_second(const float* from, int64_t count, float* to) {
+  typedef typename Part<Lanes>::Floats Floats;
+  typename Part<Lanes>::Indices wanted;
+  for (int lane = 0; lane < Lanes; ++lane) wanted[lane] = 2 * lane + (2 * lane < Lanes ? 0 : 1);
+  for (int64_t i = 0; i < count; i += Lanes) {
+    const int64_t at = i < count - Lanes ? i : count - Lanes;
+    const Floats low = *reinterpret_cast<const Floats*>(from + 2 * at), high = *reinterpret_cast<const Floats*>(from + 2 * at + Lanes - 1);
+    *reinterpret_cast<Floats*>(to + at) = __builtin_shuffle(low, high, wanted);
   }
-  for (; i < count; ++i) to[i] = from[i * stride];
+}
+
+void every(const float* from, int64_t stride, int64_t count, float* to) {
+  if (stride == 2 && count >= 4) {
+    if (W >= 16 && count >= 16) return every_second<W>(from, count, to);
+    if (W >= 8 && count >= 8) return every_second<8>(from, count, to);
+    return every_second<4>(from, count, to);
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
 }
 
 constexpr int kAhead = 8;  // lines: channels lie too far apart for the processor to foresee
@@ -463,11 +481,6 @@ void gather(const float* from, const int64_t* offsets, int64_t columns, const Se
     }
   }
 }
-
-template <int Lanes>
-struct Part {
-  typedef float Floats __attribute__((vector_size(4 * Lanes), aligned(4), may_alias));
-};
 
 template <int Pieces>
 void gather_pieces(const float* from, const int64_t* offsets, int64_t lines, const Segment* segments, int64_t height, int64_t step,
