@@ -43,7 +43,7 @@ def unfused(fused: str, opset: int = 20) -> tuple[onnx.ModelProto, dict[str, np.
     """A model of a layer and the operators after it, and a feed."""
     rng = np.random.default_rng(0)
     dtype = np.int8 if FUNCTIONS[fused].scaled else np.float32
-    base = next(name for name in ("Conv", "Linear", "Gemm") if fused.removeprefix(SCALED).startswith(name))
+    base = next(name for name in ("Conv", "MatMul", "Linear", "Gemm") if fused.removeprefix(SCALED).startswith(name))
     rows = 24
     bias = rng.standard_normal(rows).astype(np.float32)
     if base == "Conv":
@@ -51,9 +51,10 @@ def unfused(fused: str, opset: int = 20) -> tuple[onnx.ModelProto, dict[str, np.
         shape, out, attributes = [2, 16, 9, 10], [2, rows, 9, 10], {"pads": [1] * 4}
     else:
         weight = random_weight(rng, "matmul", (32, rows), "2:4", dtype=dtype)
-        shape, out = ([2, 7, 32], [2, 7, rows]) if base == "Linear" else ([9, 32], [9, rows])
-        attributes = {} if base == "Linear" else {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
-    nodes = [call(base, weight, ["x", "B"], "h", **attributes), *following(fused, "h")]
+        shape, out = ([9, 32], [9, rows]) if base == "Gemm" else ([2, 7, 32], [2, 7, rows])
+        attributes = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0} if base == "Gemm" else {}
+    inputs = ["x", "B"] if FUNCTIONS[fused].takes_bias else ["x"]
+    nodes = [call(base, weight, inputs, "h", **attributes), *following(fused, "h")]
     constants = [*initializers(weight), tensor("B", bias), tensor("low", np.float32(-0.25)), tensor("high", np.float32(0.5))]
     more = {"z": out} if FUNCTIONS[fused].residual else {}
     proto = model(nodes, constants, shape, y_rank=len(out), more_inputs=more)

@@ -13,9 +13,9 @@ domain and names and never looks at the body. Both read the same call::
     Y = nmconvert.GemmLeft(X, values, mask, table, C)       alpha · W · X + beta · C, C may be ""
 
 What follows a layer in the graph can be fused into its call (:mod:`nmconvert.export.fuse`), so that a kernel does it while
-the output is still in registers: ``ConvRelu``, ``ConvClip``, ``ConvSilu``, ``ConvAdd``, ``ConvAddRelu``, ``LinearRelu``,
-``LinearSilu``, ``LinearGelu``, ``LinearGeluTanh``, ``LinearAdd`` and ``GemmRelu`` take the inputs of their base, those with Add
-a last one, ``Z``, of the output's shape, which is added before the activation; Clip has the attributes ``low`` and ``high``.
+the output is still in registers: ``ConvRelu``, ``LinearAdd`` and so on, ``Conv``, ``MatMul``, ``Linear`` and ``Gemm`` with each
+of ``Relu``, ``Clip``, ``Silu``, ``Gelu``, ``GeluTanh``, ``Add`` and ``AddRelu``. They take the inputs of their base, those with
+Add a last one, ``Z``, of the output's shape, which is added before the activation; Clip has the attributes ``low`` and ``high``.
 
 Each has a twin for int8 values, ``ScaledConv`` and so on, with one more input, ``scale``, after the table.
 
@@ -105,34 +105,32 @@ class Function:
         return replace(self, name=SCALED + self.name, scaled=True)
 
 
-def _fused(
-    base: str, op_type: str, inputs: tuple[str, ...], attributes: dict[str, AttributeProto.AttributeType], tail: str
-) -> Function:
-    """``base`` with ``tail`` fused in: an optional Add, then an optional activation."""
-    more = _CLIP if tail.endswith("Clip") else {}
-    return Function(
-        base + tail,
-        op_type,
-        inputs,
-        attributes | more,
-        adds_bias=base == "Linear",
+_TAILS = ("Relu", "Clip", "Silu", "Gelu", "GeluTanh", "Add", "AddRelu")  # an Add, an activation, or both
+_BASES = (
+    Function("Conv", "Conv", ("X", "W", "B"), _CONV),
+    Function("MatMul", "MatMul", ("X", "W"), {}),
+    Function("Linear", "MatMul", ("X", "W"), {}, adds_bias=True),
+    Function("Gemm", "Gemm", ("X", "W", "B"), _GEMM),
+)
+_ALONE = (
+    Function("ConvTranspose", "ConvTranspose", ("X", "W", "B"), _CONV_TRANSPOSE),
+    Function("MatMulLeft", "MatMul", ("W", "X"), {}),
+    Function("GemmLeft", "Gemm", ("W", "X", "B"), _GEMM),
+)
+
+
+def _fused(base: Function, tail: str) -> Function:
+    """``base`` with ``tail`` fused in."""
+    return replace(
+        base,
+        name=base.name + tail,
+        attributes=base.attributes | (_CLIP if tail == "Clip" else {}),
         residual=tail.startswith("Add"),
         activation=tail.removeprefix("Add"),
     )
 
 
-_PLAIN = (
-    Function("Conv", "Conv", ("X", "W", "B"), _CONV),
-    Function("ConvTranspose", "ConvTranspose", ("X", "W", "B"), _CONV_TRANSPOSE),
-    Function("MatMul", "MatMul", ("X", "W"), {}),
-    Function("Linear", "MatMul", ("X", "W"), {}, adds_bias=True),
-    Function("Gemm", "Gemm", ("X", "W", "B"), _GEMM),
-    Function("MatMulLeft", "MatMul", ("W", "X"), {}),
-    Function("GemmLeft", "Gemm", ("W", "X", "B"), _GEMM),
-    *(_fused("Conv", "Conv", ("X", "W", "B"), _CONV, tail) for tail in ("Relu", "Clip", "Silu", "Add", "AddRelu")),
-    *(_fused("Linear", "MatMul", ("X", "W"), {}, tail) for tail in ("Relu", "Silu", "Gelu", "GeluTanh", "Add")),
-    _fused("Gemm", "Gemm", ("X", "W", "B"), _GEMM, "Relu"),
-)
+_PLAIN = (*_BASES, *_ALONE, *(_fused(base, tail) for base in _BASES for tail in _TAILS))
 FUNCTIONS: dict[str, Function] = {f.name: f for plain in _PLAIN for f in (plain, plain.with_scale)}
 
 

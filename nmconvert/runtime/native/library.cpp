@@ -88,7 +88,8 @@ CustomOp make_custom_op(const Operator& op, int compute, int stored, const Isa* 
   custom.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t{1}; };
   custom.GetOutputType = [](const OrtCustomOp* it, size_t) { return self(it).compute; };
   custom.GetInputCharacteristic = [](const OrtCustomOp* it, size_t index) -> int {
-    return index == self(it).op->bias() ? ort::kOptional : ort::kRequired;
+    const Operator& function = *self(it).op;
+    return function.base != Base::kMatMul && index == function.bias() ? ort::kOptional : ort::kRequired;
   };
   custom.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return ort::kRequired; };
   custom.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };

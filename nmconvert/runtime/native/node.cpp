@@ -9,24 +9,17 @@ namespace {
 constexpr struct {
   const char* name;
   Base base;
+} kBases[] = {{"Conv", Base::kConv}, {"MatMul", Base::kMatMul}, {"Linear", Base::kLinear}, {"Gemm", Base::kGemm}};
+
+// What is fused into a call.
+constexpr struct {
+  const char* name;
   bool residual;
   Activation activation;
-} kFunctions[] = {
-    {"Conv", Base::kConv, false, Activation::kNone},
-    {"ConvRelu", Base::kConv, false, Activation::kClip},
-    {"ConvClip", Base::kConv, false, Activation::kClip},
-    {"ConvSilu", Base::kConv, false, Activation::kSilu},
-    {"ConvAdd", Base::kConv, true, Activation::kNone},
-    {"ConvAddRelu", Base::kConv, true, Activation::kClip},
-    {"MatMul", Base::kMatMul, false, Activation::kNone},
-    {"Linear", Base::kLinear, false, Activation::kNone},
-    {"LinearRelu", Base::kLinear, false, Activation::kClip},
-    {"LinearSilu", Base::kLinear, false, Activation::kSilu},
-    {"LinearGelu", Base::kLinear, false, Activation::kGelu},
-    {"LinearGeluTanh", Base::kLinear, false, Activation::kGeluTanh},
-    {"LinearAdd", Base::kLinear, true, Activation::kNone},
-    {"Gemm", Base::kGemm, false, Activation::kNone},
-    {"GemmRelu", Base::kGemm, false, Activation::kClip},
+} kTails[] = {
+    {"", false, Activation::kNone},      {"Relu", false, Activation::kClip},         {"Clip", false, Activation::kClip},
+    {"Silu", false, Activation::kSilu},  {"Gelu", false, Activation::kGelu},         {"GeluTanh", false, Activation::kGeluTanh},
+    {"Add", true, Activation::kNone},    {"AddRelu", true, Activation::kClip},
 };
 
 }  // namespace
@@ -35,8 +28,9 @@ const std::vector<Operator>& operators() {
   static const std::vector<Operator> all = [] {
     std::vector<Operator> made;
     for (const bool scaled : {false, true})
-      for (const auto& function : kFunctions)
-        made.push_back({(scaled ? "Scaled" : "") + std::string(function.name), function.base, function.residual, function.activation, scaled});
+      for (const auto& base : kBases)
+        for (const auto& tail : kTails)
+          made.push_back({(scaled ? "Scaled" : "") + std::string(base.name) + tail.name, base.base, tail.residual, tail.activation, scaled});
     return made;
   }();
   return all;
