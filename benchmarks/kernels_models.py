@@ -4,11 +4,11 @@
 
 The models have random weights in the shapes of the real ones: speed does not depend on their values. All convolutions but the
 first and all linear layers of a model are pruned by magnitude, the embeddings are not. Both files come from the same traced
-graph; OpenVINO (``--peers openvino,torch``; at float32) reads the dense file, torch runs the module. All take turns, in rounds.
-Times and the first ratio are medians of the turns in which neighbours left the machine alone (quiet.py): rounds go on until each
-has had enough of these, or until the seconds are over. After it the median of all rounds' own ratios, with quartiles, and the
-ratio of the fastest turns. With one thread processor time is taken, which does not count what other processes use; with more,
-wall time. Prints the rows of a Markdown table. What loading costs: load.py.
+graph; OpenVINO (``--peers openvino,torch``; at float32) reads the dense file, torch runs the module. All take turns, in
+rounds. Times and the first ratio are medians of the turns in which neighbours left the machine alone (quiet.py): rounds go on
+until each has had enough of these, or until the seconds are over. After it the median of all rounds' own ratios, with
+quartiles, and the ratio of the fastest turns. With one thread processor time is taken, which does not count what other
+processes use; with more, wall time. Prints the rows of a Markdown table. What loading costs: load.py.
 """
 
 from __future__ import annotations

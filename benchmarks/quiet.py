@@ -1,8 +1,9 @@
 """Whether other virtual machines leave this one's cores alone.
 
-Machines that are rented share their cores: a neighbour on the other half of a core makes loops that read the L1 cache with every
-product two to four times as slow, for seconds, and dense ones less. Processor time does not show it. A :class:`Probe` runs a
-small layer on the kernels: a turn of a benchmark is quiet where the layer took no longer than usual before and after it.
+Machines that are rented share their cores: a neighbour on the other half of a core makes loops that read the L1 cache with
+every product two to four times as slow, for seconds, and dense ones less. Processor time does not show it. A :class:`Probe`
+runs a small layer on the kernels: a turn of a benchmark is quiet where the layer took no longer than usual before and after
+it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ domain and names and never looks at the body. Both read the same call::
 What follows a layer in the graph can be fused into its call (:mod:`nmconvert.export.fuse`), so that a kernel does it while
 the output is still in registers: ``ConvRelu``, ``LinearAdd`` and so on, ``Conv``, ``MatMul``, ``Linear`` and ``Gemm`` with each
 of ``Relu``, ``Clip``, ``Silu``, ``Gelu``, ``GeluTanh``, ``Add`` and ``AddRelu``. They take the inputs of their base, those with
-Add a last one, ``Z``, of the output's shape, which is added before the activation; Clip has the attributes ``low`` and ``high``.
+Add a last one, ``Z``, of the output's shape, which is added before the activation; Clip has ``low`` and ``high``.
 
 Each has a twin for int8 values, ``ScaledConv`` and so on, with one more input, ``scale``, after the table.
 
