@@ -274,3 +274,25 @@ def used_names(model: ModelProto) -> Mapping[str, int]:
         for name in [*(n for node in graph.node for n in node.input), *(value.name for value in graph.output)]:
             count[name] = count.get(name, 0) + 1
     return count
+
+
+def remove_unused_constants(model: ModelProto) -> None:
+    """Drop initialisers that nothing reads, and the Constant, Identity, Transpose and Cast nodes that led from them."""
+    constants = {tensor.name for graph, _ in graphs(model) for tensor in graph.initializer}
+    while True:
+        reads = used_names(model)
+        removed = 0
+        for graph, _ in graphs(model):
+            for index in reversed(range(len(graph.node))):
+                node = graph.node[index]
+                leads_on = constant_tensor(node) is not None or node.op_type in ("Identity", "Transpose", "Cast")
+                if leads_on and not any(reads.get(name) for name in node.output):
+                    del graph.node[index]
+                    removed += 1
+            for entries in (graph.initializer, graph.input):  # old models list their initialisers as inputs, too
+                for index in reversed(range(len(entries))):
+                    if entries[index].name in constants and not reads.get(entries[index].name):
+                        del entries[index]
+                        removed += 1
+        if not removed:
+            return

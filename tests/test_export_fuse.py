@@ -14,7 +14,7 @@ from runtime_models import call, initializers, model, random_weight, tensor
 from nmconvert import runtime
 from nmconvert.export.functions import FUNCTIONS, function_proto
 from nmconvert.export.fuse import fuse
-from nmconvert.onnx_graph import SCALED
+from nmconvert.onnx_graph import SCALED, used_names
 
 FUSED = sorted(name for name, function in FUNCTIONS.items() if function.residual or function.activation)
 
@@ -85,6 +85,7 @@ def test_fused_calls_compute_what_the_graph_did(name: str) -> None:
     fuse(proto)
     onnx.checker.check_model(proto, full_check=True)
     assert [node.op_type for node in proto.graph.node] == [name]
+    assert {constant.name for constant in proto.graph.initializer} <= set(used_names(proto))  # onnxruntime warns of others
     np.testing.assert_allclose(run(proto, feed), expected, atol=2e-6)
     if runtime.kernels().usable:
         for isa in ("portable", "avx2", "avx512", "amx", "amx-always"):

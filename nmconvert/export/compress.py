@@ -25,9 +25,9 @@ from nmconvert.onnx_graph import (
     FLOATS,
     Constants,
     WeightUse,
-    constant_tensor,
     graphs,
     opset,
+    remove_unused_constants,
     tensor_infos,
     used_names,
     weight_uses,
@@ -204,25 +204,3 @@ def _bias_after(node: NodeProto, graph: GraphProto, scope: Constants, reads: Map
             constant = scope.trace(other)
             return (user, other) if constant is not None and len(constant.shape) == 1 else None
     return None
-
-
-def remove_unused_constants(model: ModelProto) -> None:
-    """Drop initialisers that nothing reads, and the Constant, Identity, Transpose and Cast nodes that led from them."""
-    constants = {tensor.name for graph, _ in graphs(model) for tensor in graph.initializer}
-    while True:
-        reads = used_names(model)
-        removed = 0
-        for graph, _ in graphs(model):
-            for index in reversed(range(len(graph.node))):
-                node = graph.node[index]
-                leads_on = constant_tensor(node) is not None or node.op_type in ("Identity", "Transpose", "Cast")
-                if leads_on and not any(reads.get(name) for name in node.output):
-                    del graph.node[index]
-                    removed += 1
-            for entries in (graph.initializer, graph.input):  # old models list their initialisers as inputs, too
-                for index in reversed(range(len(entries))):
-                    if entries[index].name in constants and not reads.get(entries[index].name):
-                        del entries[index]
-                        removed += 1
-        if not removed:
-            return

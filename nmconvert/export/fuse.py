@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from nmconvert.export.functions import FUNCTIONS, function_proto
-from nmconvert.onnx_graph import DOMAIN, Constants, attribute, graphs, opset, used_names
+from nmconvert.onnx_graph import DOMAIN, Constants, attribute, graphs, opset, remove_unused_constants, used_names
 
 _INFINITY = float("inf")
 _ROOT_HALF = 0.707107  # √½, as far as _factor() reads
@@ -21,15 +21,18 @@ def fuse(model: ModelProto) -> int:
     """Fuse, in place, activations and residual additions into the calls before them; returns how many operators went.
 
     An addition is fused where the file says (``value_info``) that both operands have the same shape: the kernels do not
-    broadcast. The functions of the model become those that are called now.
+    broadcast. The functions of the model become those that are called now; constants that nothing reads any longer go, because
+    onnxruntime warns of each.
     """
     before = sum(len(graph.node) for graph, _ in graphs(model))
     for graph, scope in graphs(model):
         _Fuser(graph, scope, used_names(model)).run()
+    fused = before - sum(len(graph.node) for graph, _ in graphs(model))
+    remove_unused_constants(model)
     used = {node.op_type for graph, _ in graphs(model) for node in graph.node if node.domain == DOMAIN}
     del model.functions[:]
     model.functions.extend(function_proto(name, opset(model)) for name in sorted(used))
-    return before - sum(len(graph.node) for graph, _ in graphs(model))
+    return fused
 
 
 class _Fuser:
