@@ -330,8 +330,9 @@ void run_vectors(const Isa* isa, Weights& weights, const Packed& packed, const S
   run_panels(isa, weights, streaming, attributes, image, epilogue, parallel);
 }
 
-// On the matrix unit images of so many pixels run one by one: then each is still in the caches when it is read a second time.
-constexpr int64_t kLargeImage = 512;
+// Large images run one by one: each is still in the caches when its padded, strided or split copy is read.
+constexpr int64_t kLargeImage = 512;  // pixels of the output
+int64_t images_at_once(const Image& image) { return volume(image.out) < kLargeImage ? image.batch : 1; }
 
 Image images(const ConvAttributes& a, const Image& all, int64_t first, int64_t count) {
   Image some = all;
@@ -368,17 +369,19 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
   Image image = given_image;
   if (pixels_of(image) == 0) return;
   const bool pointwise = flatten_pointwise(attributes, image);
-  if (pointwise) image.x = subsample(isa, given, given_image, parallel);
-  if (pointwise && is_product(attributes, image))
-    return run_linear(isa, weights, packed, 0, {image.x, image.batch, image.bias, image.residual, image.y}, epilogue, parallel);
-  const Streaming streaming = stream_image(isa, weights, packed, attributes, image);
-  if (!streaming.amx) return run_vectors(isa, weights, packed, streaming, attributes, image, epilogue, parallel);
-  const int64_t together = volume(image.out) < kLargeImage ? image.batch : 1;
-  for (int64_t n = 0; n < image.batch; n += together) {
-    const Image some = images(attributes, image, n, together);
-    if (run_amx_conv(isa, *streaming.amx, attributes, some, epilogue, parallel)) continue;
-    const Isa* vectors = isa_avx512();
-    run_vectors(vectors, weights, packed, stream_image(vectors, weights, packed, attributes, some), attributes, some, epilogue, parallel);
+  if (pointwise && is_product(attributes, image)) {
+    const float* x = subsample(isa, given, given_image, parallel);
+    return run_linear(isa, weights, packed, 0, {x, image.batch, image.bias, image.residual, image.y}, epilogue, parallel);
+  }
+  const int64_t at_once = images_at_once(image);
+  for (int64_t n = 0; n < image.batch; n += at_once) {
+    Image some = images(attributes, image, n, at_once);
+    if (pointwise) some.x = subsample(isa, given, images(given, given_image, n, at_once), parallel);
+    const Streaming streaming = stream_image(isa, weights, packed, attributes, some);
+    if (streaming.amx && run_amx_conv(isa, *streaming.amx, attributes, some, epilogue, parallel)) continue;
+    const Isa* vectors = streaming.amx ? isa_avx512() : isa;
+    const Streaming by_vectors = streaming.amx ? stream_image(vectors, weights, packed, attributes, some) : streaming;
+    run_vectors(vectors, weights, packed, by_vectors, attributes, some, epilogue, parallel);
   }
 }
 
@@ -389,6 +392,7 @@ void prepare_conv(const Isa* isa, Weights& weights, const Packed& packed, const 
   for (int64_t size : image.out) likely *= static_cast<double>(size);
   if (likely == 0 || likely > 1e10) return;  // what cannot run is not prepared for
   if (flatten_pointwise(attributes, image) && is_product(attributes, image)) return prepare_linear(isa, weights, packed, batch);
+  image.batch = images_at_once(image);
   if (stream_image(isa, weights, packed, attributes, image).by_rows()) weights.few(packed, *isa);
 }
 
