@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 
 #include "elements.h"
 #include "ort_abi.h"
@@ -11,14 +10,16 @@
 namespace nmconvert {
 namespace {
 
+int32_t bits_of(const float& value) {
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 // Of absolute values. Integers of the same order, so that the compiler takes several at a time.
 float largest_of(const std::vector<float>& floats) {
   int32_t largest = 0;
-  for (size_t i = 0; i < floats.size(); ++i) {
-    int32_t bits;
-    std::memcpy(&bits, &floats[i], sizeof bits);
-    largest = std::max(largest, bits & INT32_MAX);
-  }
+  for (const float& value : floats) largest = std::max(largest, bits_of(value) & INT32_MAX);
   float value;
   std::memcpy(&value, &largest, sizeof value);
   return value;
@@ -61,19 +62,29 @@ class Row {
   }
 
  private:
+  // All rows of a layer on the kernel axis come here: no comparisons.
   void sort() {
-    std::vector<uint32_t> order(place_.size()), place;
-    std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return place_[a] < place_[b]; });
-    std::vector<int32_t> whole;
-    for (uint32_t i : order) place.push_back(place_[i]), whole.push_back(whole_[i]);
-    place_ = std::move(place), whole_ = std::move(whole);
+    const uint32_t words = *std::max_element(place_.begin(), place_.end()) / 64 + 1;
+    taken_.assign(words, 0);
+    at_place_.resize(64 * words);
+    for (size_t i = 0; i < place_.size(); ++i) {
+      taken_[place_[i] / 64] |= uint64_t{1} << place_[i] % 64;
+      at_place_[place_[i]] = whole_[i];
+    }
+    size_t next = 0;
+    for (uint32_t word = 0; word < words; ++word)
+      for (uint64_t left = taken_[word]; left; left &= left - 1, ++next) {
+        place_[next] = 64 * word + static_cast<uint32_t>(__builtin_ctzll(left));
+        whole_[next] = at_place_[place_[next]];
+      }
   }
 
   std::vector<uint32_t> place_;
   std::vector<int32_t> whole_;
   std::vector<float> floats_;
   size_t met_ = 0;  // entries that were passed
+  std::vector<uint64_t> taken_;
+  std::vector<int32_t> at_place_;
 };
 
 // The entries of a tile, which come next in its rows: sets the masks of its lines, appends the digits of its values.
@@ -111,11 +122,7 @@ int weight_digits(const Constant& values, int64_t columns) {
   const float* floats = widen(values, widened);
   constexpr int32_t kInfinity = 0x7f800000;
   int32_t infinite = 0;
-  for (int64_t i = 0, count = values.size(); i < count; ++i) {
-    int32_t bits;
-    std::memcpy(&bits, floats + i, sizeof bits);
-    infinite |= (bits & kInfinity) == kInfinity;
-  }
+  for (int64_t i = 0, count = values.size(); i < count; ++i) infinite |= (bits_of(floats[i]) & kInfinity) == kInfinity;
   return infinite ? 0 : kDigits;
 }
 
