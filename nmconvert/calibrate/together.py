@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 _SAME = 1e-3  # relative difference of a loss: rounding is far below, an operator that mixes examples far above
 _PLAIN = (bool, int, float, str, type(None))
@@ -50,8 +50,8 @@ class Together:
 
     def _at_once(self, examples: Sequence[Any]) -> Tensor:
         """[examples]."""
-        rows, (_, spec) = [tree_flatten(example)[0] for example in examples], tree_flatten(examples[0])
-        first = rows[0]
+        rows = [tree_leaves(example) for example in examples]
+        first, spec = tree_flatten(examples[0])
         places = [place for place, leaf in enumerate(first) if isinstance(leaf, Tensor)]
         stacked = [torch.stack([row[place] for row in rows]) for place in places]
 
