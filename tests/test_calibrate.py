@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nmconvert.calibrate.answers import answer_of, heads
-from nmconvert.calibrate.correct import held_out_error, keep_if_better, reconstruct, reestimate_norms
+from nmconvert.calibrate.correct import held_out_error, keep_if_better, output_error, reconstruct, reestimate_norms
 from nmconvert.calibrate.driver import Recipe, prune_model
 from nmconvert.calibrate.images import augment, is_images, scenes
 from nmconvert.calibrate.moments import Moments, find_followers, find_sites, inputs_seen
@@ -423,7 +423,11 @@ def test_reconstruction_keeps_masks_and_reaches_the_dense_block():
     batches = images(4)
     pairs = [(Call((b.reshape(-1, 8),), {}), dense(b.reshape(-1, 8)).detach()) for b in batches]
     before = held_out_error(model, [[pairs[0][0]]], [[pairs[0][1]]])
-    reconstruct(model, model, lambda step: pairs[step % 4], {"weight": mask}, steps=300, rate=0.02)
+
+    def loss(pair):
+        return output_error(model(*pair[0].args), pair[1])
+
+    reconstruct(model, loss, lambda step: pairs[step % 4], {"weight": mask}, steps=300, rate=0.02)
     assert not model.weight[~mask].any()
     assert held_out_error(model, [[pairs[0][0]]], [[pairs[0][1]]]) < 1e-3 * before
 

@@ -379,7 +379,7 @@ def test_a_graph_that_answers_by_place_is_fitted_to_what_its_maps_mean():
 def test_maps_are_fitted_in_more_and_gentler_steps_of_the_same_images(monkeypatch):
     fits = []
 
-    def fit(module, answer, pairs, masks, *, steps, rate, together, **others):
+    def fit(module, loss, examples, masks, *, steps, rate, together, **others):
         fits.append((steps, rate, together))
 
     monkeypatch.setattr("nmconvert.calibrate.driver.reconstruct", fit)
@@ -396,7 +396,7 @@ def test_maps_are_fitted_for_longer_to_many_images_which_are_not_copied(monkeypa
     monkeypatch.setattr("nmconvert.calibrate.driver._FEW", 14)
     fits, seen = [], []
 
-    def fit(module, answer, pairs, masks, *, steps, **others):
+    def fit(module, loss, examples, masks, *, steps, **others):
         fits.append(steps)
 
     class Counted(Moments):

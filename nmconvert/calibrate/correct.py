@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from nmconvert.calibrate.answers import Answer
 from nmconvert.calibrate.replay import Call, outputs_of
+from nmconvert.calibrate.together import Loss, Together
 
 _RISE = 0.1  # of the steps: Adam's first ones are as large as the rate, whatever the gradients are
 _USUAL = 0.5  # size of a tensor at which a relative rate is the absolute one; with 0.1 the fit of FastestDet ran away
-
-Pair = tuple[Call, Any]
-"""A call, and what the dense module answers to it."""
 
 Measure = Callable[[Any, Any], Tensor]
 """How far outputs are from targets: a scalar."""
@@ -114,27 +112,28 @@ def batch_statistics(module: nn.Module, calls: Sequence[Sequence[Call]]) -> list
 
 def reconstruct(
     module: nn.Module,
-    answer: Answer,
-    pairs: Callable[[int], Pair],
+    loss: Loss,
+    examples: Callable[[int], Any],
     masks: Mapping[str, Tensor],
     *,
     steps: int,
     rate: float,
     together: int = 1,
     relative: bool = False,
-    distance: Measure = output_error,
+    at_once: int = 0,
 ) -> None:
     """Fit the kept weights, biases and norms of ``module`` to the dense answers: Adam, masks fixed.
 
     The rate rises for a tenth of the steps, and falls as a cosine.
-    ``answer`` is the module, or what it is judged by (:mod:`nmconvert.calibrate.answers`). ``pairs(n)`` gives the nth call and
-    its target, of which a step takes ``together``; ``masks`` are by parameter name, in the parameter's shape. With ``relative``
-    a tensor's rate is ``rate`` times its root mean square, over ½.
+    ``loss`` says how far the module is from them on an example. ``examples(n)`` gives the nth, of which a step takes the mean
+    over ``together``, as many of them at once as hold ``at_once`` bytes (:mod:`nmconvert.calibrate.together`); ``masks`` are by
+    parameter name, in the parameter's shape. With ``relative`` a tensor's rate is ``rate`` times its root mean square, over ½.
     The module stays in evaluation mode: norms use their running statistics. (The block reconstruction of BRECQ, Li et
     al. 2021, with N:M masks in place of rounding.)
     """
     parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
     frozen = {name: p.requires_grad for name, p in parameters.items()}
+    losses = Together(loss, at_once)
     with torch.enable_grad():
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -144,10 +143,8 @@ def reconstruct(
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * min(1.0, (step + 1) / (_RISE * steps)) * 0.5 * (1 + cos(pi * step / steps))
             optimizer.zero_grad(set_to_none=True)
-            for number in range(step * together, (step + 1) * together):
-                call, target = pairs(number)
-                call = Call(*tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs)))
-                (distance(answer(*call.args, **call.kwargs), target) / together).backward()
+            for part in losses([examples(number) for number in range(step * together, (step + 1) * together)]):
+                (part / together).backward()
             optimizer.step()
             with torch.no_grad():
                 for name, mask in masks.items():

@@ -33,6 +33,7 @@ from nmconvert.calibrate.moments import Moments, Site, find_followers, find_site
 from nmconvert.calibrate.replay import Batch, Call, Replay, as_call, find_units, outputs_of, trace
 from nmconvert.calibrate.resume import Done, fingerprint, read, write
 from nmconvert.calibrate.store import LIMIT, Store
+from nmconvert.calibrate.together import Loss
 from nmconvert.errors import DataError, ModelError
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Axis, Pattern
@@ -97,6 +98,7 @@ class Recipe:
     tokens: int = 1 << 17  # positions taken of each layer's inputs, of all batches together
     copies: int = 2  # of image batches, flipped and shifted (the first as it is); twice as many scenes for maps
     relative_rates: bool = False  # each tensor's rate follows its size: for graphs whose norms are folded into the weights
+    at_once: int = 0  # bytes of activations that examples of a fit may hold which are computed at once: for graphs (no state)
     held_out: float = 0.125
     memory: int = LIMIT  # bytes of activations between units; more are kept in temporary files
     seed: int = 0
@@ -337,13 +339,18 @@ class _Run:
     def _reconstruct(self, unit: str, inputs: list[list[Call]], targets: list[list[Any]]) -> None:
         prefix = unit + "." if unit else ""
         masks = {n.removeprefix(prefix): m for n, m in self.masks.items() if n.startswith(prefix)}
-        order = self._shuffled(self.recipe.block_steps * self.together)
+        order, answer = self._shuffled(self.recipe.block_steps * self.together), self._answer(unit)
 
-        def pair(number: int) -> tuple[Call, Any]:
-            return inputs[order[number]][0], targets[order[number]][0]
+        def example(number: int) -> Any:
+            call = inputs[order[number]][0]
+            return call.args, call.kwargs, targets[order[number]][0]
+
+        def loss(example: Any) -> Tensor:
+            args, kwargs, target = example
+            return output_error(answer(*args, **kwargs), target)
 
         def change() -> None:
-            self._fit(unit, pair, masks, self.recipe.block_steps, self.recipe.block_rate, output_error, self.together)
+            self._fit(unit, loss, example, masks, self.recipe.block_steps, self.recipe.block_rate, self.together)
 
         self._correct(unit, "reconstruction", change, inputs[self.train :], targets[self.train :])
 
@@ -361,16 +368,20 @@ class _Run:
         steps, together = round(self.recipe.model_steps * finer * min(self.many, _LONGER)), self.together // finer
         order = self._shuffled(steps * together, len(self.fresh))
 
-        def pair(number: int) -> tuple[Call, Any]:
+        def example(number: int) -> Any:
             call = as_call(self._changed(self.fresh[order[number]]))
-            return call, self._outputs_dense(call)
+            return call.args, call.kwargs
+
+        def loss(example: Any) -> Tensor:
+            target = self._outputs_dense(Call(*example))
+            return distance(self.answer(*example[0], **example[1]), target)
 
         error = held_out_error(self.answer, held, targets, distance)
         usual = self.recipe.model_rate * (_GENTLER if self.by_place else 1.0)
         rate = usual * min(1.0, (error / _LARGE) ** 0.5)  # a good model is spoilt by large steps
 
         def change() -> None:
-            self._fit("", pair, self.masks, steps, rate, distance, together)
+            self._fit("", loss, example, self.masks, steps, rate, together)
 
         self._correct("", "reconstruction", change, held, targets, distance)
 
@@ -394,24 +405,16 @@ class _Run:
     def _fit(
         self,
         unit: str,
-        pair: Callable[[int], tuple[Call, Any]],
+        loss: Loss,
+        examples: Callable[[int], Any],
         masks: Mapping[str, Tensor],
         steps: int,
         rate: float,
-        distance: Measure,
         together: int,
     ) -> None:
-        module, relative = self.model.get_submodule(unit), self.recipe.relative_rates
+        module, relative, at_once = self.model.get_submodule(unit), self.recipe.relative_rates, self.recipe.at_once
         reconstruct(
-            module,
-            self._answer(unit),
-            pair,
-            masks,
-            steps=steps,
-            rate=rate,
-            together=together,
-            relative=relative,
-            distance=distance,
+            module, loss, examples, masks, steps=steps, rate=rate, together=together, relative=relative, at_once=at_once
         )
 
     def _shuffled(self, count: int, among: int | None = None) -> list[int]:

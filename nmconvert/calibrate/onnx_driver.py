@@ -29,6 +29,7 @@ from nmconvert.tensor import Row
 _AGREES = 1e-6  # relative squared error between torch and onnxruntime; half precision adds its own
 _HALF = 1e-4
 _CHOOSING = ("TopK", "NonMaxSuppression", "NonZero", "ArgMax", "If", "Loop")  # outputs after these are not compared
+_AT_ONCE = 256 << 20  # bytes for gradients: twelve images of FastestDet, 20 MB each; more at once are no faster
 _SERIAL = (1 << 31) - 1  # bytes: larger models cannot be handed to onnxruntime in one piece
 
 
@@ -58,7 +59,8 @@ def prune_onnx(
         recipe = replace(recipe, block_steps=0, model_steps=0)
     own = {place.name: name for name, place in module.places.items()}
     tell = in_own_names(progress, own)
-    result = prune_model(module, inputs, plan, replace(recipe, relative_rates=True), tell, resume, said)
+    recipe = replace(recipe, relative_rates=True, at_once=_AT_ONCE)
+    result = prune_model(module, inputs, plan, recipe, tell, resume, said)
     dtypes = {name: getattr(torch, DTYPES[tensor.data_type]) for name, tensor in Constants.of(model.graph).tensors.items()}
     changed = {own[name]: tensor for name, tensor in result.state.items() if name in own}  # a shared weight has several names
     return {name: module.places[name].back(tensor).to(dtypes[name]) for name, tensor in changed.items()}

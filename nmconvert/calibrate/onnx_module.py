@@ -108,7 +108,7 @@ class Part(nn.Module):
         layer, x = self.layers[step.key], known[step.x]
         if isinstance(layer, nn.Linear):
             return _product(step, layer, x, known.get(step.bias))
-        if isinstance(layer, _CONVOLUTIONS):
+        if isinstance(layer, _CONVOLUTIONS) and not any(layer.padding):
             x = padded(x, window_pads(step.node, x.shape[2:], layer.kernel_size, layer.stride, layer.dilation))
         result: Tensor = layer(x)
         return result + known[step.bias].reshape(-1, *[1] * (result.dim() - 2)) if step.bias else result
@@ -381,7 +381,10 @@ def _empty(node: NodeProto, use: WeightUse, weight: Tensor) -> Any:
     stride, dilation = tuple(attribute(node, "strides", ones)), tuple(attribute(node, "dilations", ones))
     if use.kind == "conv":
         channels = weight.shape[1] * use.groups, weight.shape[0]
-        return _CONVOLUTIONS[rank - 1](*channels, kernel, stride, 0, dilation, use.groups, bias=False)
+        fixed = not attribute(node, "auto_pad", b"").startswith(b"SAME")
+        pads = window_pads(node, (), kernel, stride, dilation) if fixed else []
+        even = tuple(low for low, high in pads) if all(low == high for low, high in pads) else ()
+        return _CONVOLUTIONS[rank - 1](*channels, kernel, stride, even or 0, dilation, use.groups, bias=False)
     pads = window_pads(node, (), kernel, stride, dilation)
     extra = attribute(node, "output_padding", [0] * rank)
     more = [low - high + e for (low, high), e in zip(pads, extra, strict=True)]

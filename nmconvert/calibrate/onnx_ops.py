@@ -196,7 +196,10 @@ def _pool(node: NodeProto, x: Inputs) -> Tensor:
     if len(kernel) != 2 or len(node.output) > 1 or attribute(node, "ceil_mode", 0) or any(d != 1 for d in dilation):
         raise _NoMatch
     if not average:
-        return F.max_pool2d(padded(x[0], pads, float("-inf")), kernel, stride)
+        own = [low if low == high <= k // 2 else 0 for (low, high), k in zip(pads, kernel, strict=True)]  # as torch has it
+        rest = [(low - inside, high - inside) for (low, high), inside in zip(pads, own, strict=True)]
+        last = padded(x[0], rest, float("-inf")).movedim(1, -1).contiguous().movedim(-1, 1)  # channels last are faster
+        return F.max_pool2d(last, kernel, stride, own)
     if any(map(any, pads)) and not attribute(node, "count_include_pad", 0):
         raise _NoMatch
     return F.avg_pool2d(padded(x[0], pads), kernel, stride)
@@ -231,8 +234,12 @@ def _reshape(node: NodeProto, x: Inputs) -> Tensor:
 
 def _gather(node: NodeProto, x: Inputs) -> Tensor:
     axis = attribute(node, "axis", 0) % x[0].dim()
+    result: Tensor
+    if not x[1].dim():
+        result = x[0].select(axis, int(x[1]))  # a view
+        return result
     picked = x[0].index_select(axis, x[1].reshape(-1).long() % x[0].shape[axis])
-    result: Tensor = picked.reshape(*x[0].shape[:axis], *x[1].shape, *x[0].shape[axis + 1 :])
+    result = picked.reshape(*x[0].shape[:axis], *x[1].shape, *x[0].shape[axis + 1 :])
     return result
 
 
@@ -311,6 +318,10 @@ def _slice(node: NodeProto, x: Inputs) -> Tensor:
     return result
 
 
+def _shape(node: NodeProto, x: Inputs) -> Tensor:
+    return torch.tensor(x[0].shape[attribute(node, "start", 0) : attribute(node, "end", None)])
+
+
 def _cast(node: NodeProto, x: Inputs) -> Tensor:
     to = DTYPES.get(attribute(node, "to", 0))
     if to is None:
@@ -353,6 +364,7 @@ OPERATORS: Mapping[str, Callable[[NodeProto, Inputs], Any]] = {
     "Relu": lambda node, x: x[0].relu(),
     "Reshape": _reshape,
     "Resize": _resize,
+    "Shape": _shape,
     "Sigmoid": lambda node, x: x[0].sigmoid(),
     "Slice": _slice,
     "Softmax": lambda node, x: x[0].softmax(attribute(node, "axis", -1)),
