@@ -85,7 +85,8 @@ CASES = {
         ("--batch", "64", "--lr", "1e-3", "--clip", "1", *ADAMW, "--decay", "3"), ("max_length=63",), tested=True,
     ),
     "bccd": Case(
-        "detector", "bccd", "detection", TRAINED + "bccd", None, ("--batch", "8", "--lr", "1e-3", *ADAMW), tested=True
+        "detector", "bccd", "detection", TRAINED + "bccd", None,
+        ("--batch", "8", "--lr", "1e-3", *ADAMW, "--ema", "0.98"), tested=True,
     ),
     "nuclei": Case(
         "segmenter", "nuclei", "segmentation", TRAINED + "nuclei", None,
@@ -126,7 +127,7 @@ def trained(case: str, epochs: int, pattern: str = "2:4", methods: tuple[str, ..
 
 PATTERNS = ("1:4", "4:8", "2:8", "1:16")
 EPOCHS = {
-    "resnet56": 1, "resnet32": 1, "stories": 4, "tinyshakespeare": 2, "multi30k": 1, "bccd": 8, "nuclei": 8, "fastestdet": 40,
+    "resnet56": 1, "resnet32": 1, "stories": 4, "tinyshakespeare": 2, "multi30k": 1, "bccd": 16, "nuclei": 8, "fastestdet": 40,
 }  # fmt: skip
 """Of 2:4, as many as make a run of some minutes on one core."""
 QUEUE = [  # what tells something, the most important first
