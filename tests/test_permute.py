@@ -23,10 +23,17 @@ from permutable import (
 from torch import nn
 
 from nmconvert.calibrate.axes_torch import find_channels
-from nmconvert.calibrate.permute import apply, kept_score, orders_of, permute_model, search
+from nmconvert.calibrate.permute import _apart, _kept, apply, kept_score, orders_of, permute_model, search
 from nmconvert.pattern import Pattern
 
 NM = Pattern(2, 4)
+
+
+@pytest.mark.parametrize("nm", ["2:4", "1:4", "3:4", "4:8", "6:8", "3:5", "1:16"])
+def test_what_groups_keep_is_what_topk_finds(nm):
+    pattern = Pattern.parse(nm)
+    groups = torch.rand(7, 5, pattern.m, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(_kept(_apart(groups), pattern.n), groups.topk(pattern.n, dim=2).values.sum((0, 2)))
 
 
 @settings(max_examples=25)
