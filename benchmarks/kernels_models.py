@@ -228,6 +228,7 @@ def race(runs: dict[str, Run], probe: Probe, *, rounds: int, seconds: float, thr
             for _ in range(repeats[name]):
                 run()
             turns[name].append(Turn((clock() - begin) / repeats[name], quiet and probe.quiet()))
+    probe.leave()  # threads of later sessions would stay on the core of this one
     return turns
 
 

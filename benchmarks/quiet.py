@@ -38,8 +38,8 @@ class Probe:
         options.log_severity_level = 3
         self._session = runtime.session(_layer().SerializeToString(), options, layers="sparse")
         self._feed = {"x": np.random.default_rng(0).standard_normal((1, _TOKENS, _SIZE), np.float32)}
-        self._cores = itertools.cycle(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [])
-        self._moves = threads == 1
+        self._all = sorted(os.sched_getaffinity(0)) if threads == 1 and hasattr(os, "sched_getaffinity") else []
+        self._cores = itertools.cycle(self._all)
         self._best = min(self._seconds() for _ in range(200))
 
     def quiet(self) -> bool:
@@ -47,9 +47,14 @@ class Probe:
         seconds = self._seconds()
         self._best = min(self._best, seconds)
         found = seconds <= _SLACK * self._best
-        if not found and self._moves and (core := next(self._cores, None)) is not None:
-            os.sched_setaffinity(0, {core})
+        if not found and self._all:
+            os.sched_setaffinity(0, {next(self._cores)})
         return found
+
+    def leave(self) -> None:
+        """Let the thread run on every core again."""
+        if self._all:
+            os.sched_setaffinity(0, self._all)
 
     def _seconds(self) -> float:
         def run() -> float:

@@ -19,8 +19,8 @@ inline Vector exponential(Vector x) {
 
 inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// x·Φ(x), with Φ(x) = 1/2 + x·p(x²): p is a polynomial in x² mapped to ±1, fitted so that the error of Φ is at most 5e-7, and none
-// beyond the fitted interval.
+// x·Φ(x), with Φ(x) = 1/2 + x·p(x²): p is a polynomial in x² mapped to ±1, fitted (least squares, weighted anew until the largest
+// errors are equal) so that the error of Φ is at most 5e-7, and none beyond the fitted interval.
 inline Vector gelu(Vector x) {
   constexpr float kEnd = 5.25f;
   const Vector inside = clip(x, splat(-kEnd), splat(kEnd));
