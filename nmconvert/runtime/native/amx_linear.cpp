@@ -8,7 +8,7 @@
 namespace nmconvert {
 namespace {
 
-constexpr int64_t kBlock = 2;              // weight tiles whose sums are on their way out at a time
+constexpr int64_t kBlock = 2;              // weight tiles, of which a task has a multiple
 constexpr int64_t kSplitTask = 1 << 14;    // floats
 constexpr int64_t kSmallestTask = 1 << 7;  // products of tiles
 

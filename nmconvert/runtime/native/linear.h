@@ -8,8 +8,6 @@ namespace nmconvert {
 struct Epilogue {
   Activation activation = Activation::kNone;
   float low, high;  // ±infinity where nothing is clipped
-
-  bool activates() const { return activation != Activation::kNone && activation != Activation::kClip; }  // beyond clipping
 };
 
 template <typename Real>
