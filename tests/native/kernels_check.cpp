@@ -70,7 +70,7 @@ Parallel serial() {
       [](void*, Parallel::Body body, size_t count, void* data) {
         for (size_t i = 0; i < count; ++i) body(data, i);
       },
-      nullptr);
+      nullptr, 1);
 }
 
 double error(const std::vector<float>& got, const std::vector<double>& expected) {

@@ -282,10 +282,9 @@ double amx_cycles(const Weights& weights, const ConvAttributes& attributes, cons
 }
 
 bool run_amx_conv(const Isa* isa, const AmxPlan& plan, const ConvAttributes& attributes, const Image& image, const Epilogue& epilogue,
-                  const Parallel& all) {
+                  const Parallel& parallel) {
   const bool padded = volume(attributes.strides) > 1;
   const Flat flat = flatten(attributes, image);
-  const Parallel parallel = all.for_cycles(conv_cycles(plan.order, plan.rows, plan.digits, flat, attributes.groups));
   const int64_t channel = volume(image.in), steps = plan.order.steps();
   const int64_t quads = plan.order.positions > 1 ? plan.order.quads() : steps * kTileLines;
   const int64_t size = channel * attributes.groups * attributes.inputs;  // of an image

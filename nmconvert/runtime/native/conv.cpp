@@ -128,6 +128,7 @@ struct Task {
 // What a panel is filled from, and where its sums go: `to` counts from the first pixel of a channel, `from` floats of a row of sums.
 struct Window {
   Segment *reads, *writes;
+  Inside* inside;  // of strips
   int64_t read_count = 0, write_count = 0;
 };
 
@@ -143,6 +144,7 @@ struct Run {
   void operator()(const Task& task) const;
   void find_columns(int64_t panel, Window& window) const;
   void find_strips(int64_t panel, Window& window) const;
+  Inside inside(int64_t line, int64_t y, int64_t x) const;
   void fill_columns(const float* base, const int64_t* offsets, int64_t count, const Window& window, float* panel) const;
 };
 
@@ -165,6 +167,23 @@ void Run::find_columns(int64_t panel, Window& window) const {
   }
 }
 
+// Of the outputs from (y, x) on, what a line of the first channel reads inside the image; all where the pads can be read.
+Inside Run::inside(int64_t line, int64_t y, int64_t x) const {
+  const int64_t lanes = choice.isa->width / choice.pieces, height = choice.layout.height;
+  if (source.padded) return {0, static_cast<int32_t>(lanes), 0, static_cast<int32_t>(height)};
+  const Kernel& kernel = choice.layout.kernel;
+  const int64_t row = y * attributes.strides[1] + line / kernel.columns * kernel.remainder_step() - attributes.before[1];
+  const int64_t column = x * attributes.strides[2] + line % kernel.columns * attributes.dilations[2] - attributes.before[2];
+  // Of `count` places from `start` on, `stride` apart, those from 0 to size - 1.
+  const auto between = [](int64_t start, int64_t stride, int64_t size, int64_t count) {
+    const int64_t first = std::min(count, ceil_div(std::max<int64_t>(-start, 0), stride));
+    return std::pair<int32_t, int32_t>(first, std::clamp(ceil_div(std::max<int64_t>(size - start, 0), stride), first, count));
+  };
+  const auto [left, right] = between(column, attributes.strides[2], image.in[2], lanes);
+  const auto [first, last] = between(row, attributes.strides[1], image.in[1], height);
+  return {left, right, first, last};
+}
+
 // The pieces that share the vectors of a panel; where there are none left, the first once more.
 void Run::find_strips(int64_t panel, Window& window) const {
   const Triple& out = image.out;
@@ -172,12 +191,14 @@ void Run::find_strips(int64_t panel, Window& window) const {
   const int64_t across = ceil_div(out[2], lanes), down = ceil_div(out[1], vectors);
   for (int64_t piece = 0; piece < choice.pieces; ++piece) {
     const int64_t index = panel * choice.pieces + piece, n = index / across / down;
+    const int64_t y = index / across % down * vectors, x = index % across * lanes;
+    for (int64_t line = 0; line < choice.layout.channel_lines; ++line)
+      window.inside[line * choice.pieces + piece] = n < image.batch ? inside(line, y, x) : window.inside[line * choice.pieces];
     if (n >= image.batch) {
       window.reads[window.read_count++] = window.reads[0];
       continue;
     }
-    const int64_t y = index / across % down * vectors, x = index % across * lanes;
-    window.reads[window.read_count++] = {n * source.image + y * attributes.strides[1] * source.row + x, piece * lanes, lanes};
+    window.reads[window.read_count++] = {n * source.image + y * attributes.strides[1] * source.row + x * source.stride, piece * lanes, lanes};
     for (int64_t v = 0; v < std::min(vectors, out[1] - y); ++v)
       window.writes[window.write_count++] = {v * width + piece * lanes,
                                              n * attributes.outputs * volume(out) + (y + v) * out[2] + x, std::min(lanes, out[2] - x)};
@@ -210,7 +231,7 @@ void Run::operator()(const Task& task) const {
   float* panel = layout.in_place() ? nullptr : scratch.own_panel.at_least(layout.chunk_size() + width);
   float* sums = scratch.own_sums.at_least(task.rows * width);
   Segment* segments = scratch.own_segments.at_least(2 * width);
-  Window window{segments, segments + width};
+  Window window{segments, segments + width, scratch.own_inside.at_least(layout.channel_lines * choice.pieces)};
   layout.strips ? find_strips(task.panel, window) : find_columns(task.panel, window);
   const float* base = source.data + task.group * attributes.inputs * source.channel;
   const int64_t at = channel * size + window.writes[0].to;
@@ -227,7 +248,8 @@ void Run::operator()(const Task& task) const {
       job.panel = base + lines[line] + window.reads[0].from;
     } else if (layout.strips) {
       const int64_t step = attributes.strides[1] * source.row;
-      choice.isa->gather_strips(base, lines + line, count, window.reads, choice.pieces, layout.height, step, panel);
+      choice.isa->gather_strips({base, lines + line, count, window.reads, choice.pieces, layout.height, source.stride, step, window.inside,
+                                 layout.channel_lines, panel});
     } else {
       fill_columns(base, lines + line, count, window, panel);
     }
@@ -272,16 +294,18 @@ Streaming stream_image(const Isa* isa, Weights& weights, const Packed& packed, c
 }
 
 void run_panels(const Isa* isa, const Weights& weights, const Streaming& streaming, const ConvAttributes& attributes, const Image& image,
-                const Epilogue& epilogue, const Parallel& all) {
+                const Epilogue& epilogue, const Parallel& parallel) {
   const TileChoice& choice = streaming.choice;
   const int64_t rows = weights.rows(), panels = attributes.groups * count_panels(choice, image);
   const PanelCost cost = panel_cost(choice, attributes, image, weights);
-  const Parallel parallel = all.for_cycles(static_cast<double>(panels) * (cost.fill + cost.rows));
-  const Source source = make_source(isa, attributes, image, strip_slack(choice, attributes, image), parallel);
+  // Strips leave out the pads themselves, and every second column.
+  const bool direct = choice.layout.strips && attributes.strides[2] <= 2;
+  const Source source = direct ? unpadded_source(attributes, image)
+                               : make_source(isa, attributes, image, strip_slack(choice, attributes, image), parallel);
   const int64_t* lines = line_offsets(attributes, choice.layout, source, weights.order());
   const Run run{choice, *streaming.plan, attributes, image, source, lines, epilogue};
 
-  const int64_t useful = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(rows) * weights.density() / 32));
+  const int64_t useful = ceil_div(rows, choice.row_unit());
   const int64_t wanted = row_splits(panels, parallel.threads(), cost.fill, cost.rows, useful);
   const int64_t per_task = ceil_div(ceil_div(rows, wanted), choice.row_unit()) * choice.row_unit();
   const int64_t splits = ceil_div(rows, per_task), of_group = panels / attributes.groups;

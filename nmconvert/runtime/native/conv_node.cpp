@@ -84,7 +84,8 @@ class ConvNode final : public Call<Math> {
     image.residual = this->residual(context, out, buffers);
     Output<Real> output(context, out, this->compute_, buffers.y);
     image.y = output.reals();
-    math_.conv(packed_, attributes, image, epilogue_, context.parallel(this->team_));
+    this->team_.run(context.parallel(this->team_), product(input.shape, 0, input.shape.size()),
+                    [&](const Parallel& parallel) { math_.conv(packed_, attributes, image, epilogue_, parallel); });
     output.finish();
   }
 

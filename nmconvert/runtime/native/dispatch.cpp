@@ -13,7 +13,7 @@ namespace nmconvert {
 namespace {
 
 // Whether the CPU has a matrix unit, and Linux (from 5.16 on) lets this process use its registers: once asked, for good.
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25;  // of EDX
   constexpr long kRequestPermission = 0x1023, kTileData = 18;

@@ -66,6 +66,28 @@ struct Segment {
   int64_t from, to, count;
 };
 
+// What of a line of a strip lies in the image: the others are pads, which are zeros.
+struct Inside {
+  int32_t left, right;  // lanes from left to right - 1
+  int32_t first, last;  // vectors from first to last - 1
+};
+
+// Lines of `height` vectors, each of `count` equal parts, from `pieces`; lane i of vector v of a line reads i · stride + v · step
+// further on.
+struct StripJob {
+  const float* from;
+  const int64_t* offsets;  // [lines]
+  int64_t lines;
+  const Segment* pieces;
+  int64_t count;
+  int64_t height;
+  int64_t stride;  // 1 or 2
+  int64_t step;
+  const Inside* inside;  // [period][count]
+  int64_t period;        // lines, after which it is the same
+  float* panel;
+};
+
 // Sums on their way out: row r of y [rows][y_stride], segment by segment, is activation(clip(sums + residual)).
 struct FinishJob {
   const float* sums;  // [rows][sums_stride]
@@ -99,9 +121,7 @@ struct Isa {
   // beyond each run: runs are in rising order, so that the next one overwrites it.
   void (*gather)(const float* from, const int64_t* offsets, int64_t columns, const Segment* segments, int64_t count, float* panel,
                  int64_t panel_width);
-  // Lines of `height` vectors, each of `pieces` equal parts; vector v of a line reads v · step further on.
-  void (*gather_strips)(const float* from, const int64_t* offsets, int64_t lines, const Segment* segments, int64_t pieces, int64_t height,
-                        int64_t step, float* panel);
+  void (*gather_strips)(const StripJob& job);
   // A row of pixels from `from`, of which `size` floats may be read: to[pixel][column] = from[offsets[column] + pixel].
   void (*turn_pixels)(const float* from, int64_t size, const int64_t* offsets, int64_t columns, int64_t pixels, float* to);
   void (*finish)(const FinishJob& job);

@@ -482,25 +482,69 @@ void gather(const float* from, const int64_t* offsets, int64_t columns, const Se
   }
 }
 
-template <int Pieces>
-void gather_pieces(const float* from, const int64_t* offsets, int64_t lines, const Segment* segments, int64_t height, int64_t step,
-                   float* panel) {
-  typedef typename Part<W / Pieces>::Floats Floats;
-  for (int64_t line = 0; line < lines; ++line, panel += height * W)
-#pragma GCC unroll 4
-    for (int piece = 0; piece < Pieces; ++piece) {
-      const float* read = from + offsets[line] + segments[piece].from;
-      float* write = panel + piece * (W / Pieces);
-      for (int64_t v = 0; v < height; ++v, read += step, write += W)
-        *reinterpret_cast<Floats*>(write) = *reinterpret_cast<const Floats*>(read);
-    }
+// Floats from `left` to right - 1, and zeros: the others may not be read.
+template <int Lanes>
+inline typename Part<Lanes>::Floats load_between(const float* p, int left, int right) {
+  typedef typename Part<Lanes>::Floats Floats;
+#if NMC_WIDTH == 16
+  const uint32_t mask = (1u << right) - (1u << left);
+  if constexpr (Lanes == 16) return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+  if constexpr (Lanes == 8) return _mm256_maskz_loadu_ps(static_cast<__mmask8>(mask), p);
+  if constexpr (Lanes == 4) return _mm_maskz_loadu_ps(static_cast<__mmask8>(mask), p);
+#endif
+  if (left == 0 && right == Lanes) return *reinterpret_cast<const Floats*>(p);
+  Floats v = {};
+  for (int lane = left; lane < right; ++lane) v[lane] = p[lane];
+  return v;
 }
 
-void gather_strips(const float* from, const int64_t* offsets, int64_t lines, const Segment* segments, int64_t pieces, int64_t height,
-                   int64_t step, float* panel) {
-  if (pieces == 1) return gather_pieces<1>(from, offsets, lines, segments, height, step, panel);
-  if (pieces == 2) return gather_pieces<2>(from, offsets, lines, segments, height, step, panel);
-  return gather_pieces<4>(from, offsets, lines, segments, height, step, panel);
+// The same of every second float. Of the last vector one float less is read than it has: what follows may lie beyond the image.
+template <int Lanes>
+inline typename Part<Lanes>::Floats load_second_between(const float* p, int left, int right) {
+  typedef typename Part<Lanes>::Floats Floats;
+  if (left == 0 && right == Lanes) {
+    typename Part<Lanes>::Indices wanted;
+    for (int lane = 0; lane < Lanes; ++lane) wanted[lane] = 2 * lane + (2 * lane < Lanes ? 0 : 1);
+    const Floats low = *reinterpret_cast<const Floats*>(p), high = *reinterpret_cast<const Floats*>(p + Lanes - 1);
+    return __builtin_shuffle(low, high, wanted);
+  }
+  Floats v = {};
+  for (int lane = left; lane < right; ++lane) v[lane] = p[2 * lane];
+  return v;
+}
+
+template <int Pieces, int Stride>
+void gather_pieces(const StripJob& job) {
+  constexpr int kLanes = W / Pieces;
+  typedef typename Part<kLanes>::Floats Floats;
+  const Inside* inside = job.inside;
+  float* panel = job.panel;
+  for (int64_t line = 0, phase = 0; line < job.lines; ++line, panel += job.height * W) {
+#pragma GCC unroll 4
+    for (int piece = 0; piece < Pieces; ++piece) {
+      const Inside here = *inside++;
+      const float* read = job.from + job.offsets[line] + job.pieces[piece].from + here.first * job.step;
+      float* write = panel + piece * kLanes;
+      int64_t v = 0;
+      for (; v < here.first; ++v, write += W) *reinterpret_cast<Floats*>(write) = Floats{};
+      for (; v < here.last; ++v, read += job.step, write += W)
+        *reinterpret_cast<Floats*>(write) = Stride == 1 ? load_between<kLanes>(read, here.left, here.right)
+                                                        : load_second_between<kLanes>(read, here.left, here.right);
+      for (; v < job.height; ++v, write += W) *reinterpret_cast<Floats*>(write) = Floats{};
+    }
+    if (++phase == job.period) phase = 0, inside = job.inside;
+  }
+}
+
+template <int Pieces>
+void gather_with_stride(const StripJob& job) {
+  job.stride == 1 ? gather_pieces<Pieces, 1>(job) : gather_pieces<Pieces, 2>(job);
+}
+
+void gather_strips(const StripJob& job) {
+  if (job.count == 1) return gather_with_stride<1>(job);
+  if (job.count == 2) return gather_with_stride<2>(job);
+  gather_with_stride<4>(job);
 }
 
 void turn_pixels(const float* from, int64_t size, const int64_t* offsets, int64_t columns, int64_t pixels, float* to) {

@@ -60,6 +60,7 @@ struct Scratch {
   Buffer<float> own_panel, own_sums;
   Buffer<int64_t> shared_offsets;
   Buffer<Segment> own_segments;
+  Buffer<Inside> own_inside;
   // Of the matrix unit: inputs in digits, of tokens and of quads of channels; what their sums are multiplied by.
   Buffer<int8_t> shared_digits, own_unpacked;
   Buffer<uint32_t> own_quads, own_staged;

@@ -1,6 +1,8 @@
 // Work spread over the session's own threads.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -20,10 +22,8 @@ class Parallel {
 
   Parallel(Loop loop, void* context, int64_t threads) : loop_(loop), context_(context), threads_(threads) {}
 
-  // The same on this thread alone, for what takes no longer than others take to come.
+  // The same on this thread alone.
   Parallel alone() const { return Parallel(nullptr, nullptr, 1); }
-  // For a job of so many estimated cycles.
-  Parallel for_cycles(double cycles) const { return cycles < 1e5 ? alone() : *this; }
 
   // How many threads take part, as far as is known.
   int64_t threads() const { return threads_; }
@@ -62,6 +62,39 @@ class Parallel {
   int64_t threads_;
 };
 
+// Whether jobs of one size are done sooner by all threads or by one alone. It is tried, and from time to time again: how long other
+// cores take to come, and to read what this one wrote, differs by machine and hour more than can be estimated.
+class Pace {
+ public:
+  template <typename Job>
+  void run(const Parallel& all, Job&& job) {
+    const uint32_t turn = turns_.fetch_add(1, std::memory_order_relaxed) % kPeriod;
+    const bool tries_alone = turn >= kTries && turn < 2 * kTries && taken_[kTries - 1] < kLong;
+    const Parallel parallel = (turn < 2 * kTries ? tries_alone : alone_.load()) ? all.alone() : all;
+    if (turn >= 2 * kTries) return job(parallel);
+    const auto begin = std::chrono::steady_clock::now();
+    job(parallel);
+    taken_[turn] = (std::chrono::steady_clock::now() - begin) / std::chrono::nanoseconds(1);
+    if (turn == 2 * kTries - 1) alone_ = tries_alone && median(kTries) < median(0);
+  }
+
+ private:
+  static constexpr uint32_t kTries = 5, kPeriod = 1 << 10;
+  static constexpr int64_t kLong = 200000;  // nanoseconds, that others always help with
+
+  // Of the tries from `first` on: others may take a core away for a while, and the least of few is luck.
+  int64_t median(uint32_t first) const {
+    std::array<int64_t, kTries> of;
+    std::copy_n(taken_.begin() + first, kTries, of.begin());
+    std::nth_element(of.begin(), of.begin() + kTries / 2, of.end());
+    return of[kTries / 2];
+  }
+
+  std::atomic<uint32_t> turns_{0};
+  std::array<std::atomic<int64_t>, 2 * kTries> taken_{};
+  std::atomic<bool> alone_{false};
+};
+
 // The threads that a session runs its nodes on, which onnxruntime does not tell: met in the first two runs of a node.
 class Team {
  public:
@@ -82,9 +115,19 @@ class Team {
     if (present > size_) size_ = present.load();
   }
 
+  // Calls job(parallel), whose inputs have `size` values.
+  template <typename Job>
+  void run(const Parallel& all, int64_t size, Job&& job) {
+    if (all.threads() < 2) return job(all.alone());
+    paces_[size % kSizes].run(all, job);
+  }
+
  private:
+  static constexpr int64_t kSizes = 7;  // that are told apart
+
   std::atomic<int64_t> size_{1};
   std::atomic<int> meetings_{0};
+  std::array<Pace, kSizes> paces_;
 };
 
 // Parts that the rows of every one of `panels` are split into, each of which fills its panel anew: those for which `threads` are

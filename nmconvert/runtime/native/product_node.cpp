@@ -64,17 +64,16 @@ class ProductNode final : public Call<Math> {
     if (vector) named.erase(named.end() - 2);
     Output<Real> output(context, named, this->compute_, buffers.y);
     job.y = output.reals();
-    if (attributes_.batch.empty()) {
-      math_.linear(packed_, 0, job, epilogue_, context.parallel(this->team_));
-    } else {
+    this->team_.run(context.parallel(this->team_), product(shape, 0, shape.size()), [&](const Parallel& parallel) {
+      if (attributes_.batch.empty()) return math_.linear(packed_, 0, job, epilogue_, parallel);
       each_batch(batch, shape, [&](int64_t index, int64_t from, int64_t group) {
         TokensOf<Real> part = job;
         part.x = x + from * tokens * k_;
         part.y = output.reals() + index * tokens * n_;
         if (job.residual) part.residual = job.residual + index * tokens * n_;
-        math_.linear(packed_, group, part, epilogue_, context.parallel(this->team_));
+        math_.linear(packed_, group, part, epilogue_, parallel);
       });
-    }
+    });
     output.finish();
   }
 

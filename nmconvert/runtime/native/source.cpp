@@ -67,6 +67,13 @@ Source make_source(const Isa* isa, const ConvAttributes& attributes, const Image
   return {copy, size, channel * channels, channel, slice, row, phase};
 }
 
+Source unpadded_source(const ConvAttributes& attributes, const Image& image) {
+  const int64_t channel = volume(image.in), slice = image.in[1] * image.in[2], row = image.in[2];
+  const int64_t images = attributes.groups * attributes.inputs * channel;
+  const float* pads = image.x - attributes.before[0] * slice - attributes.before[1] * row - attributes.before[2];
+  return {pads, images * image.batch, images, channel, slice, row, 0, attributes.strides[2], false};
+}
+
 bool flatten_pointwise(ConvAttributes& attributes, Image& image) {
   if (volume(attributes.kernel) != 1 || has_pads(attributes)) return false;
   attributes.strides = {1, 1, 1};
