@@ -513,6 +513,8 @@ inline typename Part<Lanes>::Floats load_second_between(const float* p, int left
   return v;
 }
 
+constexpr int kChannelsAhead = 3;  // as kAhead; their first line reads what the others will
+
 template <int Pieces, int Stride>
 void gather_pieces(const StripJob& job) {
   constexpr int kLanes = W / Pieces;
@@ -525,6 +527,10 @@ void gather_pieces(const StripJob& job) {
       const Inside here = *inside++;
       const float* read = job.from + job.offsets[line] + job.pieces[piece].from + here.first * job.step;
       float* write = panel + piece * kLanes;
+      if (phase == 0 && line + kChannelsAhead * job.period < job.lines) {
+        const float* ahead = read + job.offsets[line + kChannelsAhead * job.period] - job.offsets[line];
+        for (int64_t row = here.first; row < here.last; ++row, ahead += job.step) __builtin_prefetch(ahead + here.left * Stride);
+      }
       int64_t v = 0;
       for (; v < here.first; ++v, write += W) *reinterpret_cast<Floats*>(write) = Floats{};
       for (; v < here.last; ++v, read += job.step, write += W)
