@@ -115,10 +115,10 @@ class Team {
     if (present > size_) size_ = present.load();
   }
 
-  // Calls job(parallel), whose inputs have `size` values.
+  // Calls job(parallel), whose inputs have `size` values. Where no other thread was met, one may still come.
   template <typename Job>
   void run(const Parallel& all, int64_t size, Job&& job) {
-    if (all.threads() < 2) return job(all.alone());
+    if (all.threads() < 2) return job(all);
     paces_[size % kSizes].run(all, job);
   }
 
