@@ -302,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             *(given.split(",") for given in (chosen.models, chosen.batch, chosen.patterns, chosen.values))
         ):
             folder = (chosen.keep or Path(scratch)) / f"{name}.{pattern.replace(':', '-')}.b{batch}"
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             files = write(name, Pattern.parse(pattern), int(batch), folder, values)
             label = pattern if values == FULL else f"{pattern}, {values}"
             feed = example_feed(onnx.load(files[0]))

@@ -254,7 +254,7 @@ void Run::operator()(const Task& task) const {
       fill_columns(base, lines + line, count, window, panel);
     }
     const bool first = chunk == 0, last = chunk + 1 == plan.chunks;
-    job.starts = plan.start(task.group, chunk, task.row / choice.shape().rows);
+    job.blocks = plan.start(task.group, chunk, task.row / choice.shape().rows);
     job.bias = first && image.bias ? image.bias + channel : nullptr;
     job.in = first ? nullptr : sums;
     job.in_stride = width;

@@ -13,11 +13,17 @@ constexpr bool activates(Activation activation) { return activation > Activation
 
 constexpr int kStep = 4;  // kept entries that are read at once: four values, and four 16-bit offsets in one word
 
+// Rows of a tile that advance in lockstep. Of each pair of rows (the first and second, third and fourth …) the steps before
+// `apart` read the same places of the panel, which are loaded once; up to the next block's first step each reads its own.
+struct Block {
+  uint32_t first, apart;  // steps
+};
+
 // One chunk of one panel: out[r] = clip(in[r] + bias[r] + sum over kept entries of value * panel[offset]).
 struct StreamJob {
   const float* values;      // [step][tile row][kStep]
   const uint16_t* offsets;  // the same order: vectors from the start of the panel
-  const uint32_t* starts;   // [blocks + 1]: the first step of every block of tile rows
+  const Block* blocks;      // [blocks + 1], of tile rows
   int64_t rows;             // output rows; the last block may be short
   const float* panel;
   const float* in;  // what is added to: [rows][in_stride], or null for zeros

@@ -53,6 +53,15 @@ inline Vector one_of(Vector four) {
 #endif
 }
 
+// Loads `v` once, where GCC would read it from memory for each use.
+inline void keep_in_register([[maybe_unused]] Vector& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
 // NaN in `v` survives both, as in the standard operators.
 inline Vector clip(Vector v, Vector low, Vector high) {
 #if NMC_WIDTH == 16
@@ -68,22 +77,38 @@ inline Vector clip(Vector v, Vector low, Vector high) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Streaming: a kept entry is a value and the offset of its row in the panel, whatever N, M and the axis are.
 
-// sum += value · panel row, for the I-th of four kept entries.
-template <int I, int N>
-inline void accumulate(Vector (&sum)[N], const char* panel, Vector values, uint64_t offsets) {
+// Where the I-th of four offsets points.
+template <int I>
+inline const float* place(const char* panel, uint64_t offsets) {
   constexpr int kShift = W == 16 ? 6 : W == 8 ? 5 : 4;  // of a vector's bytes
   static_assert(sizeof(Vector) == 1 << kShift, "offsets count vectors");
   const uint64_t shifted = 16 * I >= kShift ? offsets >> (16 * I - kShift) : offsets << (kShift - 16 * I);
-  const float* source = reinterpret_cast<const float*>(panel + (shifted & uint64_t{0xffff} << kShift));
-  const Vector value = one_of<I>(values);
+  return reinterpret_cast<const float*>(panel + (shifted & uint64_t{0xffff} << kShift));
+}
+
+// sum += value · panel row, for the I-th of four kept entries of R rows, read once for `Reads` of them.
+template <int I, int Reads, int N, int R>
+inline void accumulate(Vector (*sum)[N], const char* panel, const Vector (&values)[R], const uint64_t (&offsets)[R]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r += Reads) {
+    const float* source = place<I>(panel, offsets[r]);
+    Vector value[Reads];
+#pragma GCC unroll 2
+    for (int i = 0; i < Reads; ++i) value[i] = one_of<I>(values[r + i]);
 #pragma GCC unroll 16
-  for (int n = 0; n < N; ++n) sum[n] += value * load(source + n * W);
+    for (int n = 0; n < N; ++n) {
+      Vector x = load(source + n * W);
+      if (Reads > 1) keep_in_register(x);
+#pragma GCC unroll 2
+      for (int i = 0; i < Reads; ++i) sum[r + i][n] += value[i] * x;
+    }
+  }
 }
 
 // One step of R rows. Rows inside entries, so that a sum is not needed again at once, where the registers suffice.
-template <int N, int R>
+template <int Reads, int N, int R>
 inline void step(Vector (&sum)[R][N], const char* panel, const float* values, const uint16_t* offsets) {
-  constexpr int kTogether = (N + 1) * R + 5 <= NMC_REGISTERS ? R : 1;
+  constexpr int kTogether = (N + 1) * R + 5 <= NMC_REGISTERS ? R : Reads;
 #pragma GCC unroll 8
   for (int first = 0; first < R; first += kTogether) {
     Vector quads[kTogether];
@@ -93,14 +118,10 @@ inline void step(Vector (&sum)[R][N], const char* panel, const float* values, co
       quads[r] = four(values + (first + r) * kStep);
       words[r] = *reinterpret_cast<const Word*>(offsets + (first + r) * kStep);
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kTogether; ++r) accumulate<0>(sum[first + r], panel, quads[r], words[r]);
-#pragma GCC unroll 8
-    for (int r = 0; r < kTogether; ++r) accumulate<1>(sum[first + r], panel, quads[r], words[r]);
-#pragma GCC unroll 8
-    for (int r = 0; r < kTogether; ++r) accumulate<2>(sum[first + r], panel, quads[r], words[r]);
-#pragma GCC unroll 8
-    for (int r = 0; r < kTogether; ++r) accumulate<3>(sum[first + r], panel, quads[r], words[r]);
+    accumulate<0, Reads>(sum + first, panel, quads, words);
+    accumulate<1, Reads>(sum + first, panel, quads, words);
+    accumulate<2, Reads>(sum + first, panel, quads, words);
+    accumulate<3, Reads>(sum + first, panel, quads, words);
   }
 }
 
@@ -112,6 +133,14 @@ inline void prefetch_step(const float* values, const uint16_t* offsets) {
   constexpr int kInLine = 16;  // values
   for (int i = 0; i < R * kStep; i += kInLine) __builtin_prefetch(values + i);
   for (int i = 0; i < R * kStep; i += 2 * kInLine) __builtin_prefetch(offsets + i);
+}
+
+template <int Reads, int N, int R>
+inline void steps(Vector (&sum)[R][N], const char* panel, const float*& values, const uint16_t*& offsets, uint32_t count) {
+  for (; count > 0; --count, values += R * kStep, offsets += R * kStep) {
+    prefetch_step<R>(values + kAheadOfStep, offsets + kAheadOfStep);
+    step<Reads>(sum, panel, values, offsets);
+  }
 }
 
 // The next R of `left` rows of an image, which lie too far apart for the processor to foresee, to be read or written.
@@ -127,9 +156,10 @@ void stream(const StreamJob& job) {
   const bool clips = job.low > -__builtin_inff() || job.high < __builtin_inff();
   const bool afar = job.out_stride > N * W;
   const char* const panel = reinterpret_cast<const char*>(job.panel);
-  const float* values = job.values + static_cast<int64_t>(job.starts[0]) * R * kStep;
-  const uint16_t* offsets = job.offsets + static_cast<int64_t>(job.starts[0]) * R * kStep;
-  for (int64_t row = 0, block = 0; row < job.rows; row += R, ++block) {
+  const float* values = job.values + static_cast<int64_t>(job.blocks[0].first) * R * kStep;
+  const uint16_t* offsets = job.offsets + static_cast<int64_t>(job.blocks[0].first) * R * kStep;
+  const Block* block = job.blocks;
+  for (int64_t row = 0; row < job.rows; row += R, ++block) {
     const int valid = job.rows - row < R ? static_cast<int>(job.rows - row) : R;
     Vector sum[R][N];
     if (afar) {
@@ -143,12 +173,8 @@ void stream(const StreamJob& job) {
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) sum[r][n] = job.in ? load(in + n * W) + bias : bias;
     }
-    for (uint32_t i = job.starts[block]; i < job.starts[block + 1]; ++i) {
-      prefetch_step<R>(values + kAheadOfStep, offsets + kAheadOfStep);
-      step(sum, panel, values, offsets);
-      values += R * kStep;
-      offsets += R * kStep;
-    }
+    if constexpr (R % 2 == 0) steps<2>(sum, panel, values, offsets, block->apart - block->first);
+    steps<1>(sum, panel, values, offsets, block[1].first - block->apart);
     for (int r = 0; r < R; ++r) {
       if (r >= valid) break;
       float* out = job.out + (row + r) * job.out_stride;
@@ -409,7 +435,7 @@ constexpr Tile tile() {
 
 // Eight sums or more cover the latency of a product; more rows than one halve what their ends cost.
 #if NMC_REGISTERS >= 32
-#define NMC_TILES {tile<1, 8>(), tile<2, 8>(), tile<4, 4>(), tile<6, 3>(), tile<7, 3>(), tile<8, 2>()}
+#define NMC_TILES {tile<1, 8>(), tile<2, 8>(), tile<4, 4>(), tile<6, 2>(), tile<7, 2>(), tile<8, 2>()}
 #else
 #define NMC_TILES {tile<1, 8>(), tile<2, 4>(), tile<4, 2>(), tile<7, 1>(), tile<8, 1>(), tile<13, 1>()}
 #endif

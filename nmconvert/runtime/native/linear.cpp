@@ -86,7 +86,7 @@ void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group,
     job.low = -__builtin_inff();
     job.high = __builtin_inff();
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-      job.starts = plan.start(group, chunk, row / choice.shape().rows);
+      job.blocks = plan.start(group, chunk, row / choice.shape().rows);
       job.panel = packed + (panel * columns + chunk * choice.layout.chunk) * width;
       job.in = chunk ? sums : nullptr;
       job.bias = chunk || !tokens.bias ? nullptr : tokens.bias + row;

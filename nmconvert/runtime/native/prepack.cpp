@@ -1,7 +1,7 @@
 #include "prepack.h"
 
 #include <algorithm>
-#include <numeric>
+#include <array>
 
 #include "elements.h"
 #include "ort_abi.h"
@@ -11,29 +11,78 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Kept entries of every row in every chunk.
-std::vector<uint32_t> count_entries(const SparseRows& matrix, const std::vector<Layout::Place>& places, int64_t chunks) {
-  std::vector<uint32_t> counts(matrix.rows * chunks);
-  for (int64_t row = 0; row < matrix.rows; ++row)
-    for (uint32_t entry = matrix.starts[row]; entry < matrix.starts[row + 1]; ++entry)
-      ++counts[row * chunks + places[matrix.column[entry]].chunk];
+// Kept entries of a row in a chunk, and how many of them the row's partner in its block keeps, too: all where it has none.
+struct Count {
+  uint32_t kept = 0, shared = 0;
+};
+
+// Which columns the two rows of a pair keep.
+class Pair {
+ public:
+  Pair(const SparseRows& matrix, int64_t rows) : matrix_(matrix), rows_(rows), keeps_{Marks(matrix.columns), Marks(matrix.columns)} {}
+
+  // Before the entries of `row` are asked about: rows come in rising order.
+  void meet(int64_t row) {
+    const int64_t in_group = row % rows_;
+    alone_ = in_group % 2 == 0 && in_group + 1 == rows_;
+    partner_ = &keeps_[1 - in_group % 2];
+    id_ = static_cast<uint32_t>(row - in_group % 2 + 1);
+    for (int64_t i = 0; in_group % 2 == 0 && i < (alone_ ? 1 : 2); ++i)
+      for (uint32_t entry = matrix_.starts[row + i]; entry < matrix_.starts[row + i + 1]; ++entry) keeps_[i][matrix_.column[entry]] = id_;
+  }
+  bool shares(uint32_t column) const { return alone_ || (*partner_)[column] == id_; }
+
+ private:
+  using Marks = std::vector<uint32_t>;
+
+  const SparseRows& matrix_;
+  int64_t rows_;  // of a group
+  std::array<Marks, 2> keeps_;
+  const Marks* partner_ = nullptr;
+  uint32_t id_ = 0;
+  bool alone_ = false;
+};
+
+// Of every row in every chunk.
+std::vector<Count> count_entries(const SparseRows& matrix, const std::vector<Layout::Place>& places, const StreamPlan& plan) {
+  std::vector<Count> counts(matrix.rows * plan.chunks);
+  Pair pair(matrix, plan.rows);
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    pair.meet(row);
+    for (uint32_t entry = matrix.starts[row]; entry < matrix.starts[row + 1]; ++entry) {
+      Count& count = counts[row * plan.chunks + places[matrix.column[entry]].chunk];
+      ++count.kept;
+      count.shared += pair.shares(matrix.column[entry]);
+    }
+  }
   return counts;
 }
 
+// Steps that all but an eighth of the blocks from `first` on can share: a loop that always runs as often is foreseen.
+void even_out(Block* first, int64_t blocks) {
+  std::vector<uint32_t> shared(blocks);
+  for (int64_t i = 0; i < blocks; ++i) shared[i] = first[i].apart - first[i].first;
+  std::nth_element(shared.begin(), shared.begin() + blocks / 8, shared.end());
+  for (int64_t i = 0; i < blocks; ++i) first[i].apart = std::min(first[i].apart, first[i].first + shared[blocks / 8]);
+}
+
 // Fills plan.starts, a block being as long as the longest of its rows; returns the steps in all.
-uint64_t place_blocks(StreamPlan& plan, const std::vector<uint32_t>& counts, int64_t groups, int tile_rows) {
+uint64_t place_blocks(StreamPlan& plan, const std::vector<Count>& counts, int64_t groups, int tile_rows) {
   uint64_t step = 0;
   auto start = plan.starts.begin();
   for (int64_t group = 0; group < groups; ++group)
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
       for (int64_t block = 0; block < plan.blocks; ++block) {
-        *start++ = static_cast<uint32_t>(step);
-        uint32_t most = 0;
-        for (int64_t row = block * tile_rows; row < std::min(plan.rows, (block + 1) * tile_rows); ++row)
-          most = std::max(most, counts[(group * plan.rows + row) * plan.chunks + chunk]);
-        step += ceil_div(most, kStep);
+        Count of_block{0, tile_rows % 2 ? 0 : UINT32_MAX};
+        for (int64_t row = block * tile_rows; row < std::min(plan.rows, (block + 1) * tile_rows); ++row) {
+          const Count& count = counts[(group * plan.rows + row) * plan.chunks + chunk];
+          of_block = {std::max(of_block.kept, count.kept), std::min(of_block.shared, count.shared)};
+        }
+        *start++ = {static_cast<uint32_t>(step), static_cast<uint32_t>(step + of_block.shared / kStep)};
+        step += ceil_div(of_block.kept, kStep);
       }
-      *start++ = static_cast<uint32_t>(step);
+      *start++ = {static_cast<uint32_t>(step), static_cast<uint32_t>(step)};
+      even_out(&*(start - plan.blocks - 1), plan.blocks);
     }
   if (step > UINT32_MAX) throw InvalidNode("the weight is too large");
   return step;
@@ -49,19 +98,27 @@ StreamPlan plan_stream(const SparseRows& matrix, const float* values, const RowS
   plan.blocks = ceil_div(plan.rows, tile_rows);
   plan.starts.resize(groups * plan.chunks * (plan.blocks + 1));
   const std::vector<Layout::Place> places = layout.places(matrix.order);
-  const uint64_t steps = place_blocks(plan, count_entries(matrix, places, plan.chunks), groups, tile_rows);
+  const uint64_t steps = place_blocks(plan, count_entries(matrix, places, plan), groups, tile_rows);
 
   float* out = plan.values.at_least(steps * tile_rows * kStep);
   uint16_t* offset = plan.offsets.at_least(steps * tile_rows * kStep);
-  std::vector<uint32_t> next(plan.chunks);
+  std::vector<Count> next(plan.chunks);  // of those placed, and of the shared ones among them
+  Pair pair(matrix, plan.rows);
   for (int64_t row = 0; row < matrix.rows; ++row) {
     const int64_t group = row / plan.rows, in_group = row % plan.rows;
     const float scale = scales.of(row);
-    std::fill(next.begin(), next.end(), 0);
+    pair.meet(row);
+    std::fill(next.begin(), next.end(), Count{});
     for (uint32_t entry = matrix.starts[row]; entry < matrix.starts[row + 1]; ++entry) {
       const Layout::Place place = places[matrix.column[entry]];
-      const int64_t first = *plan.start(group, place.chunk, in_group / tile_rows), i = next[place.chunk]++;
-      const int64_t to = ((first + i / kStep) * tile_rows + in_group % tile_rows) * kStep + i % kStep;
+      const Block& block = *plan.start(group, place.chunk, in_group / tile_rows);
+      const uint32_t shared = (block.apart - block.first) * kStep;
+      Count& count = next[place.chunk];
+      const bool shares = pair.shares(matrix.column[entry]) & (count.shared < shared);
+      const uint32_t i = shares ? count.shared : shared + count.kept - count.shared;
+      ++count.kept;
+      count.shared += shares;
+      const int64_t to = ((block.first + i / kStep) * tile_rows + in_group % tile_rows) * kStep + i % kStep;
       out[to] = values[matrix.value_index(entry)] * scale;
       offset[to] = place.offset;
     }

@@ -16,11 +16,11 @@ struct StreamPlan {
   int64_t rows = 0;    // of one group
   int64_t chunks = 0;
   int64_t blocks = 0;  // row blocks of a group
-  std::vector<uint32_t> starts;  // [groups][chunks][blocks + 1]
+  std::vector<Block> starts;  // [groups][chunks][blocks + 1]
   Buffer<float> values;
   Buffer<uint16_t> offsets;
 
-  const uint32_t* start(int64_t group, int64_t at_chunk, int64_t block) const {
+  const Block* start(int64_t group, int64_t at_chunk, int64_t block) const {
     return starts.data() + (group * chunks + at_chunk) * (blocks + 1) + block;
   }
 };
