@@ -16,45 +16,47 @@ struct Count {
   uint32_t kept = 0, shared = 0;
 };
 
-// Which columns the two rows of a pair keep.
-class Pair {
+// Rows in pairs, and which columns the two of one keep.
+class Pairs {
  public:
-  Pair(const SparseRows& matrix, int64_t rows) : matrix_(matrix), rows_(rows), keeps_{Marks(matrix.columns), Marks(matrix.columns)} {}
+  Pairs(const SparseRows& matrix, const std::vector<Layout::Place>& places, int64_t rows)
+      : matrix_(matrix), places_(places), rows_(rows), keeps_{Marks(matrix.columns), Marks(matrix.columns)} {}
 
-  // Before the entries of `row` are asked about: rows come in rising order.
-  void meet(int64_t row) {
-    const int64_t in_group = row % rows_;
-    alone_ = in_group % 2 == 0 && in_group + 1 == rows_;
-    partner_ = &keeps_[1 - in_group % 2];
-    id_ = static_cast<uint32_t>(row - in_group % 2 + 1);
-    for (int64_t i = 0; in_group % 2 == 0 && i < (alone_ ? 1 : 2); ++i)
-      for (uint32_t entry = matrix_.starts[row + i]; entry < matrix_.starts[row + i + 1]; ++entry) keeps_[i][matrix_.column[entry]] = id_;
+  // Calls visit(chunk, first, last, shares) for every run of entries of `row` in one chunk; shares(column) says whether the
+  // partner keeps a column, too. To be called for rows in rising order.
+  template <typename Visit>
+  void runs(int64_t row, Visit visit) {
+    const int64_t in_group = row % rows_, odd = in_group % 2, both = in_group + 1 < rows_ ? 2 : 1;
+    for (int64_t i = 0; odd == 0 && i < both; ++i)
+      for (uint32_t entry = matrix_.starts[row + i]; entry < matrix_.starts[row + i + 1]; ++entry)
+        keeps_[i][matrix_.column[entry]] = static_cast<uint32_t>(row + 1);
+    const uint32_t id = static_cast<uint32_t>(row - odd + 1), *partner = keeps_[odd ? 0 : both - 1].data();
+    const auto shares = [=](uint32_t column) { return static_cast<uint32_t>(partner[column] == id); };
+    for (uint32_t first = matrix_.starts[row], last = first, end = matrix_.starts[row + 1]; first < end; first = last) {
+      const uint32_t chunk = places_[matrix_.column[first]].chunk;
+      while (last < end && places_[matrix_.column[last]].chunk == chunk) ++last;
+      visit(chunk, first, last, shares);
+    }
   }
-  bool shares(uint32_t column) const { return alone_ || (*partner_)[column] == id_; }
 
  private:
   using Marks = std::vector<uint32_t>;
 
   const SparseRows& matrix_;
+  const std::vector<Layout::Place>& places_;
   int64_t rows_;  // of a group
   std::array<Marks, 2> keeps_;
-  const Marks* partner_ = nullptr;
-  uint32_t id_ = 0;
-  bool alone_ = false;
 };
 
 // Of every row in every chunk.
-std::vector<Count> count_entries(const SparseRows& matrix, const std::vector<Layout::Place>& places, const StreamPlan& plan) {
-  std::vector<Count> counts(matrix.rows * plan.chunks);
-  Pair pair(matrix, plan.rows);
-  for (int64_t row = 0; row < matrix.rows; ++row) {
-    pair.meet(row);
-    for (uint32_t entry = matrix.starts[row]; entry < matrix.starts[row + 1]; ++entry) {
-      Count& count = counts[row * plan.chunks + places[matrix.column[entry]].chunk];
-      ++count.kept;
-      count.shared += pair.shares(matrix.column[entry]);
-    }
-  }
+std::vector<Count> count_entries(const SparseRows& matrix, Pairs& pairs, int64_t chunks) {
+  std::vector<Count> counts(matrix.rows * chunks);
+  for (int64_t row = 0; row < matrix.rows; ++row)
+    pairs.runs(row, [&](uint32_t chunk, uint32_t first, uint32_t last, auto shares) {
+      Count& count = counts[row * chunks + chunk];
+      count.kept += last - first;
+      for (uint32_t entry = first; entry < last; ++entry) count.shared += shares(matrix.column[entry]);
+    });
   return counts;
 }
 
@@ -98,30 +100,31 @@ StreamPlan plan_stream(const SparseRows& matrix, const float* values, const RowS
   plan.blocks = ceil_div(plan.rows, tile_rows);
   plan.starts.resize(groups * plan.chunks * (plan.blocks + 1));
   const std::vector<Layout::Place> places = layout.places(matrix.order);
-  const uint64_t steps = place_blocks(plan, count_entries(matrix, places, plan), groups, tile_rows);
+  Pairs pairs(matrix, places, plan.rows);
+  const uint64_t steps = place_blocks(plan, count_entries(matrix, pairs, plan.chunks), groups, tile_rows);
 
   float* out = plan.values.at_least(steps * tile_rows * kStep);
   uint16_t* offset = plan.offsets.at_least(steps * tile_rows * kStep);
-  std::vector<Count> next(plan.chunks);  // of those placed, and of the shared ones among them
-  Pair pair(matrix, plan.rows);
+  std::vector<Count> placed(plan.chunks);
   for (int64_t row = 0; row < matrix.rows; ++row) {
     const int64_t group = row / plan.rows, in_group = row % plan.rows;
     const float scale = scales.of(row);
-    pair.meet(row);
-    std::fill(next.begin(), next.end(), Count{});
-    for (uint32_t entry = matrix.starts[row]; entry < matrix.starts[row + 1]; ++entry) {
-      const Layout::Place place = places[matrix.column[entry]];
-      const Block& block = *plan.start(group, place.chunk, in_group / tile_rows);
+    std::fill(placed.begin(), placed.end(), Count{});
+    pairs.runs(row, [&](uint32_t chunk, uint32_t first, uint32_t last, auto shares) {
+      const Block block = *plan.start(group, chunk, in_group / tile_rows);
+      const int64_t start = (static_cast<int64_t>(block.first) * tile_rows + in_group % tile_rows) * kStep;
       const uint32_t shared = (block.apart - block.first) * kStep;
-      Count& count = next[place.chunk];
-      const bool shares = pair.shares(matrix.column[entry]) & (count.shared < shared);
-      const uint32_t i = shares ? count.shared : shared + count.kept - count.shared;
-      ++count.kept;
-      count.shared += shares;
-      const int64_t to = ((block.first + i / kStep) * tile_rows + in_group % tile_rows) * kStep + i % kStep;
-      out[to] = values[matrix.value_index(entry)] * scale;
-      offset[to] = place.offset;
-    }
+      Count count = placed[chunk];
+      for (uint32_t entry = first; entry < last; ++entry, ++count.kept) {
+        const uint32_t together = shares(matrix.column[entry]) & static_cast<uint32_t>(count.shared < shared);
+        const uint32_t apart = shared + count.kept - count.shared, i = together ? count.shared : apart;
+        count.shared += together;
+        const int64_t to = start + i / kStep * (tile_rows * kStep) + i % kStep;
+        out[to] = values[matrix.value_index(entry)] * scale;
+        offset[to] = places[matrix.column[entry]].offset;
+      }
+      placed[chunk] = count;
+    });
   }
   return plan;
 }
