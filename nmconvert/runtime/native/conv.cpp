@@ -255,6 +255,7 @@ void Run::operator()(const Task& task) const {
     }
     const bool first = chunk == 0, last = chunk + 1 == plan.chunks;
     job.blocks = plan.start(task.group, chunk, task.row / choice.shape().rows);
+    job.order = plan.order(task.group, chunk, task.row);
     job.bias = first && image.bias ? image.bias + channel : nullptr;
     job.in = first ? nullptr : sums;
     job.in_stride = width;
@@ -305,9 +306,9 @@ void run_panels(const Isa* isa, const Weights& weights, const Streaming& streami
   const int64_t* lines = line_offsets(attributes, choice.layout, source, weights.order());
   const Run run{choice, *streaming.plan, attributes, image, source, lines, epilogue};
 
-  const int64_t useful = ceil_div(rows, choice.row_unit());
+  const int64_t useful = ceil_div(rows, kRowUnit);
   const int64_t wanted = row_splits(panels, parallel.threads(), cost.fill, cost.rows, useful);
-  const int64_t per_task = ceil_div(ceil_div(rows, wanted), choice.row_unit()) * choice.row_unit();
+  const int64_t per_task = ceil_div(ceil_div(rows, wanted), kRowUnit) * kRowUnit;
   const int64_t splits = ceil_div(rows, per_task), of_group = panels / attributes.groups;
   parallel(panels * splits, [&](int64_t index) {
     const int64_t row = index % splits * per_task;

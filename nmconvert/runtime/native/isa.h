@@ -13,6 +13,8 @@ constexpr bool activates(Activation activation) { return activation > Activation
 
 constexpr int kStep = 4;  // kept entries that are read at once: four values, and four 16-bit offsets in one word
 
+constexpr int kRowUnit = 16;  // rows that work is split into multiples of; a multiple of every tile's
+
 // Rows of a tile that advance in lockstep. Of each pair of rows (the first and second, third and fourth …) the steps before
 // `apart` read the same places of the panel, which are loaded once; up to the next block's first step each reads its own.
 struct Block {
@@ -24,6 +26,7 @@ struct StreamJob {
   const float* values;      // [step][tile row][kStep]
   const uint16_t* offsets;  // the same order: vectors from the start of the panel
   const Block* blocks;      // [blocks + 1], of tile rows
+  const uint8_t* order;     // [rows]: which row of its unit each is that the blocks hold
   int64_t rows;             // output rows; the last block may be short
   const float* panel;
   const float* in;  // what is added to: [rows][in_stride], or null for zeros

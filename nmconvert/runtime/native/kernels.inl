@@ -143,15 +143,25 @@ inline void steps(Vector (&sum)[R][N], const char* panel, const float*& values, 
   }
 }
 
-// The next R of `left` rows of an image, which lie too far apart for the processor to foresee, to be read or written.
+// Rows of an image, which lie too far apart for the processor to foresee, to be read or written.
 template <int N, int R, int Write>
-inline void prefetch_rows(const float* rows, int64_t stride, int64_t left) {
-  for (int r = 0; r < R && r < left; ++r)
-    for (int n = 0; n < N; ++n) __builtin_prefetch(rows + r * stride + n * W, Write);
+inline void prefetch_rows(const float* rows, int64_t stride, const int64_t (&at)[R]) {
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) __builtin_prefetch(rows + at[r] * stride + n * W, Write);
+}
+
+// The rows of the block that starts at `row`; the last for those that there are not.
+template <int R>
+inline void find_rows(const StreamJob& job, int64_t row, int64_t (&at)[R]) {
+  for (int r = 0; r < R; ++r) {
+    const int64_t here = row + r < job.rows ? row + r : job.rows - 1;
+    at[r] = here / kRowUnit * kRowUnit + job.order[here];
+  }
 }
 
 template <int N, int R>
 void stream(const StreamJob& job) {
+  static_assert(kRowUnit % R == 0, "a block lies in one unit");
   const Vector low = splat(job.low), high = splat(job.high);
   const bool clips = job.low > -__builtin_inff() || job.high < __builtin_inff();
   const bool afar = job.out_stride > N * W;
@@ -161,15 +171,17 @@ void stream(const StreamJob& job) {
   const Block* block = job.blocks;
   for (int64_t row = 0; row < job.rows; row += R, ++block) {
     const int valid = job.rows - row < R ? static_cast<int>(job.rows - row) : R;
+    int64_t at[R];
     Vector sum[R][N];
     if (afar) {
-      prefetch_rows<N, R, 1>(job.out + (row + R) * job.out_stride, job.out_stride, job.rows - row - R);
-      if (job.in) prefetch_rows<N, R, 0>(job.in + (row + R) * job.in_stride, job.in_stride, job.rows - row - R);
+      find_rows(job, row + R, at);
+      prefetch_rows<N, R, 1>(job.out, job.out_stride, at);
+      if (job.in) prefetch_rows<N, R, 0>(job.in, job.in_stride, at);
     }
+    find_rows(job, row, at);
     for (int r = 0; r < R; ++r) {
-      const int64_t from = row + (r < valid ? r : 0);
-      const Vector bias = splat(job.bias ? job.bias[from] : 0.0f);
-      const float* in = job.in + from * job.in_stride;
+      const Vector bias = splat(job.bias ? job.bias[at[r]] : 0.0f);
+      const float* in = job.in + at[r] * job.in_stride;
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) sum[r][n] = job.in ? load(in + n * W) + bias : bias;
     }
@@ -177,7 +189,7 @@ void stream(const StreamJob& job) {
     steps<1>(sum, panel, values, offsets, block[1].first - block->apart);
     for (int r = 0; r < R; ++r) {
       if (r >= valid) break;
-      float* out = job.out + (row + r) * job.out_stride;
+      float* out = job.out + at[r] * job.out_stride;
       if (clips) {
 #pragma GCC unroll 16
         for (int n = 0; n < N; ++n) sum[r][n] = clip(sum[r][n], low, high);

@@ -10,14 +10,16 @@
 namespace nmconvert {
 namespace {
 
-// Three quarters of the L1 data cache: the rest is for the weights and the sums that stream by.
-int64_t panel_budget() {
+// Of the L1 data cache three quarters at 2:4, the rest for the weights and the sums that stream by; all and more of it where fewer
+// entries read the panel: ends of chunks then cost more than what is displaced.
+int64_t panel_budget(double density) {
 #ifdef _SC_LEVEL1_DCACHE_SIZE
   static const int64_t l1 = sysconf(_SC_LEVEL1_DCACHE_SIZE);
 #else
   static const int64_t l1 = 0;
 #endif
-  return std::clamp<int64_t>(l1, 32 << 10, 64 << 10) / 4 * 3;
+  const double share = std::clamp(1.25 - density, 0.75, 1.25);
+  return static_cast<int64_t>(share * static_cast<double>(std::clamp<int64_t>(l1, 32 << 10, 64 << 10)));
 }
 
 // The size of chunks that takes the fewest steps, of `channels` that keep `entries` each; a chunk costs a row one step more.
@@ -38,7 +40,7 @@ void choose_chunk(Layout& layout, double density, Hint hint) {
   const int64_t bytes = layout.channel_lines * layout.height * layout.width * 4;
   const double entries = static_cast<double>(layout.columns) / static_cast<double>(layout.channels) * density;
   const int64_t reach = 0x10000 / (layout.channel_lines * layout.pitch);
-  layout.chunk = best_chunk(layout.channels, entries, hint.m, std::min(panel_budget() / bytes, reach));
+  layout.chunk = best_chunk(layout.channels, entries, hint.m, std::min(panel_budget(density) / bytes, reach));
 }
 
 }  // namespace

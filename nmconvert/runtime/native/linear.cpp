@@ -69,10 +69,9 @@ void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group,
                      std::min(part, columns - column), packed + (panel * columns + column) * width, width);
   });
 
-  const int64_t unit = choice.row_unit();
   const double row_work = static_cast<double>(columns * width) * density;
   int64_t per_task = std::max(ceil_div(rows * panels, parallel.parts()), static_cast<int64_t>(kSmallestTask / row_work));
-  per_task = std::max(unit, ceil_div(std::min(per_task, rows), unit) * unit);
+  per_task = std::max<int64_t>(kRowUnit, ceil_div(std::min(per_task, rows), kRowUnit) * kRowUnit);
   const int64_t splits = ceil_div(rows, per_task);
   parallel(panels * splits, [&](int64_t task) {
     const int64_t panel = task / splits, row = task % splits * per_task, count = std::min(per_task, rows - row);
@@ -87,6 +86,7 @@ void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group,
     job.high = __builtin_inff();
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
       job.blocks = plan.start(group, chunk, row / choice.shape().rows);
+      job.order = plan.order(group, chunk, row);
       job.panel = packed + (panel * columns + chunk * choice.layout.chunk) * width;
       job.in = chunk ? sums : nullptr;
       job.bias = chunk || !tokens.bias ? nullptr : tokens.bias + row;

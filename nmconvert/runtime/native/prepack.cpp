@@ -1,92 +1,78 @@
 #include "prepack.h"
 
 #include <algorithm>
-#include <array>
 
 #include "elements.h"
 #include "ort_abi.h"
+#include "pairing.h"
 
 namespace nmconvert {
 namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Kept entries of a row in a chunk, and how many of them the row's partner in its block keeps, too: all where it has none.
-struct Count {
-  uint32_t kept = 0, shared = 0;
-};
-
-// Rows in pairs, and which columns the two of one keep.
-class Pairs {
- public:
-  Pairs(const SparseRows& matrix, const std::vector<Layout::Place>& places, int64_t rows)
-      : matrix_(matrix), places_(places), rows_(rows), keeps_{Marks(matrix.columns), Marks(matrix.columns)} {}
-
-  // Calls visit(chunk, first, last, shares) for every run of entries of `row` in one chunk; shares(column) says whether the
-  // partner keeps a column, too. To be called for rows in rising order.
-  template <typename Visit>
-  void runs(int64_t row, Visit visit) {
-    const int64_t in_group = row % rows_, odd = in_group % 2, both = in_group + 1 < rows_ ? 2 : 1;
-    for (int64_t i = 0; odd == 0 && i < both; ++i)
-      for (uint32_t entry = matrix_.starts[row + i]; entry < matrix_.starts[row + i + 1]; ++entry)
-        keeps_[i][matrix_.column[entry]] = static_cast<uint32_t>(row + 1);
-    const uint32_t id = static_cast<uint32_t>(row - odd + 1), *partner = keeps_[odd ? 0 : both - 1].data();
-    const auto shares = [=](uint32_t column) { return static_cast<uint32_t>(partner[column] == id); };
-    for (uint32_t first = matrix_.starts[row], last = first, end = matrix_.starts[row + 1]; first < end; first = last) {
-      const uint32_t chunk = places_[matrix_.column[first]].chunk;
-      while (last < end && places_[matrix_.column[last]].chunk == chunk) ++last;
-      visit(chunk, first, last, shares);
-    }
-  }
-
- private:
-  using Marks = std::vector<uint32_t>;
-
-  const SparseRows& matrix_;
-  const std::vector<Layout::Place>& places_;
-  int64_t rows_;  // of a group
-  std::array<Marks, 2> keeps_;
-};
-
-// Of every row in every chunk.
-std::vector<Count> count_entries(const SparseRows& matrix, Pairs& pairs, int64_t chunks) {
-  std::vector<Count> counts(matrix.rows * chunks);
-  for (int64_t row = 0; row < matrix.rows; ++row)
-    pairs.runs(row, [&](uint32_t chunk, uint32_t first, uint32_t last, auto shares) {
-      Count& count = counts[row * chunks + chunk];
-      count.kept += last - first;
-      for (uint32_t entry = first; entry < last; ++entry) count.shared += shares(matrix.column[entry]);
-    });
-  return counts;
-}
-
-// Steps that all but an eighth of the blocks from `first` on can share: a loop that always runs as often is foreseen.
-void even_out(Block* first, int64_t blocks) {
-  std::vector<uint32_t> shared(blocks);
-  for (int64_t i = 0; i < blocks; ++i) shared[i] = first[i].apart - first[i].first;
-  std::nth_element(shared.begin(), shared.begin() + blocks / 8, shared.end());
-  for (int64_t i = 0; i < blocks; ++i) first[i].apart = std::min(first[i].apart, first[i].first + shared[blocks / 8]);
-}
-
-// Fills plan.starts, a block being as long as the longest of its rows; returns the steps in all.
-uint64_t place_blocks(StreamPlan& plan, const std::vector<Count>& counts, int64_t groups, int tile_rows) {
-  uint64_t step = 0;
-  auto start = plan.starts.begin();
+// Calls visit(group, row, count) for every unit of rows, with its first row in the group, after `pairing` has met it.
+template <typename Visit>
+void each_unit(Pairing& pairing, const StreamPlan& plan, int64_t groups, Visit visit) {
   for (int64_t group = 0; group < groups; ++group)
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-      for (int64_t block = 0; block < plan.blocks; ++block) {
-        Count of_block{0, tile_rows % 2 ? 0 : UINT32_MAX};
-        for (int64_t row = block * tile_rows; row < std::min(plan.rows, (block + 1) * tile_rows); ++row) {
-          const Count& count = counts[(group * plan.rows + row) * plan.chunks + chunk];
-          of_block = {std::max(of_block.kept, count.kept), std::min(of_block.shared, count.shared)};
-        }
-        *start++ = {static_cast<uint32_t>(step), static_cast<uint32_t>(step + of_block.shared / kStep)};
-        step += ceil_div(of_block.kept, kStep);
-      }
-      *start++ = {static_cast<uint32_t>(step), static_cast<uint32_t>(step)};
-      even_out(&*(start - plan.blocks - 1), plan.blocks);
+    for (int64_t row = 0; row < plan.rows; row += kRowUnit) {
+      const int64_t count = std::min<int64_t>(kRowUnit, plan.rows - row);
+      pairing.meet(group * plan.rows + row, count);
+      visit(group, row, count);
     }
+}
+
+// The row in a block's pair beside the one at `position` of a unit; the row itself where it is alone.
+uint8_t partner(const uint8_t* order, int64_t position, int64_t count) { return order[(position ^ 1) < count ? position ^ 1 : position]; }
+
+// Steps that a block takes, as long as the longest of its rows: in all, and those that its pairs can share.
+struct Length {
+  uint32_t steps, shared;
+};
+Length block_length(const Pairing& pairing, const uint8_t* order, int64_t chunk, int64_t position, int tile_rows, int64_t count) {
+  uint32_t kept = 0, shared = tile_rows % 2 ? 0 : UINT32_MAX;
+  for (int64_t i = position; i < std::min(position + tile_rows, count); ++i) {
+    kept = std::max(kept, pairing.kept(chunk, order[i]));
+    shared = std::min(shared, pairing.shared(chunk, order[i], partner(order, i, count)));
+  }
+  return {static_cast<uint32_t>(ceil_div(kept, kStep)), shared / kStep};
+}
+
+// Places the blocks of a chunk from `step` on. All but an eighth of them share the same steps: a loop that always runs as often is
+// foreseen. Returns the first step of the next chunk.
+uint64_t place_blocks(const std::vector<Length>& lengths, Block* block, uint64_t step) {
+  std::vector<uint32_t> shared(lengths.size());
+  std::transform(lengths.begin(), lengths.end(), shared.begin(), [](const Length& length) { return length.shared; });
+  const auto usual = shared.begin() + shared.size() / 8;
+  std::nth_element(shared.begin(), usual, shared.end());
+  for (const Length& length : lengths) {
+    *block++ = {static_cast<uint32_t>(step), static_cast<uint32_t>(step + std::min(length.shared, *usual))};
+    step += length.steps;
+  }
   if (step > UINT32_MAX) throw InvalidNode("the weight is too large");
+  *block = {static_cast<uint32_t>(step), static_cast<uint32_t>(step)};
+  return step;
+}
+
+// Fills plan.orders and plan.starts; returns the steps in all.
+uint64_t place_rows(StreamPlan& plan, Pairing& pairing, int64_t groups, int tile_rows) {
+  plan.starts.resize(groups * plan.chunks * (plan.blocks + 1));
+  plan.orders.resize(groups * plan.chunks * plan.rows);
+  std::vector<std::vector<Length>> lengths(groups * plan.chunks);
+  each_unit(pairing, plan, groups, [&](int64_t group, int64_t row, int64_t count) {
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      uint8_t* order = plan.orders.data() + (group * plan.chunks + chunk) * plan.rows + row;
+      tile_rows % 2 ? pairing.keep_order(order) : pairing.match(chunk, order);
+      for (int64_t position = 0; position < count; position += tile_rows)
+        lengths[group * plan.chunks + chunk].push_back(block_length(pairing, order, chunk, position, tile_rows, count));
+    }
+  });
+  uint64_t step = 0;
+  Block* block = plan.starts.data();
+  for (const std::vector<Length>& of_chunk : lengths) {
+    step = place_blocks(of_chunk, block, step);
+    block += plan.blocks + 1;
+  }
   return step;
 }
 
@@ -98,34 +84,46 @@ StreamPlan plan_stream(const SparseRows& matrix, const float* values, const RowS
   plan.rows = matrix.rows / groups;
   plan.chunks = layout.chunks();
   plan.blocks = ceil_div(plan.rows, tile_rows);
-  plan.starts.resize(groups * plan.chunks * (plan.blocks + 1));
   const std::vector<Layout::Place> places = layout.places(matrix.order);
-  Pairs pairs(matrix, places, plan.rows);
-  const uint64_t steps = place_blocks(plan, count_entries(matrix, pairs, plan.chunks), groups, tile_rows);
+  Pairing pairing(matrix, places, plan.chunks);
+  const uint64_t steps = place_rows(plan, pairing, groups, tile_rows);
 
   float* out = plan.values.at_least(steps * tile_rows * kStep);
   uint16_t* offset = plan.offsets.at_least(steps * tile_rows * kStep);
-  std::vector<Count> placed(plan.chunks);
-  for (int64_t row = 0; row < matrix.rows; ++row) {
-    const int64_t group = row / plan.rows, in_group = row % plan.rows;
-    const float scale = scales.of(row);
-    std::fill(placed.begin(), placed.end(), Count{});
-    pairs.runs(row, [&](uint32_t chunk, uint32_t first, uint32_t last, auto shares) {
-      const Block block = *plan.start(group, chunk, in_group / tile_rows);
-      const int64_t start = (static_cast<int64_t>(block.first) * tile_rows + in_group % tile_rows) * kStep;
-      const uint32_t shared = (block.apart - block.first) * kStep;
-      Count count = placed[chunk];
-      for (uint32_t entry = first; entry < last; ++entry, ++count.kept) {
-        const uint32_t together = shares(matrix.column[entry]) & static_cast<uint32_t>(count.shared < shared);
-        const uint32_t apart = shared + count.kept - count.shared, i = together ? count.shared : apart;
-        count.shared += together;
-        const int64_t to = start + i / kStep * (tile_rows * kStep) + i % kStep;
-        out[to] = values[matrix.value_index(entry)] * scale;
-        offset[to] = places[matrix.column[entry]].offset;
-      }
-      placed[chunk] = count;
-    });
-  }
+  // Of a row in a chunk: its place in the unit, the row beside it, and the entries placed, all and shared.
+  struct Row {
+    uint8_t position, partner;
+    uint32_t placed, shared;
+  };
+  std::vector<Row> rows(kRowUnit * plan.chunks);
+  each_unit(pairing, plan, groups, [&](int64_t group, int64_t unit, int64_t count) {
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      const uint8_t* order = plan.order(group, chunk, unit);
+      for (int64_t i = 0; i < count; ++i)
+        rows[order[i] * plan.chunks + chunk] = {static_cast<uint8_t>(i), partner(order, i, count), 0, 0};
+    }
+    for (int64_t in_unit = 0; in_unit < count; ++in_unit) {
+      const int64_t row = group * plan.rows + unit + in_unit;
+      const float scale = scales.of(row);
+      pairing.runs(row, [&](uint32_t chunk, uint32_t first, uint32_t last) {
+        Row& at = rows[in_unit * plan.chunks + chunk];
+        const Block block = *plan.start(group, chunk, (unit + at.position) / tile_rows);
+        const int64_t start = (static_cast<int64_t>(block.first) * tile_rows + at.position % tile_rows) * kStep;
+        const uint32_t shared = (block.apart - block.first) * kStep;
+        Row now = at;
+        for (uint32_t entry = first; entry < last; ++entry, ++now.placed) {
+          const uint32_t column = matrix.column[entry];
+          const uint32_t together = pairing.keeps(now.partner, column) & static_cast<uint32_t>(now.shared < shared);
+          const uint32_t apart = shared + now.placed - now.shared, i = together ? now.shared : apart;
+          now.shared += together;
+          const int64_t to = start + i / kStep * (tile_rows * kStep) + i % kStep;
+          out[to] = values[matrix.value_index(entry)] * scale;
+          offset[to] = places[column].offset;
+        }
+        at = now;
+      });
+    }
+  });
   return plan;
 }
 

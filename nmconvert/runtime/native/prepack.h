@@ -11,17 +11,22 @@
 
 namespace nmconvert {
 
-// For Isa::stream. Rows come in blocks of the tile's rows, columns in chunks whose panel stays in the L1 cache.
+// For Isa::stream. Rows come in blocks of the tile's rows, columns in chunks whose panel stays in the L1 cache. In each chunk the
+// rows of a unit have an order of their own.
 struct StreamPlan {
   int64_t rows = 0;    // of one group
   int64_t chunks = 0;
   int64_t blocks = 0;  // row blocks of a group
-  std::vector<Block> starts;  // [groups][chunks][blocks + 1]
+  std::vector<Block> starts;    // [groups][chunks][blocks + 1]
+  std::vector<uint8_t> orders;  // [groups][chunks][rows]
   Buffer<float> values;
   Buffer<uint16_t> offsets;
 
   const Block* start(int64_t group, int64_t at_chunk, int64_t block) const {
     return starts.data() + (group * chunks + at_chunk) * (blocks + 1) + block;
+  }
+  const uint8_t* order(int64_t group, int64_t at_chunk, int64_t row) const {
+    return orders.data() + (group * chunks + at_chunk) * rows + row;
   }
 };
 

@@ -5,7 +5,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <numeric>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -24,7 +23,6 @@ struct TileChoice {
   int64_t pieces = 1;  // strips: output rows that share a vector
   std::optional<AmxOrder> amx = {};  // the matrix unit instead, and how it takes the weights
   const Tile& shape() const { return isa->tiles[tile]; }
-  int64_t row_unit() const { return std::lcm<int64_t>(16, shape().rows); }  // what rows are split into multiples of
   int64_t panel_width() const { return int64_t{shape().vectors} * isa->width; }
 };
 
