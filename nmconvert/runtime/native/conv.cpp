@@ -31,23 +31,33 @@ int64_t count_panels(const TileChoice& choice, const Image& image) {
   return ceil_div(image.batch * rows * columns, choice.pieces);
 }
 
+// Vectors of the last panel that have pixels; strips are taken to be full.
+int64_t last_vectors(const TileChoice& choice, const Image& image) {
+  const int64_t rest = pixels_of(image) % choice.panel_width();
+  return choice.layout.strips || rest == 0 ? choice.shape().vectors : ceil_div(rest, choice.isa->width);
+}
+
 // Cycles to fill a panel, and of all rows of the weight with it.
 struct PanelCost {
   double fill, rows;
 };
-PanelCost panel_cost(const TileChoice& choice, const ConvAttributes& attributes, const Image& image, const Weights& weights) {
+PanelCost panel_cost(const TileChoice& choice, const ConvAttributes& attributes, const Image& image, const Weights& weights,
+                     int64_t vectors) {
   const bool strips = choice.layout.strips, direct = !strips && volume(image.out) % choice.panel_width() == 0;
   const double fill = strips                      ? strip_fill(choice.pieces)
                       : choice.layout.in_place() ? kFirstTouch
                                                  : column_fill(attributes, image, choice.isa->width);
   const double finish = direct ? 0.5 : 2.0 + static_cast<double>(choice.pieces);
   return {fill * static_cast<double>(choice.layout.lines() * choice.layout.height),
-          panel_cycles(choice, weights) + finish * static_cast<double>(weights.rows() * choice.shape().vectors)};
+          panel_cycles(choice, weights, vectors) + finish * static_cast<double>(weights.rows() * choice.shape().vectors)};
 }
 
 double cycles(const TileChoice& choice, const ConvAttributes& attributes, const Image& image, const Weights& weights) {
-  const PanelCost cost = panel_cost(choice, attributes, image, weights);
-  return static_cast<double>(count_panels(choice, image)) * (cost.fill + cost.rows);
+  const auto cost = [&](int64_t vectors) {
+    const PanelCost panel = panel_cost(choice, attributes, image, weights, vectors);
+    return panel.fill + panel.rows;
+  };
+  return static_cast<double>(count_panels(choice, image) - 1) * cost(choice.shape().vectors) + cost(last_vectors(choice, image));
 }
 
 // Images of onnxruntime's own start at a cache line; those that a user gives it need not.
@@ -236,6 +246,9 @@ void Run::operator()(const Task& task) const {
   const float* base = source.data + task.group * attributes.inputs * source.channel;
   const int64_t at = channel * size + window.writes[0].to;
   const bool direct = !layout.strips && window.writes[0].count == width;
+  int64_t end = 0;  // of what is wanted of a row of sums
+  for (int64_t i = 0; i < window.write_count; ++i) end = std::max(end, window.writes[i].from + window.writes[i].count);
+  const Tile& tile = choice.narrowed(ceil_div(end, choice.isa->width));
 
   StreamJob job{};
   job.values = plan.values.data();
@@ -264,7 +277,7 @@ void Run::operator()(const Task& task) const {
     job.out_stride = last && direct ? size : width;
     job.low = last && direct ? epilogue.low : -__builtin_inff();
     job.high = last && direct ? epilogue.high : __builtin_inff();
-    choice.shape().stream(job);
+    tile.stream(job);
   }
   if (direct) {
     for (int64_t r = 0; r < task.rows; ++r) choice.isa->activate(image.y + at + r * size, width, epilogue.activation);
@@ -298,7 +311,7 @@ void run_panels(const Isa* isa, const Weights& weights, const Streaming& streami
                 const Epilogue& epilogue, const Parallel& parallel) {
   const TileChoice& choice = streaming.choice;
   const int64_t rows = weights.rows(), panels = attributes.groups * count_panels(choice, image);
-  const PanelCost cost = panel_cost(choice, attributes, image, weights);
+  const PanelCost cost = panel_cost(choice, attributes, image, weights, choice.shape().vectors);
   // Strips leave out the pads themselves, and every second column.
   const bool direct = choice.layout.strips && attributes.strides[2] <= 2;
   const Source source = direct ? unpadded_source(attributes, image)

@@ -84,15 +84,16 @@ void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group,
     job.out = sums;
     job.low = -__builtin_inff();
     job.high = __builtin_inff();
+    const int64_t token = panel * width, valid = std::min(width, tokens.tokens - token), at = token * rows + row;
+    const Tile& tile = choice.narrowed(ceil_div(valid, isa->width));
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
       job.blocks = plan.start(group, chunk, row / choice.shape().rows);
       job.order = plan.order(group, chunk, row);
       job.panel = packed + (panel * columns + chunk * choice.layout.chunk) * width;
       job.in = chunk ? sums : nullptr;
       job.bias = chunk || !tokens.bias ? nullptr : tokens.bias + row;
-      choice.shape().stream(job);
+      tile.stream(job);
     }
-    const int64_t token = panel * width, valid = std::min(width, tokens.tokens - token), at = token * rows + row;
     isa->unpack_tokens(sums, width, count, valid, tokens.residual ? tokens.residual + at : nullptr, tokens.y + at, rows, epilogue.low,
                        epilogue.high);
     for (int64_t t = 0; t < valid; ++t) isa->activate(tokens.y + at + t * rows, count, epilogue.activation);

@@ -78,6 +78,13 @@ const RowPlan& Weights::few(const Packed& packed, const Isa& isa) {
   return *plan;
 }
 
+const Tile& TileChoice::narrowed(int64_t vectors) const {
+  const Tile* best = &shape();
+  for (const Tile& tile : isa->tiles)
+    if (tile.rows == best->rows && tile.vectors >= vectors && tile.vectors < best->vectors) best = &tile;
+  return *best;
+}
+
 namespace {
 
 constexpr double kTranspose = 1.5;  // cycles to bring one vector of tokens into a panel
@@ -85,23 +92,22 @@ constexpr double kReturn = 2;       // and one vector of sums out of it
 
 // Cycles of one kept entry against a tile, as measured on Zen 5. A sum waits four cycles for itself; what two rows share is read
 // once for both.
-double entry_cycles(const TileChoice& choice, double density) {
-  const Tile& tile = choice.shape();
-  const double products = (0.58 - (tile.rows % 2 ? 0 : 0.15 * density)) * tile.vectors + (choice.isa->width == 16 ? 0.3 : 0.1);
+double entry_cycles(const Tile& tile, int64_t width, double density) {
+  const double products = (0.58 - (tile.rows % 2 ? 0 : 0.15 * density)) * tile.vectors + (width == 16 ? 0.3 : 0.1);
   return std::max(products, 4.0 / tile.rows) + 0.2;
 }
 
 }  // namespace
 
-double panel_cycles(const TileChoice& choice, const Weights& weights) {
-  const Tile& tile = choice.shape();
+double panel_cycles(const TileChoice& choice, const Weights& weights, int64_t vectors) {
+  const Tile& tile = choice.narrowed(vectors);
   const Layout& layout = choice.layout;
   const double entries = static_cast<double>(layout.columns) / static_cast<double>(layout.channels) * weights.density();
   const auto padded = [&](int64_t channels) { return kStep * std::ceil(static_cast<double>(channels) * entries / kStep - 1e-9); };
   const int64_t rest = layout.channels % layout.chunk;
   const double kept = static_cast<double>(layout.channels / layout.chunk) * padded(layout.chunk) + padded(rest);
   const double ends = static_cast<double>(layout.chunks()) * (1.5 * tile.vectors + 8.0 / tile.rows);
-  return static_cast<double>(ceil_div(weights.rows(), tile.rows) * tile.rows) * (kept * entry_cycles(choice, weights.density()) + ends);
+  return static_cast<double>(ceil_div(weights.rows(), tile.rows) * tile.rows) * (kept * entry_cycles(tile, layout.width, weights.density()) + ends);
 }
 
 namespace {
@@ -109,8 +115,9 @@ namespace {
 // Cycles of the streaming loops for all tokens.
 double stream_cycles(const TileChoice& choice, const Weights& weights, int64_t tokens) {
   const double a_vector = kTranspose * static_cast<double>(weights.columns()) + kReturn * static_cast<double>(weights.rows());
-  const double moved = choice.shape().vectors * a_vector;
-  return static_cast<double>(ceil_div(tokens, choice.panel_width())) * (panel_cycles(choice, weights) + moved);
+  const auto cycles = [&](int64_t vectors) { return panel_cycles(choice, weights, vectors) + choice.shape().vectors * a_vector; };
+  const int64_t whole = tokens / choice.panel_width(), rest = tokens % choice.panel_width();
+  return static_cast<double>(whole) * cycles(choice.shape().vectors) + (rest ? cycles(ceil_div(rest, choice.isa->width)) : 0);
 }
 
 }  // namespace

@@ -24,6 +24,8 @@ struct TileChoice {
   std::optional<AmxOrder> amx = {};  // the matrix unit instead, and how it takes the weights
   const Tile& shape() const { return isa->tiles[tile]; }
   int64_t panel_width() const { return int64_t{shape().vectors} * isa->width; }
+  // The narrowest tile that goes through the same plan, and computes the first `vectors` of a panel.
+  const Tile& narrowed(int64_t vectors) const;
 };
 
 struct Streaming {
@@ -87,8 +89,8 @@ class Weights {
 constexpr int64_t kMostByRows = 32;
 // Estimated cycles of the row loops.
 double row_cycles(const Isa& isa, const Weights& weights, int64_t tokens);
-// Estimated cycles of all rows of `weights` for one panel.
-double panel_cycles(const TileChoice& choice, const Weights& weights);
+// Estimated cycles of all rows of `weights` for the first `vectors` of one panel.
+double panel_cycles(const TileChoice& choice, const Weights& weights, int64_t vectors);
 // A choice and its estimated cycles.
 struct Estimate {
   TileChoice choice;
