@@ -23,6 +23,7 @@ from runtime_models import Weight, call, initializers, layer, model, random_weig
 
 from nmconvert import runtime
 from nmconvert.errors import KernelsUnavailableError
+from nmconvert.masks import nm_mask
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Pattern
 
@@ -154,6 +155,25 @@ def test_convolutions(isa: str, seed: int, stored: Any, pattern: str, axis: Any,
     proto = layer("Conv", weight, ["b", groups * inputs, *(f"d{d}" for d in range(rank))], {"B": bias}, **attributes)
     got = with_kernels(proto, draw(st.sampled_from([1, 2]))).run(None, {"x": x})[0]
     assert_close(got, convolve(x, weight, bias, **attributes))
+
+
+# Tiles read once what two rows of sixteen both keep: all, nothing, or from row to row something else; rows that are left alone.
+@pytest.mark.parametrize("kept", ["same", "opposite", "mixed"])
+@pytest.mark.parametrize("outputs", [1, 2, 15, 16, 17, 51])
+@pytest.mark.parametrize("side", [5, 14, 20])
+def test_rows_that_share_columns(isa: str, kept: str, outputs: int, side: int) -> None:
+    rng = np.random.default_rng(outputs)
+    view, pattern = MatrixView.of("conv", (2 * outputs, 96, 3, 3), "channel"), Pattern(2, 4)
+    noise = rng.standard_normal((view.rows, view.columns))
+    first = np.arange(view.columns) % 4 < 2
+    some = rng.random(view.columns) < 0.5
+    kinds = {"same": [first], "opposite": [first, ~first], "mixed": [first, ~first, ~first, some]}[kept]
+    scores = np.abs(noise) + 9 * np.array([kinds[row % len(kinds)] for row in range(view.rows)])
+    matrix = np.where(nm_mask(torch.from_numpy(scores), pattern).numpy(), noise / 27, 0).astype(np.float32)
+    weight = weight_of(matrix, view, pattern, quantized=False)
+    x = rng.standard_normal((1, 192, side, side)).astype(np.float32)
+    proto = layer("Conv", weight, list(x.shape), group=2, pads=[1] * 4)
+    assert_close(with_kernels(proto, 2).run(None, {"x": x})[0], convolve(x, weight, group=2, pads=[1] * 4))
 
 
 # Widths that fill vectors with whole rows, halves and quarters of rows; tails below and beside; strides and dilations.
