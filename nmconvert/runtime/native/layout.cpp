@@ -83,6 +83,7 @@ bool Layout::fits() const {
 
 std::vector<Layout::Place> Layout::places(const std::vector<uint32_t>& order) const {
   std::vector<Place> places(order.size());
+  std::vector<uint16_t> next(chunks());
   for (size_t column = 0; column < order.size(); ++column) {
     int64_t channel = static_cast<int64_t>(column), line = 0, down = 0;
     if (strips) {
@@ -92,7 +93,7 @@ std::vector<Layout::Place> Layout::places(const std::vector<uint32_t>& order) co
       down = y / kernel.stride;
     }
     const int64_t at = (channel % chunk * channel_lines + line) * pitch + down;
-    places[column] = {static_cast<uint32_t>(channel / chunk), static_cast<uint16_t>(at)};
+    places[column] = {static_cast<uint32_t>(channel / chunk), static_cast<uint16_t>(at), next[channel / chunk]++};
   }
   return places;
 }

@@ -53,6 +53,7 @@ struct Layout {
   struct Place {
     uint32_t chunk;
     uint16_t offset;  // vectors from the start of the chunk
+    uint16_t number;  // among the columns of the chunk, in the file's order
   };
   // Of every column in the file's order; `order` gives their places in the operator's own: channel, row, column.
   std::vector<Place> places(const std::vector<uint32_t>& order) const;

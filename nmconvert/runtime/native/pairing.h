@@ -1,7 +1,6 @@
 // Which rows of a weight advance together in a tile: those that keep the most columns in common.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -11,41 +10,35 @@
 
 namespace nmconvert {
 
-// The rows of one unit, and the columns that they keep in each chunk of a panel, as bits.
-class Pairing {
- public:
-  Pairing(const SparseRows& matrix, const std::vector<Layout::Place>& places, int64_t chunks);
-
-  // What follows is about `count` rows from `first` on.
-  void meet(int64_t first, int64_t count);
-
-  // Rows of the unit in a chunk, as a tile takes them: in pairs that share much, or as they stand.
-  void match(int64_t chunk, uint8_t* order) const;
-  void keep_order(uint8_t* order) const;
-
-  // Entries that a row keeps in a chunk, and those of them that another keeps, too; of a row with itself all.
-  uint32_t shared(int64_t chunk, int64_t row, int64_t other) const;
-  uint32_t kept(int64_t chunk, int64_t row) const { return shared(chunk, row, row); }
-  // Whether a row of the unit keeps a column.
-  uint32_t keeps(int64_t row, uint32_t column) const { return bits_[row * stride_ + bit_[column] / 64] >> bit_[column] % 64 & 1; }
-
-  // Calls visit(chunk, first, last) for every run of entries of `row`, of all rows, that lie in one chunk.
-  template <typename Visit>
-  void runs(int64_t row, Visit visit) const {
-    for (uint32_t first = matrix_.starts[row], last = first, end = matrix_.starts[row + 1]; first < end; first = last) {
-      const uint32_t chunk = places_[matrix_.column[first]].chunk;
-      while (last < end && places_[matrix_.column[last]].chunk == chunk) ++last;
-      visit(chunk, first, last);
-    }
+// Calls visit(chunk, first, last) for every run of entries of `row` that lie in one chunk.
+template <typename Visit>
+void each_run(const SparseRows& matrix, const std::vector<Layout::Place>& places, int64_t row, Visit visit) {
+  for (uint32_t first = matrix.starts[row], last = first, end = matrix.starts[row + 1]; first < end; first = last) {
+    const uint32_t chunk = places[matrix.column[first]].chunk;
+    while (last < end && places[matrix.column[last]].chunk == chunk) ++last;
+    visit(chunk, first, last);
   }
+}
+
+// The columns that each row keeps in each chunk of a panel, as bits.
+class KeptColumns {
+ public:
+  KeptColumns(const SparseRows& matrix, const std::vector<Layout::Place>& places, int64_t chunks);
+
+  // Bit `number` of a row in a chunk says whether it keeps that column there.
+  const uint64_t* bits(int64_t row, int64_t chunk) const { return bits_.data() + (row * chunks_ + chunk) * words_; }
+  static uint32_t at(const uint64_t* bits, uint32_t number) { return bits[number / 64] >> number % 64 & 1; }
+
+  // Entries that a row keeps in a chunk, and those of them that another keeps, too.
+  uint32_t kept(int64_t chunk, int64_t row) const { return shared(chunk, row, row); }
+  uint32_t shared(int64_t chunk, int64_t row, int64_t other) const;
+
+  // The `count` rows from `first` on, a unit or what there is of one, as a tile takes them in a chunk: in pairs that share much.
+  void match(int64_t chunk, int64_t first, int64_t count, uint8_t* order) const;
 
  private:
-  const SparseRows& matrix_;
-  const std::vector<Layout::Place>& places_;
-  int64_t count_ = 0;
-  int64_t words_ = 0, stride_ = 0;  // of a chunk, of a row
-  std::vector<uint32_t> bit_;       // of every column, within a row
-  std::vector<uint64_t> bits_;      // [kRowUnit][chunks][words]
+  int64_t chunks_, words_;
+  std::vector<uint64_t> bits_;  // [rows][chunks][words]
 };
 
 }  // namespace nmconvert

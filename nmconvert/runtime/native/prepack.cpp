@@ -1,6 +1,7 @@
 #include "prepack.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "elements.h"
 #include "ort_abi.h"
@@ -11,15 +12,11 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls visit(group, row, count) for every unit of rows, with its first row in the group, after `pairing` has met it.
+// Calls visit(group, row, count) for every unit of rows, with its first row in the group.
 template <typename Visit>
-void each_unit(Pairing& pairing, const StreamPlan& plan, int64_t groups, Visit visit) {
+void each_unit(const StreamPlan& plan, int64_t groups, Visit visit) {
   for (int64_t group = 0; group < groups; ++group)
-    for (int64_t row = 0; row < plan.rows; row += kRowUnit) {
-      const int64_t count = std::min<int64_t>(kRowUnit, plan.rows - row);
-      pairing.meet(group * plan.rows + row, count);
-      visit(group, row, count);
-    }
+    for (int64_t row = 0; row < plan.rows; row += kRowUnit) visit(group, row, std::min<int64_t>(kRowUnit, plan.rows - row));
 }
 
 // The row in a block's pair beside the one at `position` of a unit; the row itself where it is alone.
@@ -29,13 +26,18 @@ uint8_t partner(const uint8_t* order, int64_t position, int64_t count) { return 
 struct Length {
   uint32_t steps, shared;
 };
-Length block_length(const Pairing& pairing, const uint8_t* order, int64_t chunk, int64_t position, int tile_rows, int64_t count) {
-  uint32_t kept = 0, shared = tile_rows % 2 ? 0 : UINT32_MAX;
-  for (int64_t i = position; i < std::min(position + tile_rows, count); ++i) {
-    kept = std::max(kept, pairing.kept(chunk, order[i]));
-    shared = std::min(shared, pairing.shared(chunk, order[i], partner(order, i, count)));
+
+// Of the blocks of a unit, whose first row is `row`, in a chunk.
+void add_lengths(const KeptColumns& columns, const uint8_t* order, int64_t chunk, int64_t row, int64_t count, int tile_rows,
+                 std::vector<Length>& lengths) {
+  for (int64_t position = 0; position < count; position += tile_rows) {
+    uint32_t kept = 0, shared = tile_rows % 2 ? 0 : UINT32_MAX;
+    for (int64_t i = position; i < std::min(position + tile_rows, count); ++i) {
+      kept = std::max(kept, columns.kept(chunk, row + order[i]));
+      shared = std::min(shared, columns.shared(chunk, row + order[i], row + partner(order, i, count)));
+    }
+    lengths.push_back({static_cast<uint32_t>(ceil_div(kept, kStep)), shared / kStep});
   }
-  return {static_cast<uint32_t>(ceil_div(kept, kStep)), shared / kStep};
 }
 
 // Places the blocks of a chunk from `step` on. All but an eighth of them share the same steps: a loop that always runs as often is
@@ -55,16 +57,16 @@ uint64_t place_blocks(const std::vector<Length>& lengths, Block* block, uint64_t
 }
 
 // Fills plan.orders and plan.starts; returns the steps in all.
-uint64_t place_rows(StreamPlan& plan, Pairing& pairing, int64_t groups, int tile_rows) {
+uint64_t place_rows(StreamPlan& plan, const KeptColumns& columns, int64_t groups, int tile_rows) {
   plan.starts.resize(groups * plan.chunks * (plan.blocks + 1));
   plan.orders.resize(groups * plan.chunks * plan.rows);
   std::vector<std::vector<Length>> lengths(groups * plan.chunks);
-  each_unit(pairing, plan, groups, [&](int64_t group, int64_t row, int64_t count) {
+  each_unit(plan, groups, [&](int64_t group, int64_t row, int64_t count) {
+    const int64_t first = group * plan.rows + row;
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
       uint8_t* order = plan.orders.data() + (group * plan.chunks + chunk) * plan.rows + row;
-      tile_rows % 2 ? pairing.keep_order(order) : pairing.match(chunk, order);
-      for (int64_t position = 0; position < count; position += tile_rows)
-        lengths[group * plan.chunks + chunk].push_back(block_length(pairing, order, chunk, position, tile_rows, count));
+      tile_rows % 2 ? std::iota(order, order + count, 0) : columns.match(chunk, first, count, order);
+      add_lengths(columns, order, chunk, first, count, tile_rows, lengths[group * plan.chunks + chunk]);
     }
   });
   uint64_t step = 0;
@@ -85,8 +87,8 @@ StreamPlan plan_stream(const SparseRows& matrix, const float* values, const RowS
   plan.chunks = layout.chunks();
   plan.blocks = ceil_div(plan.rows, tile_rows);
   const std::vector<Layout::Place> places = layout.places(matrix.order);
-  Pairing pairing(matrix, places, plan.chunks);
-  const uint64_t steps = place_rows(plan, pairing, groups, tile_rows);
+  const KeptColumns columns(matrix, places, plan.chunks);
+  const uint64_t steps = place_rows(plan, columns, groups, tile_rows);
 
   float* out = plan.values.at_least(steps * tile_rows * kStep);
   uint16_t* offset = plan.offsets.at_least(steps * tile_rows * kStep);
@@ -96,31 +98,32 @@ StreamPlan plan_stream(const SparseRows& matrix, const float* values, const RowS
     uint32_t placed, shared;
   };
   std::vector<Row> rows(kRowUnit * plan.chunks);
-  each_unit(pairing, plan, groups, [&](int64_t group, int64_t unit, int64_t count) {
+  each_unit(plan, groups, [&](int64_t group, int64_t unit, int64_t count) {
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
       const uint8_t* order = plan.order(group, chunk, unit);
       for (int64_t i = 0; i < count; ++i)
         rows[order[i] * plan.chunks + chunk] = {static_cast<uint8_t>(i), partner(order, i, count), 0, 0};
     }
+    const int64_t first_row = group * plan.rows + unit;
     for (int64_t in_unit = 0; in_unit < count; ++in_unit) {
-      const int64_t row = group * plan.rows + unit + in_unit;
-      const float scale = scales.of(row);
-      pairing.runs(row, [&](uint32_t chunk, uint32_t first, uint32_t last) {
-        Row& at = rows[in_unit * plan.chunks + chunk];
-        const Block block = *plan.start(group, chunk, (unit + at.position) / tile_rows);
-        const int64_t start = (static_cast<int64_t>(block.first) * tile_rows + at.position % tile_rows) * kStep;
+      const float scale = scales.of(first_row + in_unit);
+      each_run(matrix, places, first_row + in_unit, [&](uint32_t chunk, uint32_t first, uint32_t last) {
+        Row& row = rows[in_unit * plan.chunks + chunk];
+        const Block block = *plan.start(group, chunk, (unit + row.position) / tile_rows);
+        const int64_t start = (static_cast<int64_t>(block.first) * tile_rows + row.position % tile_rows) * kStep;
         const uint32_t shared = (block.apart - block.first) * kStep;
-        Row now = at;
+        const uint64_t* beside = columns.bits(first_row + row.partner, chunk);
+        Row now = row;
         for (uint32_t entry = first; entry < last; ++entry, ++now.placed) {
-          const uint32_t column = matrix.column[entry];
-          const uint32_t together = pairing.keeps(now.partner, column) & static_cast<uint32_t>(now.shared < shared);
+          const Layout::Place place = places[matrix.column[entry]];
+          const uint32_t together = KeptColumns::at(beside, place.number) & static_cast<uint32_t>(now.shared < shared);
           const uint32_t apart = shared + now.placed - now.shared, i = together ? now.shared : apart;
           now.shared += together;
           const int64_t to = start + i / kStep * (tile_rows * kStep) + i % kStep;
           out[to] = values[matrix.value_index(entry)] * scale;
-          offset[to] = places[column].offset;
+          offset[to] = place.offset;
         }
-        at = now;
+        row = now;
       });
     }
   });
