@@ -131,13 +131,13 @@ class Team {
 };
 
 // Parts that the rows of every one of `panels` are split into, each of which fills its panel anew: those for which `threads` are
-// soonest done, a fifth of a part counted as what the last one has to be waited for.
+// soonest done, a twentieth of a part counted as what the last one has to be waited for.
 inline int64_t row_splits(int64_t panels, int64_t threads, double fill, double rows, int64_t most) {
   int64_t best = 1;
   double least = 0;
   for (int64_t splits = 1; threads > 1 && splits <= most && splits <= 4 * threads; ++splits) {
-    const double turns = static_cast<double>((panels * splits + threads - 1) / threads) + 0.2;
-    const double cost = turns * (2 * fill + rows / static_cast<double>(splits));  // filled once more, it is the other core's
+    const double turns = static_cast<double>((panels * splits + threads - 1) / threads) + 0.05;
+    const double cost = turns * (3 * fill + rows / static_cast<double>(splits));  // much of what fills it is the other core's
     if (least == 0 || cost < least) least = cost, best = splits;
   }
   return best;
