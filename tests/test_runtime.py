@@ -153,8 +153,9 @@ def test_convolutions(isa: str, seed: int, stored: Any, pattern: str, axis: Any,
     x = rng.standard_normal((batch, groups * inputs, *size)).astype(np.float32)
     bias = rng.standard_normal(outputs).astype(np.float32)
     proto = layer("Conv", weight, ["b", groups * inputs, *(f"d{d}" for d in range(rank))], {"B": bias}, **attributes)
-    got = with_kernels(proto, draw(st.sampled_from([1, 2]))).run(None, {"x": x})[0]
-    assert_close(got, convolve(x, weight, bias, **attributes))
+    expected = convolve(x, weight, bias, **attributes)
+    assume(np.abs(expected).max(initial=0) >= 0.1)  # a relative error means nothing where all terms cancel
+    assert_close(with_kernels(proto, draw(st.sampled_from([1, 2]))).run(None, {"x": x})[0], expected)
 
 
 # Tiles read once what two rows of sixteen both keep: all, nothing, or from row to row something else; rows that are left alone.
