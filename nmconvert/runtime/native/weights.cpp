@@ -109,7 +109,8 @@ double panel_cycles(const TileChoice& choice, const Weights& weights, int64_t ve
   const int64_t rest = layout.channels % layout.chunk;
   const double kept = static_cast<double>(layout.channels / layout.chunk) * padded(layout.chunk) + padded(rest);
   const double ends = static_cast<double>(layout.chunks()) * (1.5 * tile.vectors + 8.0 / tile.rows);
-  return static_cast<double>(ceil_div(weights.rows(), tile.rows) * tile.rows) * (kept * entry_cycles(tile, layout.width, weights.density()) + ends);
+  const double rows = static_cast<double>(ceil_div(weights.rows(), tile.rows) * tile.rows);
+  return rows * (kept * entry_cycles(tile, layout.width, weights.density()) + ends);
 }
 
 namespace {
