@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in chosen.models.split(","):
             for pattern in chosen.patterns.split(","):
                 folder = (chosen.keep or Path(scratch)) / f"{name}.{pattern.replace(':', '-')}.b1"
-                folder.mkdir(exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 measure(name, pattern, folder, chosen.rounds)
 
 

@@ -32,7 +32,7 @@ class Row {
   float read(const SparseRows& matrix, const std::vector<uint32_t>& places, const float* values, int64_t row, int digits) {
     const uint32_t first = matrix.starts[row], count = matrix.starts[row + 1] - first;
     place_.resize(count), whole_.resize(count), floats_.resize(count);
-    for (uint32_t i = 0; i < count; ++i) place_[i] = places[matrix.column[first + i]];
+    matrix.each_entry(row, [&](uint32_t entry, uint32_t column) { place_[entry - first] = places[column]; });
     if (matrix.source.empty()) {
       std::copy_n(values + first, count, floats_.data());
     } else {
@@ -140,7 +140,7 @@ AmxPlan plan_amx(const SparseRows& matrix, const Constant& values, const RowScal
   plan.rows = matrix.rows / groups;
   plan.tiles = (plan.rows + kTileLines - 1) / kTileLines;
   plan.digits = digits;
-  plan.kept = static_cast<uint32_t>(matrix.column.size());
+  plan.kept = matrix.kept();
   const int64_t tiles = groups * plan.tiles * order.steps();
   uint64_t* masks = plan.masks.at_least(tiles * kTileLines);
   uint32_t* starts = plan.starts.at_least(tiles);

@@ -25,10 +25,6 @@ int64_t checked_size(const std::vector<int64_t>& shape, const char* name) {
 
 std::string count(int64_t n) { return std::to_string(n); }
 
-[[noreturn]] void throw_surplus(int64_t values) {
-  throw InvalidNode("the mask keeps more weights than there are values (" + count(values) + ")");
-}
-
 struct Coding {
   int64_t parts, width, codes;
   const uint8_t* table;
@@ -51,34 +47,29 @@ Coding check_coding(const Packed& packed, int64_t size) {
   return coding;
 }
 
-// Calls keep(k) for every kept entry k of the flattened matrix, in order.
-template <typename Keep>
-void each_kept(const Packed& packed, const Coding& coding, int64_t size, Keep keep) {
-  const uint8_t* mask = static_cast<const uint8_t*>(packed.mask.data);
-  // The kept columns of every code, so that zeros cost nothing.
-  std::vector<uint16_t> kept, first(coding.codes + 1, 0);
-  for (int64_t code = 0; code < coding.codes; ++code) {
+// A bit for every weight of the flattened file, `size` of them and a word more.
+std::vector<uint64_t> decode_mask(const Packed& packed, const Coding& coding, int64_t size) {
+  const int64_t words = (coding.width + 63) / 64;  // of a code
+  std::vector<uint64_t> of_codes(coding.codes * words);
+  for (int64_t code = 0; code < coding.codes; ++code)
     for (int64_t i = 0; i < coding.width; ++i)
-      if (coding.table[code * coding.width + i]) kept.push_back(static_cast<uint16_t>(i));
-    if (kept.size() > 0xffff) throw InvalidNode("the mask table is too large");
-    first[code + 1] = static_cast<uint16_t>(kept.size());
-  }
-  std::vector<uint8_t> bits(coding.width);
-  for (int64_t base = 0; base < size; base += coding.width, mask += coding.parts) {
-    for (int64_t part = 0; part < coding.parts; ++part)
-      if (mask[part] >= coding.codes) throw InvalidNode("mask code " + count(mask[part]) + " is outside its table");
-    if (coding.parts == 1) {
-      for (int i = first[*mask]; i < first[*mask + 1]; ++i)
-        if (base + kept[i] < size) keep(base + kept[i]);
-      continue;
+      of_codes[code * words + i / 64] |= static_cast<uint64_t>(coding.table[code * coding.width + i]) << i % 64;
+  std::vector<uint64_t> bits(size / 64 + words + 2);
+  const uint8_t* mask = static_cast<const uint8_t*>(packed.mask.data);
+  for (int64_t base = 0; base < size; base += coding.width)
+    for (int64_t part = 0; part < coding.parts; ++part, ++mask) {
+      if (*mask >= coding.codes) throw InvalidNode("mask code " + count(*mask) + " is outside its table");
+      uint64_t* to = bits.data() + base / 64;
+      for (const uint64_t *word = of_codes.data() + *mask * words, *end = word + words; word < end; ++word, ++to) {
+        const uint64_t low = *word << base % 64, high = *word >> 1 >> (63 - base % 64);
+        if ((to[0] & low) | (to[1] & high)) throw InvalidNode("the mask names a weight twice");
+        to[0] |= low, to[1] |= high;
+      }
     }
-    std::memset(bits.data(), 0, bits.size());
-    for (int64_t part = 0; part < coding.parts; ++part)
-      for (int i = first[mask[part]]; i < first[mask[part] + 1]; ++i)
-        if (bits[kept[i]]++) throw InvalidNode("the mask names a weight twice");
-    for (int64_t i = 0; i < coding.width && base + i < size; ++i)
-      if (bits[i]) keep(base + i);
-  }
+  bits.resize(size / 64 + 2);
+  bits[size / 64] &= (uint64_t{1} << size % 64) - 1;
+  bits[size / 64 + 1] = 0;
+  return bits;
 }
 
 // What one step along each dimension of `permuted` adds to the row and to the operator's own column.
@@ -162,15 +153,31 @@ std::vector<uint32_t> native_order(const Walk& walk) {
   return order;
 }
 
-void sort_by_row(SparseRows& matrix, const std::vector<uint32_t>& row) {
-  std::vector<uint32_t> next(matrix.starts.begin(), matrix.starts.end() - 1), column(row.size());
-  matrix.source.resize(row.size());
-  for (size_t i = 0; i < row.size(); ++i) {
-    const uint32_t to = next[row[i]]++;
-    column[to] = matrix.column[i];
-    matrix.source[to] = static_cast<uint32_t>(i);
+// Rows that follow each other in the file.
+void count_rows(SparseRows& matrix) {
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    uint32_t kept = matrix.starts[row];
+    for (int64_t first = 0; first < matrix.columns; first += 64)
+      kept += static_cast<uint32_t>(__builtin_popcountll(matrix.piece(row, first, std::min<int64_t>(64, matrix.columns - first))));
+    matrix.starts[row + 1] = kept;
   }
-  matrix.column = std::move(column);
+}
+
+// Rows of which every weight stands elsewhere: `flat` are the bits in the order of the file.
+void sort_by_row(SparseRows& matrix, const Walk& walk, const std::vector<uint64_t>& flat) {
+  std::vector<uint32_t> rows;
+  for (size_t word = 0; word < flat.size(); ++word)
+    for (uint64_t left = flat[word]; left; left &= left - 1) {
+      const int64_t at = static_cast<int64_t>(64 * word) + __builtin_ctzll(left);
+      const int64_t row = along(walk.extent, walk.row_step, at), place = row * matrix.columns + along(walk.extent, walk.column_step, at);
+      matrix.bits[place / 64] |= uint64_t{1} << place % 64;
+      ++matrix.starts[row + 1];
+      rows.push_back(static_cast<uint32_t>(row));
+    }
+  std::partial_sum(matrix.starts.begin(), matrix.starts.end(), matrix.starts.begin());
+  std::vector<uint32_t> next(matrix.starts.begin(), matrix.starts.end() - 1);
+  matrix.source.resize(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) matrix.source[next[rows[i]]++] = static_cast<uint32_t>(i);
 }
 
 }  // namespace
@@ -192,31 +199,16 @@ SparseRows decode(const Packed& packed, const std::vector<bool>& is_row) {
   matrix.columns = walk.columns;
   matrix.starts.assign(walk.rows + 1, 0);
   if (kept > size) throw InvalidNode("there are more values than weights");
-  matrix.column.resize(kept);
-  uint32_t* const begin = matrix.column.data();
-  uint32_t *next = begin, *const end = begin + kept;
+  matrix.bits = decode_mask(packed, coding, size);
   if (walk.rows_lead) {
-    int64_t row_end = walk.columns;
-    auto ended = matrix.starts.begin() + 1;
-    each_kept(packed, coding, size, [&](int64_t flat) {
-      if (next == end) throw_surplus(kept);
-      for (; flat >= row_end; row_end += walk.columns) *ended++ = static_cast<uint32_t>(next - begin);
-      *next++ = static_cast<uint32_t>(flat - (row_end - walk.columns));
-    });
-    std::fill(ended, matrix.starts.end(), static_cast<uint32_t>(next - begin));
+    count_rows(matrix);
   } else {
-    std::vector<uint32_t> row;
-    each_kept(packed, coding, size, [&](int64_t flat) {
-      if (next == end) throw_surplus(kept);
-      row.push_back(static_cast<uint32_t>(along(walk.extent, walk.row_step, flat)));
-      *next++ = static_cast<uint32_t>(along(walk.extent, walk.column_step, flat));
-      ++matrix.starts[row.back() + 1];
-    });
-    for (int64_t r = 0; r < matrix.rows; ++r) matrix.starts[r + 1] += matrix.starts[r];
-    if (next == end) sort_by_row(matrix, row);
+    std::vector<uint64_t> flat(matrix.bits.size());
+    flat.swap(matrix.bits);
+    sort_by_row(matrix, walk, flat);
   }
-  if (next != end)
-    throw InvalidNode("the mask keeps " + count(next - begin) + " weights, but there are " + count(kept) + " values");
+  if (matrix.kept() != kept)
+    throw InvalidNode("the mask keeps " + count(matrix.kept()) + " weights, but there are " + count(kept) + " values");
   matrix.order = native_order(walk);
   return matrix;
 }

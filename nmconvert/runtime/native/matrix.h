@@ -1,6 +1,7 @@
 // A sparse weight as the kernels see it: rows of kept entries, decoded from values and mask as packing.py specifies.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -27,17 +28,37 @@ struct Packed {
   std::vector<int64_t> shape, permuted, perm, code_shape;
 };
 
-// Rows of kept entries. Row r holds entries [starts[r], starts[r + 1]); columns are numbered in the order of the file, so
-// that a row's columns rise; `order[column]` is the place of that column in the operator's own order.
+// Rows of kept entries: a bit for every weight, set where it is kept, row after row. Row r holds entries [starts[r], starts[r + 1]),
+// whose columns rise; these are numbered in the order of the file, and `order[column]` is the place of one in the operator's own.
 struct SparseRows {
   int64_t rows = 0;
   int64_t columns = 0;
+  std::vector<uint64_t> bits;  // [rows · columns], and a word more
   std::vector<uint32_t> starts;
-  std::vector<uint32_t> column;
   std::vector<uint32_t> source;  // which of the values stands there; empty where entry i is value i
   std::vector<uint32_t> order;
 
+  uint32_t kept() const { return starts.back(); }
   uint32_t value_index(uint32_t entry) const { return source.empty() ? entry : source[entry]; }
+
+  // The bits of `count` columns from `first` on, at most 64.
+  uint64_t piece(int64_t row, int64_t first, int64_t count) const {
+    const int64_t at = row * columns + first;
+    const uint64_t* word = bits.data() + at / 64;
+    return (word[0] >> at % 64 | word[1] << 1 << (63 - at % 64)) & ~uint64_t{0} >> (64 - count);
+  }
+
+  // Calls visit(entry, column) for those of a row in [first, end), where `entry` is the first.
+  template <typename Visit>
+  void each_entry(int64_t row, int64_t first, int64_t end, uint32_t entry, Visit visit) const {
+    for (; first < end; first += 64)
+      for (uint64_t left = piece(row, first, std::min<int64_t>(64, end - first)); left; left &= left - 1)
+        visit(entry++, static_cast<uint32_t>(first + __builtin_ctzll(left)));
+  }
+  template <typename Visit>
+  void each_entry(int64_t row, Visit visit) const {
+    each_entry(row, 0, columns, starts[row], visit);
+  }
 };
 
 // What the values of a row are multiplied by.

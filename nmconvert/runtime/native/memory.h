@@ -29,16 +29,23 @@ class Buffer {
 
   // At least `size` elements, and 64 bytes of slack on either side of them; zeros where memory is new.
   T* at_least(int64_t size) {
+    if (size <= size_ && data_) return data();
+    T* data = unset(size);
+    std::memset(data, 0, size * sizeof(T));
+    return data;
+  }
+  // The same in new memory, where only the slack is zeros.
+  T* unset(int64_t size) {
     if (size > kMax) throw std::bad_alloc();
-    if (size <= size_ && data_) return data_ + kSlack;
     std::free(data_);
     data_ = nullptr;
     const size_t bytes = ((size + 2 * kSlack) * sizeof(T) + 63) / 64 * 64;
     data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
     if (!data_) throw std::bad_alloc();
-    std::memset(data_, 0, bytes);
+    std::memset(data_, 0, kSlack * sizeof(T));
+    std::memset(data_ + kSlack + size, 0, bytes - (kSlack + size) * sizeof(T));
     size_ = size;
-    return data_ + kSlack;
+    return data();
   }
 
  private:

@@ -6,22 +6,34 @@
 
 namespace nmconvert {
 
-KeptColumns::KeptColumns(const SparseRows& matrix, const std::vector<Layout::Place>& places, int64_t chunks) : chunks_(chunks) {
+KeptColumns::KeptColumns(const SparseRows& matrix, const std::vector<Layout::Place>& places, int64_t chunks)
+    : matrix_(matrix), chunks_(chunks), of_chunk_(chunks) {
   uint16_t last = 0;
-  for (const Layout::Place& place : places) last = std::max(last, place.number);
+  for (uint32_t column = 0; column < places.size(); ++column) {
+    const Layout::Place& place = places[column];
+    last = std::max(last, place.number);
+    if (spans_.empty() || place.chunk != spans_.back().chunk) {
+      of_chunk_[place.chunk].push_back(static_cast<uint32_t>(spans_.size()));
+      spans_.push_back({place.chunk, column, column, place.number});
+    }
+    spans_.back().end = column + 1;
+  }
   words_ = last / 64 + 1;
-  bits_.resize(matrix.rows * chunks * words_);
-  for (int64_t row = 0; row < matrix.rows; ++row)
-    each_run(matrix, places, row, [&](uint32_t chunk, uint32_t first, uint32_t end) {
-      uint64_t *bits = bits_.data() + (row * chunks_ + chunk) * words_, word = 0;  // of columns that follow each other, in a register
-      uint32_t at = 0;
-      for (uint32_t entry = first; entry < end; ++entry) {
-        const uint32_t number = places[matrix.column[entry]].number;
-        if (number / 64 != at) bits[at] |= word, word = 0, at = number / 64;
-        word |= uint64_t{1} << number % 64;
+  bits_.resize(matrix.rows * chunks * words_ + 1);
+  firsts_.reserve(matrix.rows * spans_.size());
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    uint32_t entry = matrix.starts[row];
+    for (const Span& span : spans_) {
+      firsts_.push_back(entry);
+      uint64_t* bits = bits_.data() + (row * chunks_ + span.chunk) * words_;
+      for (uint32_t first = span.first, number = span.number; first < span.end; first += 64, number += 64) {
+        const uint64_t piece = matrix.piece(row, first, std::min<uint32_t>(64, span.end - first));
+        bits[number / 64] |= piece << number % 64;
+        bits[number / 64 + 1] |= piece >> 1 >> (63 - number % 64);
+        entry += static_cast<uint32_t>(__builtin_popcountll(piece));
       }
-      bits[at] |= word;
-    });
+    }
+  }
 }
 
 uint32_t KeptColumns::shared(int64_t chunk, int64_t row, int64_t other) const {
@@ -31,8 +43,11 @@ uint32_t KeptColumns::shared(int64_t chunk, int64_t row, int64_t other) const {
   return count;
 }
 
-// Each row that has no partner yet takes the best of those after it.
+// Each row that has no partner yet takes the best of those after it. Rows too short to share a step stay as they are.
 void KeptColumns::match(int64_t chunk, int64_t first, int64_t count, uint8_t* order) const {
+  uint32_t longest = 0;
+  for (int64_t row = first; row < first + count; ++row) longest = std::max(longest, kept(chunk, row));
+  if (longest < kStep) return std::iota(order, order + count, 0);
   std::array<uint8_t, kRowUnit> left;
   std::iota(left.begin(), left.end(), 0);
   for (; count > 0; count -= 2) {

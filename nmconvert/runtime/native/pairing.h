@@ -10,24 +10,23 @@
 
 namespace nmconvert {
 
-// Calls visit(chunk, first, last) for every run of entries of `row` that lie in one chunk.
-template <typename Visit>
-void each_run(const SparseRows& matrix, const std::vector<Layout::Place>& places, int64_t row, Visit visit) {
-  for (uint32_t first = matrix.starts[row], last = first, end = matrix.starts[row + 1]; first < end; first = last) {
-    const uint32_t chunk = places[matrix.column[first]].chunk;
-    while (last < end && places[matrix.column[last]].chunk == chunk) ++last;
-    visit(chunk, first, last);
-  }
-}
-
 // The columns that each row keeps in each chunk of a panel, as bits.
 class KeptColumns {
  public:
   KeptColumns(const SparseRows& matrix, const std::vector<Layout::Place>& places, int64_t chunks);
 
+  // Calls visit(entry, column) for what a row keeps in a chunk, in the file's order.
+  template <typename Visit>
+  void each_entry(int64_t chunk, int64_t row, Visit visit) const {
+    const uint32_t* firsts = firsts_.data() + row * static_cast<int64_t>(spans_.size());
+    for (const uint32_t span : of_chunk_[chunk]) matrix_.each_entry(row, spans_[span].first, spans_[span].end, firsts[span], visit);
+  }
+
   // Bit `number` of a row in a chunk says whether it keeps that column there.
   const uint64_t* bits(int64_t row, int64_t chunk) const { return bits_.data() + (row * chunks_ + chunk) * words_; }
   static uint32_t at(const uint64_t* bits, uint32_t number) { return bits[number / 64] >> number % 64 & 1; }
+
+  int64_t most() const { return words_ * 64; }  // columns of a chunk, or more
 
   // Entries that a row keeps in a chunk, and those of them that another keeps, too.
   uint32_t kept(int64_t chunk, int64_t row) const { return shared(chunk, row, row); }
@@ -37,8 +36,17 @@ class KeptColumns {
   void match(int64_t chunk, int64_t first, int64_t count, uint8_t* order) const;
 
  private:
+  // Columns that follow each other in the file and lie in one chunk, where the first has `number`.
+  struct Span {
+    uint32_t chunk, first, end, number;
+  };
+
+  const SparseRows& matrix_;
   int64_t chunks_, words_;
-  std::vector<uint64_t> bits_;  // [rows][chunks][words]
+  std::vector<Span> spans_;
+  std::vector<std::vector<uint32_t>> of_chunk_;  // its spans
+  std::vector<uint32_t> firsts_;                 // [rows][spans]: entries
+  std::vector<uint64_t> bits_;                   // [rows][chunks][words], and a word more
 };
 
 }  // namespace nmconvert

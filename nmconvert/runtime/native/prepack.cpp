@@ -12,6 +12,8 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr int64_t kLinesAhead = 3;  // of the values that a row has in the next chunk: the rows between make them far apart
+
 // Calls visit(group, row, count) for every unit of rows, with its first row in the group.
 template <typename Visit>
 void each_unit(const StreamPlan& plan, int64_t groups, Visit visit) {
@@ -88,43 +90,44 @@ StreamPlan plan_stream(const SparseRows& matrix, const float* values, const RowS
   plan.blocks = ceil_div(plan.rows, tile_rows);
   const std::vector<Layout::Place> places = layout.places(matrix.order);
   const KeptColumns columns(matrix, places, plan.chunks);
-  const uint64_t steps = place_rows(plan, columns, groups, tile_rows);
+  const int64_t steps = place_rows(plan, columns, groups, tile_rows), stride = int64_t{tile_rows} * kStep;
 
-  float* out = plan.values.at_least(steps * tile_rows * kStep);
-  uint16_t* offset = plan.offsets.at_least(steps * tile_rows * kStep);
-  // Of a row in a chunk: its place in the unit, the row beside it, and the entries placed, all and shared.
-  struct Row {
-    uint8_t position, partner;
-    uint32_t placed, shared;
+  float* values_to = plan.values.unset(steps * stride);
+  uint16_t* offsets_to = plan.offsets.unset(steps * stride);
+  std::vector<uint32_t> places_to(columns.most());  // of the entries of a row in a block, from its first
+  for (uint32_t i = 0; i < places_to.size(); ++i) places_to[i] = static_cast<uint32_t>(i / kStep * stride + i % kStep);
+
+  // The entries of a row in a chunk, from `start` on: first those that it shares with the row beside it. Returns the last of them.
+  const auto place_row = [&](int64_t chunk, int64_t row, int64_t beside, uint32_t most_shared, int64_t start) {
+    const uint64_t* kept_beside = columns.bits(beside, chunk);
+    const float scale = scales.of(row);
+    uint32_t last = 0, shared = 0, apart = most_shared;
+    columns.each_entry(chunk, row, [&](uint32_t entry, uint32_t column) {
+      const Layout::Place& place = places[column];
+      const uint32_t together = KeptColumns::at(kept_beside, place.number) & static_cast<uint32_t>(shared < most_shared);
+      const int64_t to = start + places_to[together ? shared : apart];
+      shared += together, apart += 1 - together;
+      values_to[to] = values[matrix.value_index(entry)] * scale;
+      offsets_to[to] = place.offset;
+      last = entry;
+    });
+    return last;
   };
-  std::vector<Row> rows(kRowUnit * plan.chunks);
   each_unit(plan, groups, [&](int64_t group, int64_t unit, int64_t count) {
+    const int64_t first_row = group * plan.rows + unit;
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
       const uint8_t* order = plan.order(group, chunk, unit);
-      for (int64_t i = 0; i < count; ++i)
-        rows[order[i] * plan.chunks + chunk] = {static_cast<uint8_t>(i), partner(order, i, count), 0, 0};
-    }
-    const int64_t first_row = group * plan.rows + unit;
-    for (int64_t in_unit = 0; in_unit < count; ++in_unit) {
-      const float scale = scales.of(first_row + in_unit);
-      each_run(matrix, places, first_row + in_unit, [&](uint32_t chunk, uint32_t first, uint32_t last) {
-        Row& row = rows[in_unit * plan.chunks + chunk];
-        const Block block = *plan.start(group, chunk, (unit + row.position) / tile_rows);
-        const int64_t start = (static_cast<int64_t>(block.first) * tile_rows + row.position % tile_rows) * kStep;
-        const uint32_t shared = (block.apart - block.first) * kStep;
-        const uint64_t* beside = columns.bits(first_row + row.partner, chunk);
-        Row now = row;
-        for (uint32_t entry = first; entry < last; ++entry, ++now.placed) {
-          const Layout::Place place = places[matrix.column[entry]];
-          const uint32_t together = KeptColumns::at(beside, place.number) & static_cast<uint32_t>(now.shared < shared);
-          const uint32_t apart = shared + now.placed - now.shared, i = together ? now.shared : apart;
-          now.shared += together;
-          const int64_t to = start + i / kStep * (tile_rows * kStep) + i % kStep;
-          out[to] = values[matrix.value_index(entry)] * scale;
-          offset[to] = place.offset;
-        }
-        row = now;
-      });
+      const Block* block = plan.start(group, chunk, unit / tile_rows);
+      const int64_t begin = block->first * stride, end = block[ceil_div(count, tile_rows)].first * stride;
+      std::fill(values_to + begin, values_to + end, 0.0f);
+      std::fill(offsets_to + begin, offsets_to + end, uint16_t{0});
+      for (int64_t i = 0; i < count; ++i) {
+        const Block& of_row = block[i / tile_rows];
+        const int64_t start = of_row.first * stride + i % tile_rows * kStep;
+        const uint32_t last = place_row(chunk, first_row + order[i], first_row + partner(order, i, count),
+                                        (of_row.apart - of_row.first) * kStep, start);
+        for (int64_t line = 0; line < kLinesAhead; ++line) __builtin_prefetch(values + last + 1 + line * 16);
+      }
     }
   });
   return plan;
@@ -134,17 +137,10 @@ namespace {
 
 // The most entries that any row keeps in a column block of `size`.
 int64_t most_in_block(const SparseRows& matrix, int64_t size) {
-  int64_t most = 1;
-  for (int64_t row = 0; row < matrix.rows; ++row) {
-    int64_t count = 0;
-    uint32_t block = UINT32_MAX;
-    for (uint32_t i = matrix.starts[row]; i < matrix.starts[row + 1]; ++i) {
-      const uint32_t here = matrix.column[i] / static_cast<uint32_t>(size);
-      count = here == block ? count + 1 : 1;
-      block = here;
-      most = std::max(most, count);
-    }
-  }
+  int most = 1;
+  for (int64_t row = 0; row < matrix.rows; ++row)
+    for (int64_t first = 0; first < matrix.columns; first += size)
+      most = std::max(most, __builtin_popcountll(matrix.piece(row, first, std::min(size, matrix.columns - first))));
   return most;
 }
 
@@ -192,14 +188,15 @@ RowPlan plan_rows(const SparseRows& matrix, const Constant& values, const RowSca
   const auto place_all = [&](auto* out, auto value) {
     for (int64_t row = 0; row < matrix.rows; ++row) {
       const int64_t block = block_of(row), lane = row % rows % width;
-      int64_t next = 0, current = -1;
-      for (uint32_t i = matrix.starts[row]; i < matrix.starts[row + 1]; ++i) {
-        const int64_t here = matrix.column[i] / size;
-        next = here == current ? next + 1 : here * entries;
-        current = here;
-        const int64_t word = block * plan.words + next / 8;
-        out[(word * 8 + next % 8) * width + lane] = value(row, matrix.value_index(i));
-        positions[word * width + lane] |= static_cast<uint32_t>(matrix.column[i] % size) << (4 * (next % 8));
+      uint32_t entry = matrix.starts[row];
+      for (int64_t at = 0; at < column_blocks; ++at) {
+        int64_t next = at * entries;
+        for (uint64_t left = at * size < matrix.columns ? matrix.piece(row, at * size, std::min(size, matrix.columns - at * size)) : 0; left;
+             left &= left - 1, ++next, ++entry) {
+          const int64_t word = block * plan.words + next / 8;
+          out[(word * 8 + next % 8) * width + lane] = value(row, matrix.value_index(entry));
+          positions[word * width + lane] |= static_cast<uint32_t>(__builtin_ctzll(left)) << (4 * (next % 8));
+        }
       }
     }
   };

@@ -14,7 +14,7 @@ Weights::Weights(const Packed& packed, const std::vector<bool>& is_row, int64_t 
   if (decoded_->rows % groups) throw InvalidNode("the output channels do not divide into the groups");
   rows_ = decoded_->rows / groups;
   columns_ = decoded_->columns;
-  density_ = static_cast<double>(decoded_->column.size()) / (static_cast<double>(decoded_->rows) * columns_);
+  density_ = static_cast<double>(decoded_->kept()) / (static_cast<double>(decoded_->rows) * columns_);
   digits_ = weight_digits(packed.values, columns_);
   order_ = decoded_->order;
 }

@@ -24,17 +24,17 @@ double finish(double y, const Epilogue& epilogue) {
 WideWeights make_wide(const Packed& packed, const std::vector<bool>& is_row, int64_t groups, double scale) {
   WideWeights weights{decode(packed, is_row), {}, groups};
   if (weights.matrix.rows % groups) throw InvalidNode("the output channels do not divide into the groups");
-  weights.values.resize(weights.matrix.column.size());
+  weights.values.resize(weights.matrix.kept());
   std::vector<float> widened;
   const double* doubles = packed.values.type == ort::kDouble ? static_cast<const double*>(packed.values.data) : nullptr;
   const float* floats = doubles ? nullptr : widen(packed.values, widened);
   const float* scales = static_cast<const float*>(packed.scale.data);
   for (int64_t row = 0; row < weights.matrix.rows; ++row) {
     const double factor = scales ? scale * static_cast<double>(scales[row]) : scale;
-    for (uint32_t i = weights.matrix.starts[row]; i < weights.matrix.starts[row + 1]; ++i) {
-      const uint32_t from = weights.matrix.value_index(i);
-      weights.values[i] = factor * (doubles ? doubles[from] : static_cast<double>(floats[from]));
-    }
+    weights.matrix.each_entry(row, [&](uint32_t entry, uint32_t) {
+      const uint32_t from = weights.matrix.value_index(entry);
+      weights.values[entry] = factor * (doubles ? doubles[from] : static_cast<double>(floats[from]));
+    });
   }
   return weights;
 }
@@ -48,8 +48,9 @@ void run_wide_linear(const WideWeights& weights, int64_t group, const TokensOf<d
     const int64_t stored = group * rows + row;
     for (int64_t t = 0; t < tokens.tokens; ++t) {
       double sum = (tokens.bias ? tokens.bias[row] : 0.0) + (tokens.residual ? tokens.residual[t * rows + row] : 0.0);
-      for (uint32_t i = matrix.starts[stored]; i < matrix.starts[stored + 1]; ++i)
-        sum += weights.values[i] * tokens.x[t * matrix.columns + matrix.order[matrix.column[i]]];
+      matrix.each_entry(stored, [&](uint32_t entry, uint32_t column) {
+        sum += weights.values[entry] * tokens.x[t * matrix.columns + matrix.order[column]];
+      });
       tokens.y[t * rows + row] = finish(sum, epilogue);
     }
   });
@@ -68,16 +69,16 @@ void run_wide_conv(const WideWeights& weights, const ConvAttributes& a, const Im
       const Triple at{pixel / out[2] / out[1], pixel / out[2] % out[1], pixel % out[2]};
       const int64_t to = task * out_size + pixel;
       double sum = (image.bias ? image.bias[row] : 0.0) + (image.residual ? image.residual[to] : 0.0);
-      for (uint32_t i = matrix.starts[row]; i < matrix.starts[row + 1]; ++i) {
-        int64_t rest = matrix.order[matrix.column[i]], from = 0, step = 1;
+      matrix.each_entry(row, [&](uint32_t entry, uint32_t column) {
+        int64_t rest = matrix.order[column], from = 0, step = 1;
         bool inside = true;
         for (int d = 3; d-- > 0; rest /= a.kernel[d], step *= in[d]) {
           const int64_t place = at[d] * a.strides[d] + rest % a.kernel[d] * a.dilations[d] - a.before[d];
           inside = inside && place >= 0 && place < in[d];
           from += place * step;
         }
-        if (inside) sum += weights.values[i] * x[rest * in_size + from];
-      }
+        if (inside) sum += weights.values[entry] * x[rest * in_size + from];
+      });
       image.y[to] = finish(sum, epilogue);
     }
   });
