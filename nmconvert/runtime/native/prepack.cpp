@@ -184,21 +184,29 @@ RowPlan plan_rows(const SparseRows& matrix, const Constant& values, const RowSca
 
   const int64_t size_of_all = groups * plan.blocks * plan.words * 8 * width;
   uint32_t* positions = plan.positions.at_least(size_of_all / 8);
-  const auto block_of = [&](int64_t row) { return row / rows * plan.blocks + row % rows / width; };
-  const auto place_all = [&](auto* out, auto value) {
-    for (int64_t row = 0; row < matrix.rows; ++row) {
-      const int64_t block = block_of(row), lane = row % rows % width;
-      uint32_t entry = matrix.starts[row];
-      for (int64_t at = 0; at < column_blocks; ++at) {
-        int64_t next = at * entries;
-        for (uint64_t left = at * size < matrix.columns ? matrix.piece(row, at * size, std::min(size, matrix.columns - at * size)) : 0; left;
-             left &= left - 1, ++next, ++entry) {
-          const int64_t word = block * plan.words + next / 8;
-          out[(word * 8 + next % 8) * width + lane] = value(row, matrix.value_index(entry));
-          positions[word * width + lane] |= static_cast<uint32_t>(__builtin_ctzll(left)) << (4 * (next % 8));
-        }
-      }
+  // Calls visit(block, first row, rows) for every row block.
+  const auto each_block = [&](auto visit) {
+    for (int64_t block = 0; block < groups * plan.blocks; ++block) {
+      const int64_t within = block % plan.blocks * width;
+      visit(block, block / plan.blocks * rows + within, std::min<int64_t>(width, rows - within));
     }
+  };
+  const auto place_all = [&](auto* out, auto value) {
+    each_block([&](int64_t block, int64_t first, int64_t count) {
+      std::vector<uint32_t> entries_of(matrix.starts.begin() + first, matrix.starts.begin() + first + count);  // that come next
+      for (int64_t column = 0, start = block * plan.words * 8; column < matrix.columns; column += size, start += entries)
+        for (int64_t lane = 0; lane < count; ++lane) {
+          int64_t next = start;
+          uint32_t word = 0, entry = entries_of[lane];  // positions of up to eight entries; the entry that comes next
+          for (uint64_t left = matrix.piece(first + lane, column, std::min(size, matrix.columns - column)); left; left &= left - 1, ++entry) {
+            out[next * width + lane] = value(first + lane, matrix.value_index(entry));
+            word |= static_cast<uint32_t>(__builtin_ctzll(left)) << (4 * (next % 8));
+            if (++next % 8 == 0) positions[(next / 8 - 1) * width + lane] |= word, word = 0;
+          }
+          if (word) positions[next / 8 * width + lane] |= word;
+          entries_of[lane] = entry;
+        }
+    });
   };
   if (plan.storage == Storage::kFloats) {
     std::vector<float> widened;
@@ -214,7 +222,9 @@ RowPlan plan_rows(const SparseRows& matrix, const Constant& values, const RowSca
   plan.scaled = scales.any();
   if (plan.scaled) {
     float* of_lanes = plan.scales.at_least(groups * plan.blocks * width);
-    for (int64_t row = 0; row < matrix.rows; ++row) of_lanes[block_of(row) * width + row % rows % width] = scales.of(row);
+    each_block([&](int64_t block, int64_t first, int64_t count) {
+      for (int64_t lane = 0; lane < count; ++lane) of_lanes[block * width + lane] = scales.of(first + lane);
+    });
   }
   return plan;
 }
