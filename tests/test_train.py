@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -309,6 +310,19 @@ def test_early_stopping_comes_back_to_the_best_epoch(tmp_path, dense):
     assert TASK.evaluate(model.eval(), loader)["top1"] == accuracy(result.rows)[best]
     with pytest.raises(UsageError, match="patience needs a folder"):
         run(settings)
+
+
+@pytest.mark.parametrize("left", [1, 0], ids=["epochs-left", "no-epochs-left"])
+def test_patience_from_a_resumed_run_on(left, tmp_path, dense):
+    """The states of a run without patience do not hold its best epoch."""
+    settings = Settings(epochs=3, batch=16, lr=30.0, warmup=1.0, clip=1.0)
+    first = run(settings, model=copy.deepcopy(dense), folder=tmp_path)
+    assert max(accuracy(first.rows)[1:]) > accuracy(first.rows)[-1], "the best epoch is not the last"
+    patient = replace(settings, epochs=3 + left, patience=1)
+    again = run(patient, model=copy.deepcopy(dense), folder=tmp_path, resume=True)
+    assert not again.stopped_early, "nothing was waited for yet"
+    assert len(again.rows) == len(first.rows) + left
+    assert left or same(again.weights, first.weights)
 
 
 # -- what is left to read -------------------------------------------------------------------------------------------------

@@ -326,6 +326,8 @@ class Run:
         self.rows = [Row(**row) for row in progress["rows"]]
         self.loss_sum, self.seconds = progress["loss_sum"], progress["seconds"]
         self.best, self.best_step, self.waited = progress["best"], progress["best_step"], progress["waited"]
+        if not found.with_name(f"step-{self.best_step}").is_dir():
+            self.best_step, self.waited = None, 0  # only runs with patience keep it: the best is sought among epochs to come
         self.judged_by_teacher = progress["judged_by_teacher"]
         return self.step
 
