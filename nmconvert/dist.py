@@ -36,13 +36,12 @@ def world() -> int:
 
 
 def device(name: str | None = None) -> torch.device:
-    """The device ``name``; left out: this process's GPU if there is one, else the CPU.
+    """The device ``name``; left out: a GPU if there is one, else the CPU. Of GPUs without a number, this process's own.
 
     Raises:
         UsageError: there is none of that name here.
     """
-    if name is None:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    name = own_device(name)
     try:
         found = torch.zeros(1, device=name)
         found.item()  # "meta" has no numbers
@@ -50,6 +49,13 @@ def device(name: str | None = None) -> torch.device:
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         said = str(error).strip().splitlines()[0].rstrip(".")
         raise UsageError(f"--device {name}: cannot be used here ({said}); --device cpu always can") from error
+
+
+def own_device(name: str | None) -> str:
+    """The name of the device that ``name`` is to this process: each that torchrun starts on a machine has another GPU."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
 
 
 @contextmanager
@@ -62,6 +68,8 @@ def processes(device: torch.device) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what nccl gathers of objects goes through the current GPU, by default the first on all
     td.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield

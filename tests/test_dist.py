@@ -136,6 +136,24 @@ def test_two_processes_give_the_weights_of_one(shard, optimizer, of_one, tmp_pat
     assert expected[1][2][1] > 0, "masks moved"
 
 
+@pytest.mark.parametrize(("name", "own"), [(None, "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")])
+def test_each_process_of_a_machine_has_its_own_gpu(name, own, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert dist.own_device(name) == own
+
+
+def test_the_gpu_is_chosen_before_the_processes_are_joined(monkeypatch):
+    """Otherwise all ranks gather objects through the first GPU."""
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(str(device)))
+    monkeypatch.setattr(torch.distributed, "init_process_group", calls.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with dist.processes(torch.device("cuda:1")):
+        assert calls == ["cuda:1", "nccl"]
+
+
 def _masks_on_shards():
     """Masks and dimensions of a sharded model, before and after a step, against those of whole weights."""
     model = network()

@@ -55,7 +55,7 @@ def training_options(function: F) -> F:
 @click.option("--no-teacher", is_flag=True, help="Learn from labels alone.")
 @click.option("--from-dense", is_flag=True, help="Start from the teacher's weights, masked.")
 @click.option("--resume", is_flag=True, help="Go on with a run that did not end, bit for bit.")
-@click.option("--device", help="cpu, cuda:0 …  [default: a GPU if there is one]")
+@click.option("--device", help="cpu, cuda:0 …; cuda is each process's own.  [default: a GPU if there is one]")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Where to write; default: CHECKPOINT with .ft.")
 @training_options
 @model_options
