@@ -17,6 +17,10 @@ A message is one line: the name (file, tensor, layer), the number, and the remed
 else; ``--debug`` adds the traceback.
 """
 
+from __future__ import annotations
+
+from collections.abc import Collection
+
 
 class NmconvertError(Exception):
     """Base of all; the command line turns it into one line and ``exit_status``."""
@@ -68,3 +72,13 @@ class VerificationError(NmconvertError):
 
 class KernelsUnavailableError(NmconvertError):
     """The native kernels were not built, or cannot run here."""
+
+
+def check_choice(what: str, given: str, choices: Collection[str]) -> None:
+    """Hold an argument that takes one of a few words against them.
+
+    Raises:
+        UsageError: ``given`` is none of ``choices``.
+    """
+    if given not in choices:
+        raise UsageError(f"{what} '{given}' is none of {', '.join(choices)}")

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from nmconvert.errors import UsageError
-from nmconvert.pattern import Axis, Pattern
+from nmconvert.errors import UsageError, check_choice
+from nmconvert.pattern import AXES, Axis, Pattern
 from nmconvert.rules import guess_kind, output_matrix, rule_against
 from nmconvert.targets import TARGETS
 from nmconvert.tensor import PRUNABLE_DTYPES, Row, TensorInfo
@@ -47,9 +47,10 @@ def make_plan(
     :data:`nmconvert.targets.TARGETS`: layers that it could not use stay dense.
 
     Raises:
-        UsageError: a glob matches no tensor.
-        PatternError: no pattern was found for a tensor.
+        UsageError: a glob matches no tensor, or there is no such axis or target.
     """
+    check_choice("axis", axis, AXES)
+    check_choice("target", target, TARGETS)
     names = [info.name for info in tensors]
     for glob in [*(g for g, _ in layers), *include, *exclude]:
         if not any(fnmatchcase(name, glob) for name in names):

@@ -160,6 +160,18 @@ def test_int8_is_compared_with_the_rounding_of_another_files_weights(tmp_path: P
     assert [(check.what, check.seen) for check in failed] == [("second.weight", f"not the weight of {tmp_path / 'other.onnx'}")]
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"flavour": "Dense"}, "flavour 'Dense' is none of compressed, dense, inlined"),
+        ({"values": "fp16"}, "values 'fp16' is none of float16, bfloat16, int8"),
+    ],
+)
+def test_a_word_that_is_no_choice_is_named(option: Any, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=says):
+        export(tmp_path / "a.onnx", **option)
+
+
 def test_int8_needs_packed_weights(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--values int8 packs weights .* use --flavour compressed or inlined"):
         exported(conv_net(), tmp_path, values="int8", flavour="dense")

@@ -231,6 +231,18 @@ def test_include_overrides_the_rules_and_leaves_out_the_rest() -> None:
     assert reasons(plan(BODY, include=["dw.weight"], axis="kernel"))["dw.weight"] is None
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"axis": "chanel"}, "axis 'chanel' is none of channel, kernel"),
+        ({"target": "trt"}, "target 'trt' is none of generic, ort, tensorrt, cusparselt"),
+    ],
+)
+def test_a_word_that_is_no_choice_is_named(option: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        plan({"a.weight": (8, 8)}, **option)
+
+
 def test_exclude() -> None:
     found = reasons(plan(BODY, exclude=["a.*", "c.*"]))
     assert found["a.weight"] == "excluded by 'a.*'"

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 from runtime_models import Weight, call, initializers, layer, model, random_weight, tensor, weight_of
 
 from nmconvert import runtime
-from nmconvert.errors import KernelsUnavailableError
+from nmconvert.errors import KernelsUnavailableError, UsageError
 from nmconvert.masks import nm_mask
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Pattern
@@ -499,6 +499,11 @@ def test_session_takes_over_by_itself(tmp_path: Path) -> None:
     x = rng.standard_normal((3, 32)).astype(np.float32)
     assert_close(session.run(None, {"x": x})[0], without(proto).run(None, {"x": x})[0])
     assert '"op_name" : "MatMul"' in Path(session.end_profiling()).read_text()
+
+
+def test_layers_that_are_no_choice_are_named() -> None:
+    with pytest.raises(UsageError, match="layers 'dense' is none of auto, sparse"):
+        runtime.session(b"", layers="dense")
 
 
 @pytest.mark.parametrize(

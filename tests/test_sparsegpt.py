@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nmconvert.errors import UsageError
 from nmconvert.pattern import Pattern
 from nmconvert.solvers.alps import admm, swap
 from nmconvert.solvers.quadratic import Problem, best, resolve
@@ -171,6 +172,12 @@ def test_dead_and_duplicate_inputs_are_no_special_case():
         for method in METHODS:
             solution = solve(weight, hessian, Pattern(2, 4), method=method, damping=0.0)
             assert solution.weight.isfinite().all()
+
+
+def test_a_method_that_is_none_is_named():
+    weight, x = moments(8, 9)
+    with pytest.raises(UsageError, match="method 'sparsgpt' is none of magnitude, wanda, ria, sparsegpt, exact, admm, auto"):
+        solve(weight, gram(x), Pattern(2, 4), method="sparsgpt")
 
 
 def test_the_same_call_gives_the_same_bytes():

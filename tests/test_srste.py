@@ -474,6 +474,8 @@ def test_misuse_is_named():
         sparsify(model, method="asp")
     with pytest.raises(UsageError, match="-1"):
         sparsify(model, decay=-1.0)
+    with pytest.raises(UsageError, match="axis 'chanel' is none of channel, kernel"):
+        sparsify(model, axis="chanel")
     sparse = sparsify(model, include=EVERYTHING)
     with pytest.raises(ModelError, match="already"):
         sparsify(model, include=EVERYTHING)

@@ -25,13 +25,13 @@ from onnx import ModelProto
 
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model, save_model
-from nmconvert.errors import ExportError, UsageError
+from nmconvert.errors import ExportError, UsageError, check_choice
 from nmconvert.export.check import Difference, check_export, compare, free_memory, memory_to_fold, run, stock_session
 from nmconvert.export.compress import Compressed, compress
 from nmconvert.export.find import patterns_found, sparse_layers
 from nmconvert.export.functions import FIRST_OPSET, IR_VERSION, OPSET
 from nmconvert.export.fuse import fuse
-from nmconvert.export.narrow import narrow, round_weights
+from nmconvert.export.narrow import STORAGE, narrow, round_weights
 from nmconvert.export.trace import Traced, trace, trace_program
 from nmconvert.inputs import InputSpec, example_feed
 from nmconvert.manifest import Manifest
@@ -92,9 +92,13 @@ def export(
     the model's.
 
     Raises:
-        UsageError: a model or an input is missing, nothing in ``source`` is sparse, or ``values`` needs another flavour.
+        UsageError: a model or an input is missing, nothing in ``source`` is sparse, there is no such ``flavour`` or no such
+            ``values``, or these need another flavour.
         ExportError: the file would not pass its checks; none is left.
     """
+    check_choice("flavour", flavour, FLAVOURS)
+    if values is not None:
+        check_choice("values", values, STORAGE)
     if values == "int8" and flavour == "dense":
         raise UsageError(
             "--values int8 packs weights with a scale for each row: use --flavour compressed or inlined, or float16"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnxruntime
 
+from nmconvert.errors import check_choice
 from nmconvert.runtime.cache import Cache
 from nmconvert.runtime.locate import Kernels, kernels, library
 
@@ -23,6 +24,7 @@ CPU = "CPUExecutionProvider"
 MEASURE_VARIABLE = "NMCONVERT_MEASURE"  # "off": no measurement, all layers on the kernels
 _LARGEST = 3 << 29  # bytes: a model that is larger, packed and dense together, is not measured; all of it runs on the kernels
 _AUTOMATIC, _ALL = "auto", "all"
+LAYERS = (_AUTOMATIC, "sparse")
 
 Providers = Sequence[str | tuple[str, Mapping[str, Any]]]
 
@@ -46,7 +48,11 @@ def session(
 
     Where the kernels cannot be used a warning says why, and the session runs on the functions that the file carries:
     the same outputs, at dense speed. ``sess_options`` are changed: the library is registered with them.
+
+    Raises:
+        UsageError: ``layers`` is neither ``"auto"`` nor ``"sparse"``.
     """
+    check_choice("layers", layers, LAYERS)
     options = sess_options or onnxruntime.SessionOptions()
     source = model if isinstance(model, bytes) else os.fspath(model)
     providers = providers or [CPU]

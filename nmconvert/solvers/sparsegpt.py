@@ -24,6 +24,7 @@ from math import comb
 import torch
 from torch import Tensor
 
+from nmconvert.errors import check_choice
 from nmconvert.masks import CALIBRATED_CRITERIA, magnitude, nm_mask
 from nmconvert.pattern import Pattern
 from nmconvert.solvers.alps import admm, swap, swap_rounds
@@ -56,8 +57,11 @@ def solve(
         method: see the module docstring; ``magnitude``, ``wanda`` and ``ria`` leave the kept weights as they are.
         cross: [K, K], the mean of x_dense xᵀ; the Hessian where it is left out.
         damping: see :meth:`Problem.of`.
-        refit: solve again for the kept weights of the final mask; by default only ``exact``, ``admm`` and ``auto`` do.
+
+    Raises:
+        UsageError: ``method`` is none of ``METHODS``.
     """
+    check_choice("method", method, METHODS)
     problem = Problem.of(weight, hessian, cross, damping)
     if method in ("magnitude", *CALIBRATED_CRITERIA):
         dense = weight.detach().double()

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from nmconvert import dist
-from nmconvert.errors import ModelError, UsageError
+from nmconvert.errors import ModelError, UsageError, check_choice
 from nmconvert.model import layers
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.plan import Plan, make_plan
@@ -123,8 +123,7 @@ class Sparse:
         return self
 
     def _check(self, optimizer: Optimizer, steps: int | None, anneal: Anneal, freeze_masks: float) -> None:
-        if anneal not in ANNEALS:
-            raise UsageError(f"anneal '{anneal}' is none of {', '.join(ANNEALS)}")
+        check_choice("anneal", anneal, ANNEALS)
         if not 0 <= freeze_masks <= 1:
             raise UsageError(f"freeze_masks {freeze_masks} must be a share of the training, 0 to 1")
         if steps is None and (anneal != "constant" or freeze_masks):
@@ -282,7 +281,7 @@ def sparsify(
 
     Raises:
         PatternError: ``pattern`` is none.
-        UsageError: a glob that matches nothing, an unknown method.
+        UsageError: a glob that matches nothing, an unknown method or axis.
         ModelError: the model is sparse already.
     """
     chosen = [(glob, None if p is None else Pattern.parse(p)) for glob, p in patterns]
