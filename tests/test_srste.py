@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nmconvert
+from nmconvert import dist
 from nmconvert.errors import ModelError, PatternError, UsageError
 from nmconvert.masks import nm_mask
 from nmconvert.matrix import MatrixView
@@ -462,6 +463,21 @@ def test_any_shape_and_pattern_ends_nm(rows, columns, n, extra, seed):
     optimizer.step()
     sparse.finalize()
     assert is_nm(model[0].weight, "linear", 1, "channel", pattern)
+
+
+def test_a_model_that_cannot_be_finalized_stays_under_its_masks(monkeypatch):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    sparse = sparsify(model, include=EVERYTHING).attach(optimizer)
+    names, last = list(model.state_dict()), sparse.weights[-1].dense
+    assert len(sparse.weights) > 1
+    monkeypatch.setattr(dist, "is_sharded", lambda tensor: tensor is last)
+    with pytest.raises(ModelError, match="is sharded over ranks: gather the model before it is finalized"):
+        sparse.finalize()
+    monkeypatch.undo()
+    assert list(model.state_dict()) == names
+    train(model, optimizer, 2)
+    assert sparse.steps == 2, "the optimiser's hooks are there, too"
 
 
 def test_misuse_is_named():

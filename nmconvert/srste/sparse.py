@@ -53,13 +53,12 @@ class Sparse:
     Attributes:
         weights: the masked weights.
         plan: a row for every weight, with the reason of those that stay dense.
-        decay: λ; None until `attach` chooses: 2e-4 (the paper).
+        decay: λ; by default 2e-4 (the paper).
         steps: optimiser steps taken; where several optimisers are attached, those of the first.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, method: Method, decay: float | None) -> None:
-        if method not in METHODS:
-            raise UsageError(f"method '{method}' is none of {', '.join(METHODS)}")
+        check_choice("method", method, METHODS)
         if decay is not None and not 0 <= decay < float("inf"):
             raise UsageError(f"decay {decay} must be 0 or more")
         self.model, self.plan, self.method = model, plan, method
@@ -243,13 +242,14 @@ class Sparse:
         """Make the model plain again, each weight exactly N:M in the parameter it had; returns the model.
 
         Raises:
-            ModelError: the model is sharded (gather it first).
+            ModelError: the model is sharded (gather it first); it then is as it was.
         """
-        for hook in self._hooks:
-            hook.remove()
         for weight in self.weights:
             if dist.is_sharded(weight.dense):
                 raise ModelError(f"'{weight.name}' is sharded over ranks: gather the model before it is finalized")
+        for hook in self._hooks:
+            hook.remove()
+        for weight in self.weights:
             for module, attribute in weight.owners:
                 parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
         self._hooks, self.weights = [], []
