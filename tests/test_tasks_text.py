@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from nmconvert.errors import DataError, UsageError
-from nmconvert.tasks import build_task
-from nmconvert.tasks.language_model import LanguageModel, token_distance
-from nmconvert.tasks.text import encode
+from nmconvert.tasks import Batch, build_task
+from nmconvert.tasks.language_model import LanguageModel
+from nmconvert.tasks.text import IGNORED, encode
 from nmconvert.tasks.translation import Translation, greedy
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -139,11 +139,12 @@ def test_distillation_of_equals_is_nothing(tmp_path):
 
 
 def test_distillation_counts_positions_that_have_a_label():
-    ours, goal = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
-    counted = torch.tensor([[True, True, False], [True, False, False]])
-    p, q = goal.softmax(-1), ours.softmax(-1)
+    ids, labels = torch.randint(0, 5, (2, 3)), torch.tensor([[1, 2, IGNORED], [3, IGNORED, IGNORED]])
+    model, teacher = Bigram(5), Bigram(5)
+    p, q = teacher(ids).softmax(-1), model(ids).softmax(-1)
     each = (p * (p / q).log()).sum(-1)
-    assert torch.allclose(token_distance(ours, goal, counted, 1.0), each[counted].mean(), atol=1e-6)
+    found = LanguageModel(temperature=1.0).distill(model, teacher, Batch(ids, {"labels": labels}, 3))
+    assert torch.allclose(found, each[labels != IGNORED].mean(), atol=1e-6)
 
 
 def test_hugging_face_causal_models(tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor
 from nmconvert.errors import DataError, UsageError
 from nmconvert.tasks import images
 from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, need_labels, on_bad, tensor_of
+from nmconvert.tasks.distillation import kl
 from nmconvert.tasks.labelled import Source, open_source
 
 Pair = tuple[NDArray[Any] | Tensor, int]
@@ -122,9 +123,8 @@ class Classification:
     def distill(self, model: Any, teacher: Any, batch: Batch) -> Tensor:
         """T² KL(teacher ‖ model) of the classes at temperature T, a mean over images (Hinton et al. 2015)."""
         with torch.no_grad():
-            goal = tensor_of(teacher(batch.inputs)).float()
-        ours = tensor_of(model(batch.inputs)).float()
-        return soft_cross_entropy(ours, goal, self.temperature)
+            goal = tensor_of(teacher(batch.inputs))
+        return kl(tensor_of(model(batch.inputs)), goal, self.temperature)
 
     def taught(self, teacher: Any, batch: Batch) -> Batch:
         """Labelled with the teacher's best classes: top-1 is then how often the model agrees with it."""
@@ -150,15 +150,6 @@ class Classification:
         if not size:
             raise DataError("no image to evaluate on: the data is empty, or none of it can be read")
         return {"top1": 100 * top1 / size, "top5": 100 * top5 / size, "loss": loss / size}
-
-
-def soft_cross_entropy(logits: Tensor, goal: Tensor, temperature: float) -> Tensor:
-    """T² KL(softmax(goal / T) ‖ softmax(logits / T)) over the last axis, a mean over the others."""
-    if logits.shape != goal.shape:
-        raise DataError(f"teacher and model disagree on the shape of the logits: {[*goal.shape]}, {[*logits.shape]}")
-    ours = F.log_softmax(logits.flatten(0, -2) / temperature, -1)
-    theirs = F.log_softmax(goal.flatten(0, -2) / temperature, -1)
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
 def _count(logits: Tensor, labels: Tensor) -> tuple[int, int, int, float]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nmconvert.errors import DataError
 from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, part_names, tensor_of
+from nmconvert.tasks.distillation import kl
 from nmconvert.tasks.labelled import open_npz
 from nmconvert.tasks.text import IGNORED, check_ids, encode, fixed_length, lengthened, padded, read_text
 
@@ -102,8 +103,8 @@ class LanguageModel:
         """T² KL(teacher ‖ model) of the next token, a mean over tokens."""
         with torch.no_grad():
             goal = _logits(teacher, batch.inputs)
-        ours = _logits(model, batch.inputs)
-        return token_distance(ours, goal, batch.targets["labels"] != IGNORED, self.temperature)
+        counted = batch.targets["labels"] != IGNORED
+        return kl(_logits(model, batch.inputs)[counted], goal[counted], self.temperature)
 
     def taught(self, teacher: Any, batch: Batch) -> Batch:
         """The batch itself: a text is its own label."""
@@ -126,15 +127,6 @@ class LanguageModel:
         loss = total / tokens
         result = {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}  # e^710 is beyond a float
         return result | ({"bits_per_byte": total / math.log(2) / width} if width else {})
-
-
-def token_distance(ours: Tensor, goal: Tensor, counted: Tensor, temperature: float) -> Tensor:
-    """T² KL(goal ‖ ours) [B, T, V] at temperature T, a mean over the positions [B, T] that are ``counted``."""
-    if ours.shape != goal.shape:
-        raise DataError(f"teacher and model disagree on the shape of the logits: {[*goal.shape]}, {[*ours.shape]}")
-    student = F.log_softmax(ours.float()[counted] / temperature, -1)
-    teacher = F.log_softmax(goal.float()[counted] / temperature, -1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from nmconvert.errors import DataError, UsageError
 from nmconvert.extras import require
 from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, held_out, need_labels, part_names, tensor_of
-from nmconvert.tasks.language_model import token_distance
+from nmconvert.tasks.distillation import kl
 from nmconvert.tasks.text import (
     IGNORED,
     check_ids,
@@ -139,7 +139,8 @@ class Translation:
         labels = batch.targets["labels"]
         with torch.no_grad():
             goal = _logits(teacher, batch.inputs, labels)
-        return token_distance(_logits(model, batch.inputs, labels), goal, labels != IGNORED, self.temperature)
+        counted = labels != IGNORED
+        return kl(_logits(model, batch.inputs, labels)[counted], goal[counted], self.temperature)
 
     def taught(self, teacher: Any, batch: Batch) -> Batch:
         """With the teacher's translations for references."""
