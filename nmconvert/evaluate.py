@@ -99,15 +99,13 @@ def evaluate_again(
     Raises:
         UsageError: the data, or a checkpoint's model, was never said.
     """
-    said = Manifest.of(open_checkpoint(file, trust=trust)) or Manifest()
-    name = task or str(said.settings.get("task") or "classification")
-    before = said.settings.get("task_settings") or {} if name == said.settings.get("task") else {}
-    data = data or said.settings.get("data")
+    manifest = Manifest.of(open_checkpoint(file, trust=trust)) or Manifest()
+    name, settings = manifest.said_task(task, settings)
+    data = data or manifest.settings.get("data")
     if data is None:
         raise UsageError(f"{file}: measured on what? Give --data, a folder or a file of the task '{name}'")
-    spec = model or said.settings.get("model")
-    arguments = model_arguments or said.settings.get("model_arguments") or {}
-    chosen = build_task(name, {**before, **(settings or {})}, folder=Path(spec or file))
+    spec, arguments = manifest.said_model(file, model, model_arguments)
+    chosen = build_task(name, settings, folder=Path(spec or file))
     return evaluate(
         file,
         chosen,

@@ -93,6 +93,25 @@ class Manifest:
         said = {key: value for key, value in settings.items() if value is not None}
         return replace(self, settings={**self.settings, **said})
 
+    def said_model(
+        self, path: Path, model: str | None, arguments: Mapping[str, str] | None
+    ) -> tuple[str | None, Mapping[str, str]]:
+        """What builds the module of the checkpoint ``path``, and the arguments for it: as given, or else as was said before.
+
+        A Hugging Face folder builds itself where nothing was said. Arguments of before belong to the model of before only.
+        """
+        before = self.settings.get("model")
+        spec = model or before or (str(path) if (path / "config.json").is_file() else None)
+        known = self.settings.get("model_arguments") if spec == before else None
+        return spec, arguments or known or {}
+
+    def said_task(self, task: str | None, settings: Mapping[str, str] | None) -> tuple[str, Mapping[str, str]]:
+        """The name of the task and its settings, each as given, or else as was said before of the same task."""
+        before = self.settings.get("task")
+        name = task or before or "classification"
+        known = self.settings.get("task_settings") if name == before else None
+        return name, {**(known or {}), **(settings or {})}
+
     def to_json(self) -> str:
         """The manifest as one line of JSON."""
         content = {

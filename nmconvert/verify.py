@@ -198,20 +198,18 @@ def _comparison(
         yield from _compare_tensors(checkpoint, other, manifest)
         return
     feed = _feed(checkpoint.path if first else other.path, manifest, inputs)
-    settings = [m.settings for m in (manifest, Manifest.of(other)) if m is not None]
+    manifests = [m for m in (manifest, Manifest.of(other)) if m is not None]
 
     def outputs(side: Checkpoint) -> list[Array]:
         if isinstance(side, OnnxCheckpoint):
             return run(_session(side), feed)
-        spec = model or next((s["model"] for s in settings if s.get("model")), None)
-        if spec is None and side.path.is_dir():
-            spec = str(side.path)
+        said = next((m for m in manifests if m.settings.get("model")), Manifest())
+        spec, arguments = said.said_model(side.path, model, model_arguments)
         if spec is None:
             raise UsageError(f"{side.path}: holds weights only; name the module with --model package.module:callable")
-        arguments = model_arguments or next((s["model_arguments"] for s in settings if s.get("model_arguments")), {})
         return run_module(load(spec, side.path, arguments, trust=trust), feed)
 
-    stages = [stage for m in (manifest, Manifest.of(other)) if m is not None for stage in m.history]
+    stages = [stage for m in manifests for stage in m.history]
     stored = next((stage["values"] for stage in stages if "values" in stage), None)
     weights = list(_compare_graphs(checkpoint, other, manifest)) if first and second else []
     pruned = sum(check.pruned for check in weights)

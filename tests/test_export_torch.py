@@ -13,9 +13,11 @@ from onnx_models import session
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nmconvert.checkpoint import open_checkpoint
 from nmconvert.errors import ExportError, UntrustedFileError, UsageError
 from nmconvert.export import ExportResult, export
 from nmconvert.inputs import InputSpec
+from nmconvert.manifest import Manifest
 from nmconvert.onnx_graph import DOMAIN
 from nmconvert.pattern import Pattern
 from nmconvert.prune import prune
@@ -137,6 +139,16 @@ def test_what_was_said_once_need_not_be_said_again(tmp_path: Path) -> None:
     result = export(checkpoint, dynamic={})
     dims = onnx.load(result.output).graph.input[0].type.tensor_type.shape.dim
     assert [dim.dim_value for dim in dims] == [1, 3, 8, 8]
+
+
+def test_another_model_does_not_get_the_arguments_of_the_first(tmp_path: Path) -> None:
+    torch.save(net().state_dict(), tmp_path / "a.pt")
+    settings = {"model": SPEC.format("Net"), "model_arguments": {"width": "16"}, "input": ["1,3,8,8"]}
+    checkpoint = prune(tmp_path / "a.pt", Pattern(2, 4), settings=settings).output
+    result = export(checkpoint, model=SPEC.format("net"))
+    manifest = Manifest.of(open_checkpoint(result.output))
+    assert manifest is not None
+    assert (manifest.settings["model"], manifest.settings["model_arguments"]) == (SPEC.format("net"), {})
 
 
 @pytest.mark.parametrize("flavour", ["dense", "inlined"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,6 +116,36 @@ def test_damaged_fields(what: str) -> None:
     with pytest.raises(CheckpointError, match=r"a\.pt: its nmconvert manifest is damaged") as caught:
         Manifest.from_json(json.dumps(content), "a.pt")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "expected"),
+    [
+        (None, None, ("m:f", {"width": "8"})),
+        ("m:f", {}, ("m:f", {"width": "8"})),
+        (None, {"depth": "2"}, ("m:f", {"depth": "2"})),
+        ("m:g", {}, ("m:g", {})),
+        ("m:g", {"depth": "2"}, ("m:g", {"depth": "2"})),
+    ],
+)
+def test_arguments_of_before_are_those_of_the_model_of_before(
+    model: str | None, arguments: dict[str, str] | None, expected: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    said = EXAMPLE.with_settings(model_arguments={"width": "8"})
+    assert said.said_model(tmp_path, model, arguments) == expected
+
+
+def test_a_folder_is_its_own_model_where_it_says_which(tmp_path: Path) -> None:
+    assert Manifest().said_model(tmp_path, None, None) == (None, {})
+    (tmp_path / "config.json").write_text("{}")
+    assert Manifest().said_model(tmp_path, None, None) == (str(tmp_path), {})
+
+
+def test_settings_of_before_are_those_of_the_task_of_before() -> None:
+    said = EXAMPLE.with_settings(task="detection", task_settings={"size": "64", "flip": "true"})
+    assert said.said_task(None, {"flip": "false"}) == ("detection", {"size": "64", "flip": "false"})
+    assert said.said_task("segmentation", {}) == ("segmentation", {})
+    assert EXAMPLE.said_task(None, None) == ("classification", {})
 
 
 def test_one_stage_after_another() -> None:

@@ -93,7 +93,7 @@ def command(
         batches = calibration_batches(calib, task, settings, samples, batch_size, seed)
         recipe = Recipe(criterion=criterion or "auto", seed=seed)
         calibration = Calibration(batches, recipe, wanted, permute, teller(printer.quiet), Pace)
-    said = {"model": model, "model_arguments": model_arguments or None, "calib": calib, "budget": budget}
+    said = {"model": model, "model_arguments": model_arguments if model else None, "calib": calib, "budget": budget}
     result = prune(
         checkpoint, pattern, axis, output=output, layers=layers, include=include, exclude=exclude, target=target,
         criterion=criterion or ("auto" if calib else "magnitude"), model=built, calibration=calibration, settings=said,

@@ -170,10 +170,9 @@ def _from_checkpoint(
     from nmconvert.model import load
 
     path = checkpoint.path
-    spec = model or manifest.settings.get("model") or (str(path) if path.is_dir() else None)
+    spec, arguments = manifest.said_model(path, model, model_arguments)
     if spec is None:
         raise UsageError(f"{path}: holds weights only; name the module with --model package.module:callable")
-    arguments = model_arguments or manifest.settings.get("model_arguments") or {}
     inputs = inputs or [InputSpec.parse(text) for text in manifest.settings.get("input") or []]
     if not inputs:
         example = "input_ids=1,16:int64" if path.is_dir() else "1,3,224,224"
@@ -183,7 +182,7 @@ def _from_checkpoint(
         module = module.to(dtype)
     storage = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     traced: Traced = trace(module, inputs, dynamic)
-    settings = {"model": spec, "model_arguments": dict(arguments) or None, "input": [str(spec) for spec in inputs]}
+    settings = {"model": spec, "model_arguments": arguments, "input": [str(spec) for spec in inputs]}
     return _Source(
         traced.model,
         traced.feed,

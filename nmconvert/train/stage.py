@@ -132,7 +132,7 @@ def finetune(
     """
     checkpoint = open_checkpoint(source, trust=trust)
     manifest = _manifest_of(checkpoint)
-    said = _said(manifest, source, task, task_settings or {}, data, model, model_arguments or {})
+    said = _said(manifest, source, task, task_settings, data, model, model_arguments)
     does, files = said.build_task(), Files.of(source, output)
     settings = settings.for_task(does.name)
     dense = None if learn_alone else teacher or _dense_source(manifest)
@@ -217,22 +217,19 @@ def _said(
     manifest: Manifest,
     source: Path,
     task: str | None,
-    task_settings: Mapping[str, str],
+    task_settings: Mapping[str, str] | None,
     data: str | None,
     model: str | None,
-    model_arguments: Mapping[str, str],
+    model_arguments: Mapping[str, str] | None,
 ) -> Said:
-    before = manifest.settings
-    name = task or str(before.get("task") or "classification")
-    known = before.get("task_settings") or {} if name == before.get("task") else {}
-    data = data or before.get("data")
+    name, settings = manifest.said_task(task, task_settings)
+    data = data or manifest.settings.get("data")
     if data is None:
         raise UsageError(f"{source}: trained on what? Give --data, a folder or a file of the task '{name}'")
-    spec = model or before.get("model") or (str(source) if (source / "config.json").is_file() else None)
+    spec, arguments = manifest.said_model(source, model, model_arguments)
     if spec is None:
         raise UsageError(f"{source}: holds weights only; say what they belong to with --model module:callable")
-    arguments = model_arguments or before.get("model_arguments") or {}
-    return Said(name, {**known, **task_settings}, data, str(spec), dict(arguments))
+    return Said(name, settings, data, spec, arguments)
 
 
 def _networks(
