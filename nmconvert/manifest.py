@@ -21,7 +21,7 @@ from nmconvert.signature import is_ours, sign
 from nmconvert.tensor import PRUNABLE_DTYPES, Row, TensorInfo
 
 FORMAT = 1
-RECORD = "nmconvert.json"  # the record of a .pt zip
+MANIFEST = "nmconvert.json"  # a record in a .pt zip, a file beside shards
 HARMLESS = ("input", "source")  # settings that name shapes and files, nothing that is run
 METADATA_KEY = "nmconvert"  # the key in safetensors and ONNX metadata
 

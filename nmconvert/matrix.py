@@ -68,11 +68,6 @@ class MatrixView:
         return cls(shape, shape, perm, prod(shape[:-2]) * shape[-1], shape[-2])
 
     @property
-    def is_identity(self) -> bool:
-        """Whether the matrix is the weight itself, reshaped: no data moves."""
-        return self.perm == tuple(range(len(self.perm)))
-
-    @property
     def permuted(self) -> tuple[int, ...]:
         """The shape between transpose and the last reshape: ``split`` in the order of ``perm``."""
         return tuple(self.split[p] for p in self.perm)

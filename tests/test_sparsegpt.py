@@ -106,7 +106,7 @@ def test_a_group_with_too_many_subsets_is_chosen_greedily_and_well():
 def test_the_re_solve_has_no_gradient_left(columns, seed):
     weight, x = moments(columns, seed)
     problem = Problem.of(weight, gram(x))
-    solution = solve(weight, gram(x), Pattern(2, 4), method="magnitude", refit=True)
+    solution = resolve(problem, solve(weight, gram(x), Pattern(2, 4), method="magnitude"))
     gradient = (solution.weight - problem.optimum) @ problem.hessian
     assert gradient[solution.mask].abs().max() < 1e-9
 

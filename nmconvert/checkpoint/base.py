@@ -208,6 +208,11 @@ class FileCheckpoint:
         return self.slots[name]
 
 
+def damaged(path: Path, why: str) -> CheckpointError:
+    """The error of a file that is not what its format asks for."""
+    return CheckpointError(f"{path}: damaged: {why}; copy the file anew")
+
+
 def read_exactly(path: Path, offset: int, count: int) -> bytearray:
     """``count`` bytes of a file from ``offset`` on.
 

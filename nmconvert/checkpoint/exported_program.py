@@ -13,9 +13,10 @@ import torch
 
 from nmconvert.checkpoint.base import FileCheckpoint, Slot, link_shared
 from nmconvert.checkpoint.pickles import require_trust
-from nmconvert.checkpoint.torch_zip import MANIFEST, rewriter
+from nmconvert.checkpoint.torch_zip import rewriter
 from nmconvert.checkpoint.zip_records import Archive
 from nmconvert.errors import CheckpointError
+from nmconvert.manifest import MANIFEST
 from nmconvert.tensor import TensorInfo, dtype_name
 
 _CONFIG = "_weights_config.json"

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Protocol
 from nmconvert.checkpoint.atomic import atomic_folder, is_partial
 from nmconvert.checkpoint.base import Edits, FileCheckpoint
 from nmconvert.errors import CheckpointError
+from nmconvert.manifest import MANIFEST
 from nmconvert.tensor import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-MANIFEST = "nmconvert.json"
 
 # In the order in which transformers and diffusers prefer them.
 _WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin")

@@ -24,7 +24,7 @@ from nmconvert.checkpoint.base import Edits, apply_whole
 from nmconvert.detect import as_tensor
 from nmconvert.errors import CheckpointError, UsageError
 from nmconvert.manifest import METADATA_KEY
-from nmconvert.onnx_graph import graphs, named_tensors, tensor_infos
+from nmconvert.onnx_graph import DOMAIN, graphs, named_tensors, tensor_infos
 from nmconvert.tensor import TensorInfo
 
 _ALIGNMENT = 4096  # of external tensors: what onnxruntime can map into memory
@@ -102,7 +102,7 @@ class OnnxCheckpoint:
 
     def write_copy(self, target: Path, edit: Edits, manifest: Callable[[], str]) -> None:
         """See Checkpoint."""
-        if edit and any(node.domain == METADATA_KEY for graph, _ in graphs(self.model) for node in graph.node):
+        if edit and any(node.domain == DOMAIN for graph, _ in graphs(self.model) for node in graph.node):
             raise UsageError(f"{self.path}: is compressed already; prune the checkpoint that it was exported from")
         model = ModelProto()
         model.CopyFrom(self.model)

@@ -14,12 +14,12 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nmconvert.checkpoint.base import Edits, FileCheckpoint, Slot, link_shared
+from nmconvert.checkpoint.base import Edits, FileCheckpoint, Slot, damaged, link_shared
 from nmconvert.checkpoint.stream import BLOCK, edited_slots, pieces, pump
 from nmconvert.errors import CheckpointError
+from nmconvert.manifest import METADATA_KEY
 from nmconvert.tensor import TensorInfo
 
-MANIFEST = "nmconvert"
 _MAX_HEADER = 100_000_000  # the format's own limit
 _ROOM, _ROOM_PER_TENSOR = 2048, 320
 
@@ -59,25 +59,25 @@ def open_safetensors(path: Path) -> FileCheckpoint:
     size = path.stat().st_size
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(path, "its metadata is not a table of strings")
-    manifest = metadata.pop(MANIFEST, None)
+        raise damaged(path, "its metadata is not a table of strings")
+    manifest = metadata.pop(METADATA_KEY, None)
     slots = sorted(
         (_slot(path, name, entry, begin) for name, entry in header.items()), key=lambda slot: (slot.offset, slot.nbytes)
     )
     position = begin
     for slot in slots:
         if slot.offset != position:
-            raise _damaged(path, f"'{slot.info.name}' begins at byte {slot.offset:,} and not at {position:,}")
+            raise damaged(path, f"'{slot.info.name}' begins at byte {slot.offset:,} and not at {position:,}")
         position += slot.nbytes
     if position != size:
-        raise _damaged(path, f"it should be {position:,} bytes and is {size:,}")
+        raise damaged(path, f"it should be {position:,} bytes and is {size:,}")
 
     def rewrite(source: BinaryIO, target: BinaryIO, edits: Edits, text: Callable[[], str] | None) -> None:
         room = _ROOM + sum(_ROOM_PER_TENSOR + len(name) for name in header)
         start = _padded(8 + len(_encode(header, metadata)) + (room if text else 0))
         target.seek(start)
         pump(source, target, pieces([(begin, size)], edited_slots(by_name, edits)))
-        encoded = _encode(header, {**metadata, MANIFEST: text()} if text else metadata)
+        encoded = _encode(header, {**metadata, METADATA_KEY: text()} if text else metadata)
         if 8 + len(encoded) > start:
             needed = _padded(8 + len(encoded))
             _move_back(target, start, size - begin, needed - start)
@@ -89,24 +89,20 @@ def open_safetensors(path: Path) -> FileCheckpoint:
     return FileCheckpoint(path, "safetensors", by_name, manifest, rewrite)
 
 
-def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{path}: damaged: {why}; copy the file anew")
-
-
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _MAX_HEADER:
-            raise _damaged(path, f"a header of {length:,} bytes")
+            raise damaged(path, f"a header of {length:,} bytes")
         data = file.read(length)
     if len(data) < length:
-        raise _damaged(path, f"it ends within its header, after {8 + len(data):,} of {8 + length:,} bytes")
+        raise damaged(path, f"it ends within its header, after {8 + len(data):,} of {8 + length:,} bytes")
     try:
         header = json.loads(data.decode(), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is not JSON ({str(error)[:80]})") from error
+        raise damaged(path, f"its header is not JSON ({str(error)[:80]})") from error
     if not isinstance(header, dict):
-        raise _damaged(path, "its header is not a table")
+        raise damaged(path, "its header is not a table")
     return header, 8 + length
 
 
@@ -123,15 +119,15 @@ def _slot(path: Path, name: str, entry: Any, begin: int) -> Slot:
     try:
         kind, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise _damaged(path, f"the header says too little about '{name}'") from error
+        raise damaged(path, f"the header says too little about '{name}'") from error
     dtype = _DTYPES.get(str(kind))
     if dtype is None:
         raise CheckpointError(f"{path}: '{name}' has dtype {kind!r:.20}, which nmconvert does not know; leave it out")
     if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
-        raise _damaged(path, f"the header gives no proper shape or place of '{name}'")
+        raise damaged(path, f"the header gives no proper shape or place of '{name}'")
     info = TensorInfo(name, shape, dtype)
     if last - first != info.nbytes:
-        raise _damaged(path, f"'{name}' {list(shape)} {kind} cannot be {last - first:,} bytes")
+        raise damaged(path, f"'{name}' {list(shape)} {kind} cannot be {last - first:,} bytes")
     stride = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
     return Slot(info, begin + first, last - first, 0, stride)
 

@@ -16,9 +16,10 @@ from nmconvert.checkpoint.pickles import Structure, TensorRef, read_pickle, requ
 from nmconvert.checkpoint.stream import edited_slots, pieces, pump
 from nmconvert.checkpoint.torch_zip import describe, make_slots
 from nmconvert.errors import CheckpointError
+from nmconvert.manifest import MANIFEST
 
 MAGIC = 0x1950A86A20F9469CFC6C
-_TRAILER = b"nmconvert.json"
+_TRAILER = MANIFEST.encode()
 
 
 def open_torch_legacy(path: Path, *, trust: bool) -> FileCheckpoint:

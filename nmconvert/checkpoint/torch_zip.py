@@ -16,9 +16,8 @@ from nmconvert.checkpoint.pickles import Structure, TensorRef, read_pickle, requ
 from nmconvert.checkpoint.stream import edited_slots
 from nmconvert.checkpoint.zip_records import Archive, Record, rewrite_archive
 from nmconvert.errors import CheckpointError
+from nmconvert.manifest import MANIFEST
 from nmconvert.tensor import TensorInfo, dtype_name
-
-MANIFEST = "nmconvert.json"
 
 
 def open_torch_zip(archive: Archive, prefix: str, *, trust: bool) -> FileCheckpoint:

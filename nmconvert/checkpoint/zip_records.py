@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from nmconvert.checkpoint.base import Edit, Slot
+from nmconvert.checkpoint.base import Edit, Slot, damaged
 from nmconvert.checkpoint.stream import Piece, pieces, pump
 from nmconvert.errors import CheckpointError
 
@@ -66,7 +66,7 @@ class Archive:
         if record.method == _DEFLATED:
             data = self._inflate(record, data)
         if zlib.crc32(data) != record.crc:
-            raise _damaged(self.path, f"the checksum of '{name}' does not match")
+            raise damaged(self.path, f"the checksum of '{name}' does not match")
         return data
 
     def stored(self, record: Record) -> int:
@@ -85,9 +85,9 @@ class Archive:
         try:
             unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, record.size + 1)
         except zlib.error as error:
-            raise _damaged(self.path, f"'{record.name}' cannot be unpacked") from error
+            raise damaged(self.path, f"'{record.name}' cannot be unpacked") from error
         if len(unpacked) != record.size:
-            raise _damaged(self.path, f"'{record.name}' is not the size it should be")
+            raise damaged(self.path, f"'{record.name}' is not the size it should be")
         return unpacked
 
 
@@ -108,19 +108,15 @@ def open_archive(path: Path) -> Archive:
             for _ in range(count):
                 record, position = _read_entry(file, raw, position, path)
                 if record.name in records:
-                    raise _damaged(path, f"two records are called '{record.name}'")
+                    raise damaged(path, f"two records are called '{record.name}'")
                 records[record.name] = record
         except (struct.error, UnicodeDecodeError) as error:
-            raise _damaged(path, "its directory is cut short") from error
+            raise damaged(path, "its directory is cut short") from error
     ordered = sorted(records.values(), key=lambda record: record.header)
     for record, following in zip(ordered, [*(r.header for r in ordered[1:]), directory], strict=True):
         if record.end > following:
-            raise _damaged(path, f"'{record.name}' lies over the record that follows")
+            raise damaged(path, f"'{record.name}' lies over the record that follows")
     return Archive(path, {record.name: record for record in ordered}, directory)
-
-
-def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{path}: damaged: {why}; copy the file anew")
 
 
 def _find_directory(file: BinaryIO, size: int, path: Path) -> tuple[int, int, int]:
@@ -130,7 +126,7 @@ def _find_directory(file: BinaryIO, size: int, path: Path) -> tuple[int, int, in
     data = file.read(tail)
     end = data.rfind(_END)
     if end < 0 or len(data) - end < 22:
-        raise _damaged(path, "it ends before its directory (an incomplete download?)")
+        raise damaged(path, "it ends before its directory (an incomplete download?)")
     count, length, offset = struct.unpack_from("<HII", data, end + 10)
     end += size - tail
     stop = end
@@ -141,11 +137,11 @@ def _find_directory(file: BinaryIO, size: int, path: Path) -> tuple[int, int, in
         file.seek(min(end64, size))
         record = file.read(56)
         if record[:4] != _END64 or len(record) < 56:
-            raise _damaged(path, "the end of its directory is not where it should be")
+            raise damaged(path, "the end of its directory is not where it should be")
         count, length, offset = struct.unpack_from("<QQQ", record, 32)
         stop = end64
     if offset + length > stop:
-        raise _damaged(path, "its directory is not where it should be")
+        raise damaged(path, "its directory is not where it should be")
     return offset, length, count
 
 
@@ -154,21 +150,21 @@ def _read_entry(file: BinaryIO, raw: bytes, position: int, path: Path) -> tuple[
     signature, _, _, flags, method, _, _, crc, packed, size, name_size, extra_size, comment_size, _, _, _, header = fields
     end = position + 46 + name_size + extra_size + comment_size
     if signature != _CENTRAL or end > len(raw):
-        raise _damaged(path, "its directory is cut short")
+        raise damaged(path, "its directory is cut short")
     name = raw[position + 46 : position + 46 + name_size].decode()
     extra = raw[position + 46 + name_size : position + 46 + name_size + extra_size]
     size, packed, header = _zip64(extra, size, packed, header)
     if method not in (_STORED, _DEFLATED) or (method == _STORED and size != packed):
-        raise _damaged(path, f"'{name}' is packed in an unknown way")
+        raise damaged(path, f"'{name}' is packed in an unknown way")
     if flags & _ENCRYPTED:
         raise CheckpointError(f"{path}: '{name}' is encrypted; unpack the archive with its password first")
     file.seek(header)
     local = file.read(30)
     if len(local) < 30 or local[:4] != _LOCAL:
-        raise _damaged(path, f"'{name}' is not where the directory says")
+        raise damaged(path, f"'{name}' is not where the directory says")
     local_name, local_extra = struct.unpack_from("<HH", local, 26)
     if file.read(local_name) != raw[position + 46 : position + 46 + name_size]:
-        raise _damaged(path, f"'{name}' has another name in its own header")
+        raise damaged(path, f"'{name}' has another name in its own header")
     offset = header + 30 + local_name + local_extra
     return Record(name, header, offset, size, packed, crc, flags, method, raw[position:end]), end
 
@@ -214,7 +210,7 @@ def rewrite_archive(
             return
         old[index] = zlib.crc32(data, old[index])
         if piece.end == records[index].end and old[index] != records[index].crc:
-            raise _damaged(archive.path, f"the checksum of '{records[index].name}' does not match")
+            raise damaged(archive.path, f"the checksum of '{records[index].name}' does not match")
 
     def count(piece: Piece, data: memoryview) -> None:
         index = owner[piece.region]

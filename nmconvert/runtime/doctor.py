@@ -11,7 +11,7 @@ from nmconvert import __version__
 from nmconvert.runtime.cache import cpu_model, folder
 from nmconvert.runtime.locate import kernels
 
-_PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "transformers", "numpy")
+_PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "transformers", "numpy")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,6 @@ def solve(
     method: str = "auto",
     cross: Tensor | None = None,
     damping: float = 0.01,
-    refit: bool | None = None,
 ) -> Solution:
     """Prune ``weight`` [rows, K] to ``pattern`` by ``method``, one of ``METHODS``; any N:M, any K.
 
@@ -71,10 +70,7 @@ def solve(
     elif method == "sparsegpt":
         solution = sweep(problem, pattern, diagonal_choice)
     else:
-        solution = sweep(problem, pattern, exact_choice)
-        refit = True if refit is None else refit
-    if refit:
-        solution = resolve(problem, solution)
+        solution = resolve(problem, sweep(problem, pattern, exact_choice))
     if method in ("admm", "auto"):
         solution = best(solution, admm(problem, pattern, solution))
     if method == "auto" and swap_rounds(weight.shape[0], weight.shape[1], pattern):

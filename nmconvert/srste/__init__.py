@@ -19,7 +19,7 @@ inside the gradient, the second moment would divide it away again (and be spoilt
 
 from __future__ import annotations
 
-from nmconvert.srste.masked import WeightMask, plain_state_dict, refresh_masks
+from nmconvert.srste.masked import WeightMask, plain_state_dict
 from nmconvert.srste.sparse import (
     ANNEALS,
     DECAY,
@@ -43,7 +43,6 @@ __all__ = [
     "Statistics",
     "WeightMask",
     "plain_state_dict",
-    "refresh_masks",
     "sparsify",
     "sparsify_plan",
     "weights_of",

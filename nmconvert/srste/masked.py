@@ -149,12 +149,6 @@ def _owners(modules: Iterable[nn.Module], parameter: Tensor) -> list[tuple[nn.Mo
     ]
 
 
-def refresh_masks(model: nn.Module) -> None:
-    """Recompute every mask in ``model`` from its dense weights: for a copy that was averaged, or given other weights."""
-    for _, module, attribute, mask in masked_weights(model):
-        mask.renew(module.parametrizations[attribute].original)  # type: ignore[index, union-attr]
-
-
 @torch.no_grad()
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict that ``model``, or a copy of it, would have once finalized: plain names, weights exactly N:M.
