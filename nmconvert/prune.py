@@ -123,7 +123,13 @@ def plan_for(
     exclude: Sequence[str] = (),
     target: str = "generic",
 ) -> Plan:
-    """The plan for a checkpoint: what its container knows, what ``model`` knows, and equal copies of embeddings."""
+    """The plan for a checkpoint: what its container knows, what ``model`` knows, and equal copies of embeddings.
+
+    Raises:
+        UsageError: as :func:`nmconvert.plan.make_plan`.
+        ModelError: no tensor is a weight of ``model``.
+        CheckpointError: a tensor cannot be read.
+    """
     tensors = checkpoint.tensors()
     if model is not None:
         tensors = _with_kinds(checkpoint, tensors, model)

@@ -248,7 +248,7 @@ def test_ctrl_c_leaves_nothing(folder: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert err.strip() == "nmconvert: error: interrupted; nothing was left half written"
+    assert err.strip() == "nmconvert: error: interrupted; no result was left half written"
     assert {path.name for path in folder.iterdir()} == before
 
 

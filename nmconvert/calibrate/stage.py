@@ -145,5 +145,10 @@ def sensitivities(
     """:func:`nmconvert.calibrate.budget.measure` for the tensors that ``plan`` prunes, under the model's names.
 
     Without a model the checkpoint has to be an ONNX file, and the names are its own.
+
+    Raises:
+        UsageError: there is no model, and it is needed, or the data does not reach a layer.
+        ModelError: the checkpoint does not fit the model.
+        DataError: the data does not fit the graph's inputs.
     """
     return Subject.of(model, checkpoint, plan, batches, "sensitivity").sensitivities(plan, patterns, progress)

@@ -64,7 +64,7 @@ def main() -> None:
             raise
         _fail(*_one_line(error))
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was left half written", 130)
+        _fail("interrupted; no result was left half written", 130)
 
 
 def _one_line(error: Exception) -> tuple[str, int]:
@@ -72,7 +72,7 @@ def _one_line(error: Exception) -> tuple[str, int]:
     if isinstance(error, NmconvertError):
         return str(error), error.exit_status
     if isinstance(error, click.exceptions.Abort):
-        return "interrupted; nothing was left half written", 130
+        return "interrupted; no result was left half written", 130
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx else "nmconvert"
         return f"{error.format_message()} (see {command} --help)", error.exit_code

@@ -121,7 +121,7 @@ def export(
 
 
 def default_output(source: Path, flavour: str) -> Path:
-    """``a.nm2-4.pt`` → ``a.nm2-4.onnx``, with the flavour in the name where it is not the default or the name is taken."""
+    """``a.nm2-4.pt`` → ``a.nm2-4.onnx``, with the flavour in the name where it is not the default or ``source`` is ONNX."""
     stem = source.name if source.is_dir() else source.stem
     if flavour == "compressed" and source.suffix != ".onnx":
         return source.with_name(f"{stem}.onnx")

@@ -5,8 +5,8 @@ Every solver chooses an N:M mask, and the kept weights, to make the quadratic of
 ``sparsegpt``   groups from left to right; what a pruned weight leaves is carried to the columns on its right
                 (Frantar and Alistarh 2023, algorithm 1).
 ``exact``       the same walk, but the set to prune in a group is the best of all C(m, n), by the exact error of pruning
-                it jointly (Optimal Brain Compression, Frantar and Alistarh 2022, equation 5); then all kept weights of a
-                row are solved for again in closed form.
+                it jointly (Optimal Brain Compression, Frantar, Singh and Alistarh 2022, equation 5); then all kept weights
+                of a row are solved for again in closed form.
 ``admm``        ``exact``, then the operator splitting of ALPS from there.
 ``auto``        row by row (rows are independent) the best of ``exact`` in both directions and ``admm``, then swaps
                 within groups while they lower the error. Layers that are too large for swaps (384 × 384 at 2:4) do
@@ -80,7 +80,12 @@ def solve(
 
 
 def sweep(problem: Problem, pattern: Pattern, choose: Choose, block: int = 128) -> Solution:
-    """SparseGPT's walk over the groups, with ``choose`` deciding each group; lazily updated in blocks of columns."""
+    """SparseGPT's walk over the groups of ``problem.optimum`` [rows, K], with ``choose`` deciding each group.
+
+    ``choose`` is given a group's weights [rows, m] (the last group may be shorter), its part [m, m] of the upper Cholesky
+    factor of the inverse Hessian, and n, and returns which to keep, bool [rows, m]. What a group leaves reaches the columns to
+    its right at once within its ``block`` of so many columns, and beyond when that is done.
+    """
     factor = torch.linalg.cholesky(problem.inverse, upper=True)
     weight = problem.optimum.clone()
     rows, columns = weight.shape

@@ -2,7 +2,7 @@
 
 A task knows its data formats, what a model is given and returns, and how its people measure it; it knows nothing of
 sparsity, optimisers or files of weights. ``model`` is, everywhere below, an ``nn.Module`` or anything that is called
-like one: an ONNX file in onnxruntime (`nmconvert.evaluate.OnnxModel`) is measured by the same code.
+like one: an ONNX file in onnxruntime (`nmconvert.onnx_model.OnnxModel`) is measured by the same code.
 """
 
 from __future__ import annotations
