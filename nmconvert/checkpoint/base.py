@@ -186,7 +186,7 @@ class FileCheckpoint:
         if slot.crc is not None and end - begin == slot.nbytes:
             data = read_exactly(self.path, begin, end - begin)
             if zlib.crc32(data) != slot.crc:
-                raise CheckpointError(f"{self.path}: damaged: the checksum of '{name}' does not match; copy the file anew")
+                raise damaged(self.path, f"the checksum of '{name}' does not match")
         else:
             data = read_exactly(self.path, begin, end - begin)
         return slot.view(data, begin)
