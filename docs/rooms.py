@@ -25,6 +25,6 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("plan", "rules", "targets"),
     ("tensor", "packing", "detect"),
     ("matrix",),
-    ("pattern", "inputs", "dist", "extras", "signature"),
+    ("pattern", "inputs", "dist", "extras", "imports", "signature"),
     ("errors",),
 )

@@ -16,6 +16,7 @@ import onnx
 import onnxruntime
 
 from nmconvert import runtime
+from nmconvert.checkpoint import is_onnx
 from nmconvert.checkpoint.onnx_file import save_model
 from nmconvert.errors import UsageError
 from nmconvert.export import export
@@ -151,7 +152,7 @@ def _dense(
     """The dense model to compare with, as a path or as a file's bytes."""
     if against is None:
         yield with_dense(proto, None) if dense_bytes(proto) < _LARGEST else str(model)
-    elif against.suffix == ".onnx":
+    elif is_onnx(against):
         yield str(against)
     else:
         with tempfile.TemporaryDirectory(prefix="nmconvert-") as folder:

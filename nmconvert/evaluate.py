@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from nmconvert import dist
-from nmconvert.checkpoint import open_checkpoint
+from nmconvert.checkpoint import is_onnx, open_checkpoint
 from nmconvert.errors import UsageError
 from nmconvert.manifest import Manifest
 from nmconvert.model import load
@@ -131,7 +131,7 @@ def load_model(
     kernels: bool = False,
 ) -> OnnxModel | nn.Module:
     """The ONNX file in onnxruntime, or the model with the checkpoint in it, in eval mode: both are called alike."""
-    if file.suffix == ".onnx":
+    if is_onnx(file):
         return OnnxModel(file, kernels=kernels)
     if model is None and not (file.is_dir() and (file / "config.json").is_file()):
         raise UsageError(f"{file}: a checkpoint holds weights only; say what they belong to with --model module:callable")

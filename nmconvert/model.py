@@ -6,10 +6,7 @@ Naming a callable runs it: that is what ``--model`` says, and needs no trust. Lo
 from __future__ import annotations
 
 import ast
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.errors import ModelError, UsageError
 from nmconvert.extras import require
+from nmconvert.imports import ImportPath, brief
 from nmconvert.matrix import Kind
 
 _FORM = "give it as package.module:callable, path/to/file.py:callable, or a Hugging Face model folder"
@@ -95,11 +93,10 @@ def build(spec: str, arguments: Mapping[str, str] | None = None, *, trust: bool 
     if path.suffix != ".py" and path.is_file():
         _no_arguments(spec, keywords)
         return _load_program(path, trust=trust)
-    where, colon, name = spec.rpartition(":")
-    if not colon or not where or not name:
+    named = ImportPath.parse(spec, f"--model {spec}", ModelError)
+    if named is None:
         raise UsageError(f"--model '{spec}' does not say what builds the model; {_FORM}")
-    with _importable(where):
-        made = _call(spec, _attribute(spec, _import(spec, where), name), keywords)
+    made = _call(spec, named, keywords)
     if not isinstance(made, nn.Module):
         raise ModelError(f"{spec} returned a {type(made).__name__}, not a torch.nn.Module; name what builds the model")
     return made
@@ -161,69 +158,16 @@ def literal(text: str) -> Any:
         return text
 
 
-# ── import paths ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@contextmanager
-def _importable(where: str) -> Iterator[None]:
-    """Modules of the current folder, and those beside a named file, can be imported, as with ``python -m``."""
-    before = sys.path[:]
-    sys.path[:0] = [str(Path(where).resolve().parent)] if where.endswith(".py") else [str(Path.cwd())]
-    try:
-        yield
-    finally:
-        sys.path[:] = before
-
-
-def _import(spec: str, where: str) -> ModuleType:
-    try:
-        return _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if where == missing or where.startswith(f"{missing}."):
-            raise ModelError(
-                f"--model {spec}: there is no module '{missing}'; install it, run from the folder that holds it, or {_FORM}"
-            ) from error
-        raise ModelError(f"--model {spec}: it imports '{missing}', which is not installed: pip install {missing}") from error
-    except FileNotFoundError as error:
-        raise ModelError(f"--model {spec}: there is no file {where}") from error
-    except Exception as error:  # it is somebody's program: it can raise anything
-        raise ModelError(f"--model {spec}: importing it failed with {_brief(error)}; --debug shows where") from error
-
-
-def _import_file(path: Path) -> ModuleType:
-    name = f"nmconvert_model_{path.stem}"
-    specification = importlib.util.spec_from_file_location(name, path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # dataclasses and pickle look their module up there
-    specification.loader.exec_module(module)
-    return module
-
-
-def _attribute(spec: str, module: ModuleType, name: str) -> Any:
-    value: Any = module
-    for part in name.split("."):
-        if not hasattr(value, part):
-            close = get_close_matches(part, dir(value), 1)
-            hint = f"did you mean '{close[0]}'?" if close else "see what it defines"
-            raise ModelError(f"--model {spec}: there is no '{part}' in {getattr(value, '__name__', name)}; {hint}")
-        value = getattr(value, part)
-    return value
-
-
-def _call(spec: str, factory: Any, keywords: Mapping[str, Any]) -> Any:
+def _call(spec: str, named: ImportPath, keywords: Mapping[str, Any]) -> Any:
+    factory = named.load()
     if isinstance(factory, nn.Module):
         _no_arguments(spec, keywords)
         return factory
     if not callable(factory):
         raise ModelError(f"--model {spec} is a {type(factory).__name__}, which cannot be called; {_FORM}")
     _check_arguments(spec, factory, keywords)
-    try:
+    with named.running("building it"):
         return factory(**keywords)
-    except Exception as error:  # as above
-        raise ModelError(f"--model {spec}: building it failed with {_brief(error)}; --debug shows where") from error
 
 
 def _check_arguments(spec: str, factory: Callable[..., Any], keywords: Mapping[str, Any]) -> None:
@@ -244,10 +188,6 @@ def _check_arguments(spec: str, factory: Callable[..., Any], keywords: Mapping[s
 def _no_arguments(spec: str, keywords: Mapping[str, Any]) -> None:
     if keywords:
         raise UsageError(f"--model-arg {next(iter(keywords))}: {spec} is not a callable and takes no arguments")
-
-
-def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -292,7 +232,7 @@ def _hf_errors(folder: Path) -> Iterator[ModuleType]:
     try:
         yield transformers
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, ModelError) as error:
-        raise ModelError(f"{folder}: transformers cannot build it: {_brief(error)}") from error
+        raise ModelError(f"{folder}: transformers cannot build it: {brief(error)}") from error
 
 
 def _load_program(path: Path, *, trust: bool) -> nn.Module:
@@ -306,7 +246,7 @@ def _load_program(path: Path, *, trust: bool) -> nn.Module:
         if form == "pickled module":
             return _first_module(torch.load(path, map_location="cpu", weights_only=False))
     except Exception as error:  # what is loaded is a program
-        raise ModelError(f"{path}: loading it failed with {_brief(error)}; --debug shows where") from error
+        raise ModelError(f"{path}: loading it failed with {brief(error)}; --debug shows where") from error
     raise UsageError(f"--model {path}: a checkpoint ({form}) holds weights and no model; {_FORM}")
 
 

@@ -219,7 +219,8 @@ def _passes_on(node: NodeProto) -> bool:
 
 
 def _info(name: str, tensor: TensorProto, uses: list[WeightUse], other: str | None, last: str | None) -> TensorInfo:
-    dtype = TensorProto.DataType.Name(tensor.data_type).lower()
+    known = tensor.data_type in TensorProto.DataType.values()  # a newer ONNX may have more
+    dtype = TensorProto.DataType.Name(tensor.data_type).lower() if known else f"element type {tensor.data_type}"
     if tensor.data_type not in DTYPES:
         return TensorInfo(name, tuple(tensor.dims), "uint8", reason=f"{dtype}: left as it is")
     info = TensorInfo(name, tuple(tensor.dims), DTYPES[tensor.data_type])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nmconvert.checkpoint import Checkpoint, check_copy, open_checkpoint
+from nmconvert.checkpoint import Checkpoint, beside, check_copy, open_checkpoint
 from nmconvert.detect import Array, as_array, as_tensor, canonical_bytes, digest
 from nmconvert.errors import ModelError, UsageError, WeightError
 from nmconvert.magnitude import has_negative_zero, keep_largest
@@ -139,8 +139,7 @@ def plan_for(
 
 def default_output(source: Path, pattern: Pattern) -> Path:
     """``resnet50.pth`` → ``resnet50.nm2-4.pth``; a folder gets the same ending."""
-    tag = f".nm{pattern.n}-{pattern.m}"
-    return source.with_name(source.name + tag) if source.is_dir() else source.with_name(source.stem + tag + source.suffix)
+    return beside(source, f".nm{pattern.n}-{pattern.m}")
 
 
 class Magnitude:

@@ -32,14 +32,13 @@ def _mac(key: bytes, text: str) -> str:
 
 
 def _key(*, create: bool) -> bytes | None:
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    path = Path(state, "nmconvert", "key")
     try:
+        path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state", "nmconvert", "key")
         if create:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write_new(path)
         key = path.read_bytes()
-    except OSError:  # a machine without a home folder: nothing is remembered there
+    except (OSError, RuntimeError):  # no home folder, or none that can be written: nothing is remembered there
         return None
     return key if len(key) == _BYTES else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from nmconvert.runtime import kernels
+from nmconvert.runtime.cache import CACHE_VARIABLE
 from nmconvert.runtime.locate import LIBRARY_VARIABLE
 
 ROOT = Path(__file__).parent.parent
@@ -59,3 +61,11 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
         elif not kernels().usable:
             pytest.skip(f"no native kernels: {kernels().reason}")
         yield request.param
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without a home folder, as in many containers: neither ``HOME`` nor an entry among the users."""
+    for variable in ("HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", CACHE_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)

@@ -193,6 +193,22 @@ def test_a_damaged_cache_is_an_empty_one(cache: Path, content: str) -> None:
     assert Cache({"a": 2}).get("key") is None
 
 
+def test_without_a_home_nothing_is_kept(homeless: None) -> None:
+    kept = Cache({"a": 1})
+    kept.put("key", 2.0)
+    kept.save()
+    assert kept.get("key") == 2.0
+    assert Cache({"a": 1}).get("key") is None
+
+
+def test_a_cache_that_cannot_be_written(cache: Path) -> None:
+    cache.parent.write_text("a file, where the folder should be")
+    kept = Cache({"a": 1})
+    kept.put("key", 2.0)
+    kept.save()
+    assert Cache({"a": 1}).get("key") is None
+
+
 def test_a_call_in_a_branch_is_left_as_it_is(cache: Path, tmp_path: Path) -> None:
     """A branch that is not taken meets no shapes; its calls run on the kernels all the same."""
     rng = np.random.default_rng(0)

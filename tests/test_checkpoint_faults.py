@@ -224,6 +224,8 @@ def test_killed(tmp_path: Path, make: Callable[[Path], Path]) -> None:
         (b"<!DOCTYPE html><html>", "not a checkpoint that nmconvert knows"),
         (b"PK\x03\x04" + bytes(100), "ends before its directory .an incomplete download"),
         (b"\x80\x02" + bytes(100), "a bare pickle"),
+        (b"\x08", "not a checkpoint that nmconvert knows"),
+        (b"\x08\x01", "an ONNX model without a graph"),
     ],
 )
 def test_files_that_are_no_checkpoint(tmp_path: Path, data: bytes, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -17,10 +18,12 @@ from typing import Any
 import pytest
 import torch
 from containers import MANIFEST, Tied, edited_copy, halve_largest
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nmconvert.checkpoint import open_checkpoint
 from nmconvert.errors import CheckpointError, NmconvertError, UntrustedFileError
+from nmconvert.manifest import Manifest
 
 Maker = Callable[[Path], Path]
 
@@ -322,6 +325,78 @@ def test_lying_tensors(tmp_path: Path, numbers: dict[str, Any]) -> None:
 def test_hostile_pickles(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(with_pickle(tmp_path, data))
+    assert "\n" not in str(caught.value)
+
+
+def holds_itself(folder: Path) -> Path:
+    value: dict[str, Any] = {"epoch": 1, "model": {"w": torch.ones(4, 4)}}
+    value["model"]["all"] = value["self"] = value
+    torch.save(value, folder / "a.pt")
+    return folder / "a.pt"
+
+
+def holds_its_owner(folder: Path) -> Path:
+    """An object among whose attributes is the one that holds it, as a dataset's settings or a trainer's are."""
+    owner, held = argparse.Namespace(w=torch.ones(4, 4)), argparse.Namespace(bias=torch.ones(4))
+    owner.held, held.owner = held, owner
+    torch.save(owner, folder / "a.pt")
+    return folder / "a.pt"
+
+
+@pytest.mark.parametrize(("make", "names"), [(holds_itself, ["w"]), (holds_its_owner, ["w", "held.bias"])])
+def test_what_holds_itself_is_read_once(tmp_path: Path, make: Maker, names: list[str]) -> None:
+    checkpoint = open_checkpoint(make(tmp_path))
+    assert [info.name for info in checkpoint.tensors()] == names
+    assert torch.equal(checkpoint.read("w"), torch.ones(4, 4))
+
+
+def test_a_pickle_of_few_bytes_that_is_large(tmp_path: Path) -> None:
+    """Each dict holds the one before it twice."""
+    value: dict[str, Any] = {"w": torch.ones(4, 4)}
+    for _ in range(60):
+        value = {"a": value, "b": value}
+    torch.save(value, tmp_path / "a.pt")
+    assert [info.name for info in open_checkpoint(tmp_path / "a.pt").tensors()] == ["w"]
+
+
+def test_dicts_within_dicts(tmp_path: Path) -> None:
+    deep = b"\x80\x02" + b"}X\x01\x00\x00\x00a" * 5000 + b"N" + b"s" * 5000 + b"."
+    with pytest.raises(CheckpointError, match=r"nested too deeply; save the model's state_dict\(\) alone"):
+        open_checkpoint(with_pickle(tmp_path, deep))
+
+
+def zip_with_bytes(folder: Path) -> Path:
+    source = with_pickle(folder, tensor_pickle())
+    with zipfile.ZipFile(source, "a") as archive:
+        archive.writestr("a/nmconvert.json", b"\xff")
+    return source
+
+
+def legacy_with_bytes(folder: Path) -> Path:
+    torch.save({"w": torch.ones(4, 4)}, folder / "a.pt", _use_new_zipfile_serialization=False)
+    with (folder / "a.pt").open("ab") as file:
+        file.write(b"nmconvert.json" + struct.pack("<Q", 1) + b"\xff")
+    return folder / "a.pt"
+
+
+def program_with_bytes(folder: Path) -> Path:
+    source = exported(folder)
+    with zipfile.ZipFile(source, "a") as archive:
+        archive.writestr(f"{archive.namelist()[0].partition('/')[0]}/nmconvert.json", b"\xff")
+    return source
+
+
+def folder_with_bytes(folder: Path) -> Path:
+    save_file({"w": torch.ones(4, 4)}, folder / "one.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "one.safetensors"}}')
+    (folder / "nmconvert.json").write_bytes(b"\xff")
+    return folder
+
+
+@pytest.mark.parametrize("make", [zip_with_bytes, legacy_with_bytes, program_with_bytes, folder_with_bytes])
+def test_a_manifest_that_is_no_text(tmp_path: Path, make: Maker) -> None:
+    with pytest.raises(CheckpointError, match=r"its nmconvert manifest is damaged .*prune or export it again") as caught:
+        Manifest.of(open_checkpoint(make(tmp_path), trust=True))
     assert "\n" not in str(caught.value)
 
 

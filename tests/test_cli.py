@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -75,6 +76,46 @@ def test_the_whole_line_without_saying_anything_twice(nm: Any, folder: Path) -> 
     inspected = nm("inspect", "net.nm2-4.onnx", "--require", "2:4")
     assert inspected.status == 0
     assert "2:4" in inspected.out
+
+
+def test_only_checkpoints_are_taken_for_results(nm: Any, folder: Path) -> None:
+    nm("prune", "net.pt", "--nm", "2:4", *NET)
+    nm("export", "--onnx", "--input", "1,3,8,8")
+    for number, name in enumerate(("ft.jsonl", "ft.svg", "html", "onnx.data", "txt")):
+        (folder / f"net.nm2-4.{name}").write_text("{}")
+        os.utime(folder / f"net.nm2-4.{name}", (4e9 + number, 4e9 + number))  # newer than the results
+    (folder / "net.nm2-4.ft.pt.state" / "step-1").mkdir(parents=True)
+    torch.save(net().state_dict(), folder / "net.nm2-4.pt.calibration")
+    assert "taking net.nm2-4.pt, the newest checkpoint" in nm("export").err
+    assert "taking net.nm2-4.onnx, the newest ONNX file" in nm("verify").err
+    assert "taking net.nm2-4.onnx, the newest result" in nm("eval").err
+
+
+def test_the_newest_is_told_by_its_bytes(nm: Any, folder: Path) -> None:
+    nm("prune", "net.pt", "--nm", "2:4", "--output", "net.nm2-4.tar", *NET)
+    nm("prune", "a.onnx", "--nm", "2:4", "--output", "a.nm2-4.bin")
+    assert "taking net.nm2-4.tar, the newest checkpoint" in nm("export").err
+    assert "taking a.nm2-4.bin, the newest ONNX file" in nm("verify").err
+    quiet = nm("verify", "--quiet")
+    assert (quiet.status, quiet.out, quiet.err) == (0, "", "")
+
+
+def test_an_onnx_file_needs_no_ending(nm: Any, folder: Path) -> None:
+    (folder / "a.onnx").rename(folder / "a.bin")
+    images = random_weight((6, 8, 6, 6), 0).numpy()
+    np.savez(folder / "data.npz", images=images, labels=np.zeros(6, int))
+    for command in (
+        "prune a.bin --permute --nm 2:4",
+        "sensitivity a.bin --nm 2:4 --calib data.npz",
+        "eval a.bin --data data.npz",
+    ):
+        run = nm(*command.split())
+        assert run.status == 0, run.err
+    assert "an ONNX file is not trained" in nm("finetune", "a.nm2-4.bin", "--data", "data.npz").err
+    exported = nm("export", "a.nm2-4.bin")
+    assert exported.status == 0, exported.err
+    measured = nm("bench", "a.nm2-4.onnx", "--against", "a.bin", "--rounds", "3", "--seconds", "0.01", "--no-layers")
+    assert measured.status == 0 or "no native kernels" in measured.err, measured.err
 
 
 def test_json_of_every_command(nm: Any, folder: Path) -> None:

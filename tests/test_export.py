@@ -429,6 +429,7 @@ def test_default_outputs() -> None:
     assert default_output(Path("a.nm2-4.pt"), "compressed") == Path("a.nm2-4.onnx")
     assert default_output(Path("a.nm2-4.pt"), "dense") == Path("a.nm2-4.dense.onnx")
     assert default_output(Path("a.nm2-4.onnx"), "compressed") == Path("a.nm2-4.compressed.onnx")
+    assert default_output(Path(), "compressed") == Path.cwd().with_name(f"{Path.cwd().name}.onnx")
 
 
 def test_outputs_are_compared_with_care() -> None:

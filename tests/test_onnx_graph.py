@@ -197,3 +197,9 @@ def test_counts_and_versions() -> None:
     assert opset(model) == 17
     assert used_names(model)["e"] == 1
     assert used_names(model)["Y"] == 1  # as the output
+
+
+def test_an_element_type_of_a_newer_onnx() -> None:
+    model = model_of([make("MatMul", ["X", "W"], ["Y"])], {"W": W}, ["n", 8])
+    model.graph.initializer[0].data_type = 99
+    assert info(model).reason == "element type 99: left as it is"

@@ -239,6 +239,21 @@ def test_default_outputs(tmp_path: Path) -> None:
     assert default_output(Path("a.b.pth"), Pattern(1, 16)) == Path("a.b.nm1-16.pth")
 
 
+def test_a_folder_that_is_given_by_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copy stands beside it, under the name that it has on the disk."""
+    (tmp_path / "gpt.v1" / "sub").mkdir(parents=True)
+    for here, name in (("gpt.v1", "."), ("gpt.v1/sub", "..")):
+        monkeypatch.chdir(tmp_path / here)
+        assert default_output(Path(name), Pattern(2, 4)) == tmp_path / "gpt.v1.nm2-4"
+
+
+def test_a_link_is_a_name(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "0a1b").touch()
+    (tmp_path / "net.pt").symlink_to(tmp_path / "store" / "0a1b")
+    assert default_output(tmp_path / "net.pt", Pattern(2, 4)) == tmp_path / "net.nm2-4.pt"
+
+
 # ── ONNX ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

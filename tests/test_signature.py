@@ -52,6 +52,11 @@ def test_no_place_for_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not is_ours("text", "0" * 64)
 
 
+def test_no_home(state: Path, homeless: None) -> None:
+    assert sign("text") is None
+    assert not is_ours("text", "0" * 64)
+
+
 def test_a_manifest_of_somebody_else_names_nothing_that_is_run(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"model": "os:system", "model_arguments": {"command": "true"}, "data": "os:getcwd", "input": ["1,3,8,8"]}
     text = Manifest().with_settings(**said).to_json()

@@ -147,6 +147,21 @@ def test_a_folder_has_sorted_classes_and_parts(folder):
     assert len(Classification().dataset(str(folder), split="train", augment=True)) == 15
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_the_measured_part_has_many_names(folder, name):
+    (folder / "val").rename(folder / name)
+    for split in ("val", "test"):
+        assert sorted(read_all(str(folder), split).targets["labels"].tolist()) == sorted(LABELS[::4].tolist())
+
+
+@pytest.mark.parametrize(("missing", "split"), [("val", "test"), ("val", "val"), ("train", "train")])
+def test_parts_are_no_classes(folder, missing, split):
+    (folder / missing).rename(folder.parent / "elsewhere")
+    other = "train" if missing == "val" else "val"
+    with pytest.raises(DataError, match=rf"images: has the part '{other}' and none called {split}.*{other} itself"):
+        open_source(str(folder), split)
+
+
 def test_a_flat_folder_has_no_labels(folder):
     flat = read_all(str(folder / "val" / "class0"), "test")
     assert not flat.labelled
@@ -288,8 +303,10 @@ def test_data_that_is_none_is_refused_with_its_name(tmp_path):
         write(tmp_path / "b.npz", images=PIXELS, labels=LABELS[:4]): "4|labels",
         write(tmp_path / "c.npz", images=PIXELS.astype(np.int64)): "uint8 .N, H, W, C.",
         write(tmp_path / "d.npz", images=np.zeros((0, 8, 8, 3), np.uint8)): "no images",
-        "json:no_such_thing": "no callable 'no_such_thing'",
-        "no_such_package_at_all:data": "cannot be imported",
+        "json:no_such_thing": "there is no 'no_such_thing' in json",
+        "json:__name__": "is a str; name a callable, which gets 'test' and returns a dataset",
+        "no_such_package_at_all:data": "there is no module 'no_such_package_at_all'; install it, run from the folder",
+        "no_such_file.py:data": r"there is no file no_such_file\.py",
     }
     for data, message in cases.items():
         with pytest.raises(DataError, match=message):
@@ -303,3 +320,31 @@ def test_a_callable_gives_any_dataset(tmp_path):
     batch = read_all(f"{tmp_path / 'mine.py'}:data", "train")
     assert batch.targets["labels"].tolist() == [0, 1, 2, 3, 4]
     assert batch.inputs[3].unique().tolist() == [3.0]
+
+
+def test_a_callable_of_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "beside_mine.py").write_text("LENGTH = 4\n")
+    (tmp_path / "mine_here.py").write_text(
+        "from dataclasses import dataclass\n"
+        "@dataclass\nclass Data:\n    split: str\n"
+        "    def __len__(self):\n        import beside_mine\n        return beside_mine.LENGTH\n"
+        "    def __getitem__(self, index):\n        return index, index\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for spec in ("mine_here:Data", "mine_here.py:Data"):
+        assert len(open_source(spec, "test")) == 4
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("1 +", "mine.py:data: importing it failed with SyntaxError"),
+        ("open('no such file')", "importing it failed with FileNotFoundError: .*no such file"),
+        ("import torchvision_of_old", "it imports 'torchvision_of_old', which is not installed"),
+        ("def data(split):\n    raise KeyError(split)", "calling it failed with KeyError: 'test'; --debug shows where"),
+    ],
+)
+def test_a_program_that_fails_is_one_line(tmp_path, program, message):
+    (tmp_path / "mine.py").write_text(program)
+    with pytest.raises(DataError, match=message):
+        open_source(f"{tmp_path / 'mine.py'}:data", "test")

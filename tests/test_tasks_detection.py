@@ -272,6 +272,14 @@ def test_images_without_annotations(coco):
     assert [s.truth for s in Detection().dataset(str(coco), split="train", augment=False)] == [None, None]
 
 
+def test_the_images_of_another_part_are_not_measured(tmp_path):
+    (tmp_path / "train").mkdir()
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "train" / "1.png")
+    assert len(open_scenes(str(tmp_path), "train", with_masks=False)) == 1
+    with pytest.raises(DataError, match="has the part 'train' and none called test"):
+        open_scenes(str(tmp_path), "test", with_masks=False)
+
+
 def test_ranks_are_joined(coco):
     task = Detection()
     model = Oracle(perfect(task, str(coco))).eval()

@@ -18,9 +18,9 @@ What reads a format is imported when a file of it is met: the first ones and ONN
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from nmconvert.checkpoint.base import Checkpoint, Edit, Edits, FileCheckpoint, check_copy
+from nmconvert.checkpoint.base import Checkpoint, Edit, Edits, FileCheckpoint, beside, check_copy
 from nmconvert.checkpoint.hf_folder import open_hf_folder
 from nmconvert.checkpoint.safetensors_file import looks_like_safetensors, open_safetensors
 from nmconvert.checkpoint.zip_records import open_archive
@@ -29,7 +29,7 @@ from nmconvert.errors import CheckpointError
 if TYPE_CHECKING:
     from nmconvert.checkpoint.onnx_file import OnnxCheckpoint
 
-__all__ = ["Checkpoint", "Edit", "Edits", "check_copy", "open_checkpoint"]
+__all__ = ["Checkpoint", "Edit", "Edits", "beside", "check_copy", "has_manifest", "is_onnx", "open_checkpoint"]
 
 _NOT_OURS = {
     b"\x89HDF": "an HDF5 (Keras) file; nmconvert reads PyTorch, safetensors, Hugging Face and ONNX",
@@ -64,19 +64,55 @@ def _open_weights(path: Path, *, trust: bool) -> FileCheckpoint:
     return checkpoint
 
 
-def _open_file(path: Path, *, trust: bool) -> FileCheckpoint | OnnxCheckpoint:
+def is_onnx(path: Path) -> bool:
+    """Whether :func:`open_checkpoint` takes ``path`` for an ONNX file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return not path.is_dir() and _container(path, _head(path)) == "onnx"
+
+
+def has_manifest(path: Path) -> bool:
+    """Whether ``path`` is a checkpoint that nmconvert wrote; nothing in it is executed."""
+    try:
+        return open_checkpoint(path, trust=True).manifest_text() is not None
+    except CheckpointError:
+        return False
+
+
+def _head(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            head = file.read(64)
+            return file.read(64)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from error
+
+
+def _container(path: Path, head: bytes) -> Literal["zip", "safetensors", "pickle", "onnx"] | None:
+    """What a file that begins with ``head`` is; its name counts only where the bytes say nothing."""
     if head.startswith(b"PK\x03\x04"):
-        return _open_zip(path, trust=trust)
+        return "zip"
     if looks_like_safetensors(head):
+        return "safetensors"
+    if head.startswith(b"\x80"):
+        return "pickle"
+    # A ModelProto starts with its IR version (field 1, a varint) in every writer seen.
+    if head and (path.suffix == ".onnx" or (head[:1] == b"\x08" and b"\x01" <= head[1:2] <= b"\x20")):
+        return "onnx"
+    return None
+
+
+def _open_file(path: Path, *, trust: bool) -> FileCheckpoint | OnnxCheckpoint:
+    head = _head(path)
+    container = _container(path, head)
+    if container == "zip":
+        return _open_zip(path, trust=trust)
+    if container == "safetensors":
         return open_safetensors(path)
-    if head[:1] == b"\x80":
+    if container == "pickle":
         return _open_pickle(path, head, trust=trust)
-    if head and (path.suffix == ".onnx" or looks_like_onnx(head)):
+    if container == "onnx":
         from nmconvert.checkpoint.onnx_file import open_onnx
 
         return open_onnx(path)
@@ -106,11 +142,6 @@ def _open_pickle(path: Path, head: bytes, *, trust: bool) -> FileCheckpoint:
         return open_torch_legacy(path, trust=trust)
     require_trust(path, "a bare pickle", trust=trust)
     raise CheckpointError(f"{path}: a bare pickle, not of torch.save; load it and torch.save its state dict")
-
-
-def looks_like_onnx(head: bytes) -> bool:
-    """A ModelProto starts with its IR version (field 1, a varint) in every writer seen."""
-    return head[:1] == b"\x08" and 1 <= head[1] <= 32
 
 
 def _unknown(path: Path, head: bytes) -> CheckpointError:

@@ -97,6 +97,16 @@ _CALLED = {
 }
 
 
+def beside(source: Path, tag: str, suffix: str | None = None) -> Path:
+    """A name beside ``source``: ``a.pth`` and ``.nm2-4`` make ``a.nm2-4.pth``, or with ``suffix`` another ending.
+
+    A folder's name has no ending; where none was given, as in ``.``, it is the one that it has on the disk.
+    """
+    named = source.resolve() if source.name in ("", "..") else source
+    stem, ending = (named.name, "") if named.is_dir() else (named.stem, named.suffix)
+    return named.with_name(f"{stem}{tag}{ending if suffix is None else suffix}")
+
+
 def check_copy(source: Path, output: Path) -> None:
     """Raise where a copy of ``source`` would replace it, or would be called what it is not.
 
@@ -225,6 +235,18 @@ def read_exactly(path: Path, offset: int, count: int) -> bytearray:
         if file.readinto(data) != count:
             raise CheckpointError(f"{path}: ends too early, {count:,} bytes expected at {offset:,}; copy the file anew")
     return data
+
+
+def manifest_from_bytes(data: bytes, path: Path) -> str:
+    """The manifest that ``path`` holds as ``data``.
+
+    Raises:
+        CheckpointError: it is no text.
+    """
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: its nmconvert manifest is damaged ({error}): prune or export it again") from error
 
 
 def link_shared(slots: Sequence[Slot]) -> dict[str, Slot]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nmconvert.checkpoint.base import FileCheckpoint, Slot, link_shared
+from nmconvert.checkpoint.base import FileCheckpoint, Slot, link_shared, manifest_from_bytes
 from nmconvert.checkpoint.pickles import require_trust
 from nmconvert.checkpoint.torch_zip import rewriter
 from nmconvert.checkpoint.zip_records import Archive
@@ -67,7 +67,7 @@ def open_exported_program(archive: Archive, *, trust: bool) -> FileCheckpoint:
     prefix = configs[0].partition("/")[0]
     name = f"{prefix}/{MANIFEST}"
     linked = link_shared(slots)
-    manifest = archive.read(name).decode() if name in archive.records else None
+    manifest = manifest_from_bytes(archive.read(name), path) if name in archive.records else None
     return FileCheckpoint(path, "exported program", linked, manifest, rewriter(archive, linked, name))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nmconvert.checkpoint.atomic import atomic_folder, is_partial
-from nmconvert.checkpoint.base import Edits, FileCheckpoint
+from nmconvert.checkpoint.base import Edits, FileCheckpoint, manifest_from_bytes
 from nmconvert.errors import CheckpointError
 from nmconvert.manifest import MANIFEST
 from nmconvert.tensor import TensorInfo
@@ -64,7 +64,7 @@ class FolderCheckpoint:
         if self.index is None:
             return next(iter(self.shards.values())).manifest
         file = self.path / MANIFEST
-        return file.read_text("utf-8") if file.is_file() else None
+        return manifest_from_bytes(file.read_bytes(), file) if file.is_file() else None
 
     def write_copy(self, target: Path, edit: Edits, manifest: Callable[[], str]) -> None:
         """See :class:`nmconvert.checkpoint.Checkpoint`; an existing folder is replaced only if nmconvert wrote it."""

@@ -264,7 +264,7 @@ def state_dicts(root: Any) -> list[tuple[str, dict[str, TensorRef]]]:
     That is ``root`` itself if it holds tensors by name, else the first of ``state_dict``, ``model`` … that does. Others
     that hold tensors, an EMA copy or the other half of a GAN, follow under their path. Optimiser states are left out.
     """
-    found = list(_walk(root, ""))
+    found = list(_walk(root, "", set()))
     if not found:
         return []
     own = min(range(len(found)), key=lambda index: (_preference(found[index][0]), index))
@@ -281,9 +281,13 @@ def _preference(path: str) -> int:
     return len(_MODEL_KEYS) + any("ema" in part.lower() for part in parts)
 
 
-def _walk(value: Any, path: str) -> Iterator[tuple[str, dict[str, TensorRef]]]:
+def _walk(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, dict[str, TensorRef]]]:
+    """``seen`` are the ids of what was met before: a dict may hold itself, and what is there twice is one state dict."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
     if isinstance(value, Opaque) and value.state is not None:
-        tensors = dict(_module_tensors(value, ""))
+        tensors = dict(_module_tensors(value, "", (id(value),)))
         if tensors:
             yield path, tensors
         return
@@ -294,11 +298,14 @@ def _walk(value: Any, path: str) -> Iterator[tuple[str, dict[str, TensorRef]]]:
         yield path, tensors
     for key, item in value.items():
         if isinstance(key, str) and not any(word in key.lower() for word in _TRAINING_STATE):
-            yield from _walk(item, f"{path}/{key}" if path else key)
+            yield from _walk(item, f"{path}/{key}" if path else key, seen)
 
 
-def _module_tensors(module: Opaque, prefix: str) -> Iterator[tuple[str, TensorRef]]:
-    """The parameters and buffers of a pickled nn.Module or a TorchScript object, under the names of its state dict."""
+def _module_tensors(module: Opaque, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, TensorRef]]:
+    """The parameters and buffers of a pickled nn.Module or a TorchScript object, under the names of its state dict.
+
+    ``above`` are the ids of the objects that hold it, for it may hold one of them; a module that is there twice has two names.
+    """
     state = module.state[0] if isinstance(module.state, tuple) and module.state else module.state
     if not isinstance(state, dict):
         return
@@ -308,8 +315,8 @@ def _module_tensors(module: Opaque, prefix: str) -> Iterator[tuple[str, TensorRe
         for name, value in part.items():
             if isinstance(value, TensorRef) and name not in transient:
                 yield f"{prefix}{name}", value
-            elif isinstance(value, Opaque):
-                yield from _module_tensors(value, f"{prefix}{name}.")
+            elif isinstance(value, Opaque) and id(value) not in above:
+                yield from _module_tensors(value, f"{prefix}{name}.", (*above, id(value)))
 
 
 def _without_prefix(tensors: dict[str, TensorRef]) -> dict[str, TensorRef]:

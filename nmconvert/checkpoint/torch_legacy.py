@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nmconvert.checkpoint.base import Edits, FileCheckpoint, link_shared
+from nmconvert.checkpoint.base import Edits, FileCheckpoint, link_shared, manifest_from_bytes
 from nmconvert.checkpoint.pickles import Structure, TensorRef, read_pickle, require_trust
 from nmconvert.checkpoint.stream import edited_slots, pieces, pump
 from nmconvert.checkpoint.torch_zip import describe, make_slots
@@ -40,7 +40,7 @@ def open_torch_legacy(path: Path, *, trust: bool) -> FileCheckpoint:
         if structure.foreign:
             require_trust(path, describe(structure), trust=trust)
         offsets, end = _storages(file, structure, keys, path)
-        manifest = _read_trailer(file, end)
+        manifest = _read_trailer(file, end, path)
     kind = "pickled module" if structure.foreign else "torch legacy"
 
     def locate(ref: TensorRef) -> tuple[int, int, None]:
@@ -75,10 +75,10 @@ def _storages(file: BinaryIO, structure: Structure, keys: Any, path: Path) -> tu
     return offsets, position
 
 
-def _read_trailer(file: BinaryIO, position: int) -> str | None:
+def _read_trailer(file: BinaryIO, position: int, path: Path) -> str | None:
     file.seek(position)
     if file.read(len(_TRAILER)) != _TRAILER:
         return None
     (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
     data = file.read(min(length, 1 << 30))
-    return data.decode() if len(data) == length else None
+    return manifest_from_bytes(data, path) if len(data) == length else None

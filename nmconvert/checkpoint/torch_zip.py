@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from nmconvert.checkpoint.base import Edits, FileCheckpoint, Rewrite, Slot, link_shared
+from nmconvert.checkpoint.base import Edits, FileCheckpoint, Rewrite, Slot, link_shared, manifest_from_bytes
 from nmconvert.checkpoint.pickles import Structure, TensorRef, read_pickle, require_trust, state_dicts
 from nmconvert.checkpoint.stream import edited_slots
 from nmconvert.checkpoint.zip_records import Archive, Record, rewrite_archive
@@ -40,7 +40,7 @@ def open_torch_zip(archive: Archive, prefix: str, *, trust: bool) -> FileCheckpo
         kind = "pickled module"
     slots = link_shared(make_slots(path, structure, lambda ref: _locate(archive, prefix, ref)))
     name = f"{prefix}{MANIFEST}"
-    manifest = archive.read(name).decode() if name in records else None
+    manifest = manifest_from_bytes(archive.read(name), path) if name in records else None
 
     return FileCheckpoint(path, kind, slots, manifest, rewriter(archive, slots, name))
 
@@ -65,9 +65,12 @@ def make_slots(path: Path, structure: Structure, locate: Callable[[TensorRef], t
     """The slots of all state dicts of a pickle; ``locate`` gives offset, size and checksum of a tensor's storage.
 
     Raises:
-        CheckpointError: there is no state dict.
+        CheckpointError: there is no state dict, or objects lie too deep within each other to look for it.
     """
-    found = state_dicts(structure.root)
+    try:
+        found = state_dicts(structure.root)
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: its objects are nested too deeply; save the model's state_dict() alone") from error
     if not found:
         raise CheckpointError(f"{path}: holds no state dict with tensors; save the model's state_dict() in it")
     slots = []

@@ -78,7 +78,7 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
 
     for option in (
         click.option("--debug", is_flag=True, expose_value=False, help="On an error, show the traceback."),
-        click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+        click.option("--quiet", "-q", is_flag=True, is_eager=True, help="Print nothing but errors."),
         click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the result into this page, too."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     ):
@@ -117,27 +117,30 @@ def layer_patterns(ctx: click.Context, parameter: click.Parameter, value: tuple[
 
 def newest_checkpoint(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path:
     """Callback of an optional CHECKPOINT: the newest file in this folder that nmconvert pruned or trained."""
-    return _newest(value, "checkpoint", "nmconvert prune", lambda path: path.suffix != ".onnx")
+    return value or _newest(ctx, "checkpoint", "nmconvert prune", lambda onnx: not onnx)
 
 
 def newest_onnx(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path:
     """Callback of an optional FILE: the newest ONNX file in this folder that nmconvert wrote."""
-    return _newest(value, "ONNX file", "nmconvert export --onnx", lambda path: path.suffix == ".onnx")
+    return value or _newest(ctx, "ONNX file", "nmconvert export --onnx", lambda onnx: onnx)
 
 
 def newest_result(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path:
     """Callback of an optional FILE: the newest file in this folder that nmconvert wrote, checkpoint or ONNX."""
-    return _newest(value, "result", "nmconvert prune", lambda path: True)
+    return value or _newest(ctx, "result", "nmconvert prune", lambda onnx: True)
 
 
-def _newest(given: Path | None, what: str, first: str, wanted: Callable[[Path], bool]) -> Path:
-    if given is not None:
-        return given
-    results = [path for path in Path().glob("*.nm*") if re.search(r"\.nm\d+-\d+(\.|$)", path.name) and wanted(path)]
-    if not results:
+def _newest(ctx: click.Context, what: str, first: str, wanted: Callable[[bool], bool]) -> Path:
+    """The newest of nmconvert's files here, by its manifest: logs, pages and unfinished work have such names, too."""
+    from nmconvert.checkpoint import has_manifest, is_onnx
+
+    named = [path for path in Path().glob("*.nm*") if re.search(r"\.nm\d+-\d+(\.|$)", path.name)]
+    named.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    newest = next((path for path in named if wanted(is_onnx(path)) and has_manifest(path)), None)
+    if newest is None:
         raise UsageError(f"no {what} was given, and this folder has none of nmconvert's: run {first} first")
-    newest = max(results, key=lambda path: path.stat().st_mtime_ns)
-    click.echo(f"nmconvert: taking {newest}, the newest {what} of nmconvert here", err=True)
+    if not ctx.params["quiet"]:
+        click.echo(f"nmconvert: taking {newest}, the newest {what} of nmconvert here", err=True)
     return newest
 
 

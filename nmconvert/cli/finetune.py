@@ -67,7 +67,7 @@ def command(
 ) -> None:  # fmt: skip
     """Bring back the accuracy of CHECKPOINT, which `nmconvert prune` wrote, by some epochs of SR-STE.
 
-    CHECKPOINT is by default the newest result of nmconvert in this folder. What was said before (--task, --data, --model)
+    CHECKPOINT is by default the newest checkpoint of nmconvert in this folder. What was said before (--task, --data, --model)
     need not be said again. The dense checkpoint that was pruned is the teacher, so that data without labels is enough.
     Under torchrun all processes train together: torchrun --nproc-per-node 2 -m nmconvert finetune …
     """

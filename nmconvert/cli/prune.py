@@ -63,7 +63,9 @@ def command(
     """
     if (nm is None) == (budget is None):
         raise UsageError("say how much is kept: --nm N:M for all layers, or --budget to choose for each")
-    bare = checkpoint.suffix == ".onnx"
+    from nmconvert.checkpoint import is_onnx
+
+    bare = is_onnx(checkpoint)
     if (budget is not None and calib is None) or ((budget is not None or permute) and not bare and not (model and calib)):
         option, less = ("--permute", "neither") if budget is None else ("--budget", "--calib alone")
         raise UsageError(f"{option} runs the model on its inputs: give --model and --calib (an ONNX file needs {less})")

@@ -39,11 +39,12 @@ def command(
     The loss is the squared error of the outputs relative to their energy, on calibration data; the bar shows the first
     pattern's. `nmconvert prune --budget` chooses patterns by these numbers. An ONNX file needs no --model.
     """
+    from nmconvert.checkpoint import is_onnx, open_checkpoint
+
     chosen = [Pattern.parse(text) for text in patterns.split(",")]
-    if calib is None or (model is None and checkpoint.suffix != ".onnx"):
+    if calib is None or (model is None and not is_onnx(checkpoint)):
         raise UsageError("sensitivities are measured on inputs: give --model and --calib (an ONNX file needs --calib alone)")
     from nmconvert.calibrate.stage import sensitivities
-    from nmconvert.checkpoint import open_checkpoint
     from nmconvert.model import build
     from nmconvert.prune import plan_for
 

@@ -23,7 +23,7 @@ import onnx.version_converter
 import torch
 from onnx import ModelProto
 
-from nmconvert.checkpoint import Checkpoint, open_checkpoint
+from nmconvert.checkpoint import Checkpoint, beside, open_checkpoint
 from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model, save_model
 from nmconvert.errors import ExportError, UsageError, check_choice
 from nmconvert.export.check import Difference, check_export, compare, free_memory, memory_to_fold, run, stock_session
@@ -121,11 +121,9 @@ def export(
 
 
 def default_output(source: Path, flavour: str) -> Path:
-    """``a.nm2-4.pt`` → ``a.nm2-4.onnx``, with the flavour in the name where it is not the default or ``source`` is ONNX."""
-    stem = source.name if source.is_dir() else source.stem
-    if flavour == "compressed" and source.suffix != ".onnx":
-        return source.with_name(f"{stem}.onnx")
-    return source.with_name(f"{stem}.{flavour}.onnx")
+    """``a.nm2-4.pt`` → ``a.nm2-4.onnx``; the flavour is in the name where it is not the default or ``source`` ends so, too."""
+    plain = flavour == "compressed" and source.suffix != ".onnx"
+    return beside(source, "" if plain else f".{flavour}", ".onnx")
 
 
 def _from_onnx(source: Path, manifest: Manifest, inputs: Sequence[InputSpec]) -> _Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -24,13 +25,16 @@ def cpu_model() -> str:
 
 
 def folder() -> Path | None:
-    """Where measurements are kept; None where they are not to be."""
+    """Where measurements are kept; None where they are not to be, or there is no home folder."""
     wanted = os.environ.get(CACHE_VARIABLE, "")
     if wanted == "off":
         return None
     if wanted:
         return Path(wanted)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nmconvert"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nmconvert")
+    except RuntimeError:
+        return None
 
 
 class Cache:
@@ -71,5 +75,6 @@ class Cache:
             scratch.write_text(json.dumps(content), "utf-8")
             scratch.replace(self.path)
         except OSError:
-            scratch.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                scratch.unlink()
         self.changed.clear()

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from traceback import walk_tb
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -148,7 +149,24 @@ def held_out(length: int, split: Split) -> range | list[int]:
 
 def part_names(split: Split) -> tuple[str, ...]:
     """The names that a part of the data may have, the wanted one first."""
-    return {"train": ("train",), "val": ("val", "valid", "validation", "test"), "test": ("test", "val", "valid")}[split]
+    val = ("val", "valid", "validation")
+    return {"train": ("train",), "val": (*val, "test"), "test": ("test", *val)}[split]
+
+
+def part_folder(path: Path, split: Split) -> Path:
+    """The folder of ``split`` in ``path``; ``path`` itself where the data is in one piece.
+
+    Raises:
+        DataError: ``path`` has other parts only, which would be taken for classes, or measured in the place of this one.
+    """
+    wanted = part_names(split)
+    there = [name for name in (*wanted, *part_names("train"), *part_names("val")) if (path / name).is_dir()]
+    if not there:
+        return path
+    if there[0] not in wanted:
+        names, other = " or ".join(wanted), path / there[0]
+        raise DataError(f"{path}: has the part '{other.name}' and none called {names}; name one so, or give {other} itself")
+    return path / there[0]
 
 
 def on_bad(skip_bad: bool, split: Split) -> Literal["raise", "drop", "replace"]:

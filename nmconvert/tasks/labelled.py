@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -18,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nmconvert.errors import DataError
+from nmconvert.imports import ImportPath
 from nmconvert.tasks import images
-from nmconvert.tasks.base import Split, held_out, part_names
+from nmconvert.tasks.base import Split, held_out, part_folder, part_names
 
 
 @dataclass(frozen=True)
@@ -63,21 +61,6 @@ def open_source(data: str, split: Split) -> Source:
     raise DataError(f"{data}: classification takes a folder of images, an .npz file, or package.module:callable")
 
 
-def import_callable(spec: str, what: str) -> Callable[..., Any]:
-    """The callable that ``package.module:name`` or ``path/to/file.py:name`` says; raises `DataError`."""
-    module_name, colon, name = spec.rpartition(":")
-    if not colon or not re.fullmatch(r"[A-Za-z_]\w*", name):
-        raise DataError(f"{spec}: there is no such {what}, nor is it of the form package.module:callable")
-    try:
-        module = _import_file(Path(module_name)) if module_name.endswith(".py") else import_module(module_name)
-    except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise DataError(f"{spec}: '{module_name}' cannot be imported: {error}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        raise DataError(f"{spec}: '{module_name}' has no callable '{name}'")
-    return found  # type: ignore[no-any-return]
-
-
 @contextmanager
 def open_npz(path: Path) -> Iterator[Mapping[str, NDArray[Any]]]:
     """The arrays of an .npz file, each read when it is asked for; raises `DataError` where that is not possible."""
@@ -88,20 +71,18 @@ def open_npz(path: Path) -> Iterator[Mapping[str, NDArray[Any]]]:
         raise DataError(f"{path}: is no readable .npz file: {error}") from error
 
 
-def _import_file(path: Path) -> Any:
-    spec = spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _from_callable(data: str, split: Split) -> Source:
-    dataset = import_callable(data, "data")(split)
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise DataError(f"{data}: returned {type(dataset).__name__}, not a dataset with a length")
-    return Source(partial(_read_item, dataset), len(dataset), fixed_size=True)
+    named = ImportPath.parse(data, data, DataError)
+    if named is None:
+        raise DataError(f"{data}: there is no such data, nor is it of the form package.module:callable")
+    make = named.load()
+    if not callable(make):
+        raise DataError(f"{data}: is a {type(make).__name__}; name a callable, which gets '{split}' and returns a dataset")
+    with named.running("calling it"):
+        dataset = make(split)
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise DataError(f"{data}: returned {type(dataset).__name__}, not a dataset with a length")
+        return Source(partial(_read_item, dataset), len(dataset), fixed_size=True)
 
 
 def _from_arrays(path: Path, split: Split, *, whole: bool = False) -> Source:
@@ -135,7 +116,7 @@ def _from_folder(path: Path, split: Split) -> Source:
     other = next((found for found in boxes if found.exists()), None)
     if other is not None:
         raise DataError(f"{path}: has boxes ({other.name}), no classes: give --task detection or segmentation")
-    part = next((path / name for name in part_names(split) if (path / name).is_dir()), path)
+    part = part_folder(path, split)
     classes = sorted(p.name for p in part.iterdir() if p.is_dir() and not p.name.startswith("."))
     found = [(p, label) for label, name in enumerate(classes) for p in images.find_images(part / name)]
     found = found or [(p, -1) for p in images.find_images(part)]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nmconvert.errors import DataError
 from nmconvert.extras import require
 from nmconvert.tasks import images
-from nmconvert.tasks.base import Split, held_out, part_names
+from nmconvert.tasks.base import Split, held_out, part_folder, part_names
 
 Annotation = dict[str, Any]
 """As in COCO: ``bbox`` [x, y, width, height], ``category_id``, ``area``, ``iscrowd``, and ``segmentation`` if there is."""
@@ -169,7 +169,7 @@ def _from_folder(path: Path, split: Split) -> SceneFiles:
                 if file.is_file():
                     roots = (path, path / part, path / file.stem.removeprefix("instances_"))
                     return _from_coco(file, roots, split, whole=True)
-    folder = next((path / name for name in part_names(split) if (path / name).is_dir()), path)
+    folder = part_folder(path, split)
     found = images.find_images(folder)
     numbers = held_out(len(found), split) if folder == path else range(len(found))
     return SceneFiles([found[i] for i in numbers], [None for _ in numbers], False)

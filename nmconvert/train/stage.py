@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nmconvert import dist
-from nmconvert.checkpoint import Checkpoint, check_copy, open_checkpoint
+from nmconvert.checkpoint import Checkpoint, beside, check_copy, is_onnx, open_checkpoint
 from nmconvert.detect import as_array, digest
 from nmconvert.errors import UsageError
 from nmconvert.inputs import InputSpec
@@ -157,7 +157,7 @@ def finetune(
 
 def default_output(source: Path) -> Path:
     """``resnet50.nm2-4.pth`` → ``resnet50.nm2-4.ft.pth``; a folder gets the same ending."""
-    return source.with_name(f"{source.name}.ft") if source.is_dir() else source.with_name(f"{source.stem}.ft{source.suffix}")
+    return beside(source, ".ft")
 
 
 def plan_of(manifest: Manifest, checkpoint: Checkpoint, model: nn.Module) -> Plan:
@@ -195,7 +195,7 @@ def _names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
 
 
 def _manifest_of(checkpoint: Checkpoint) -> Manifest:
-    if checkpoint.path.suffix == ".onnx":
+    if is_onnx(checkpoint.path):
         raise UsageError(f"{checkpoint.path}: an ONNX file is not trained; fine-tune the checkpoint, then export it")
     manifest = Manifest.of(checkpoint) or Manifest()
     if not manifest.layers:
