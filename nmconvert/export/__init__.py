@@ -23,7 +23,7 @@ import onnx.version_converter
 import torch
 from onnx import ModelProto
 
-from nmconvert.checkpoint import Checkpoint, open_checkpoint
+from nmconvert.checkpoint import Checkpoint, check_target, open_checkpoint
 from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model, save_model
 from nmconvert.errors import ExportError, UsageError
 from nmconvert.export.check import Difference, check_export, compare, free_memory, memory_to_fold, run, stock_session
@@ -92,7 +92,8 @@ def export(
     the model's.
 
     Raises:
-        UsageError: a model or an input is missing, nothing in ``source`` is sparse, or ``values`` needs another flavour.
+        UsageError: a model or an input is missing, nothing in ``source`` is sparse, ``values`` needs another flavour, or
+            ``output`` is ``source``, a folder, or in no folder.
         ExportError: the file would not pass its checks; none is left.
     """
     if values == "int8" and flavour == "dense":
@@ -104,6 +105,7 @@ def export(
     output = output or default_output(source, flavour)
     if output.resolve() == source.resolve():
         raise UsageError(f"{output}: is the input itself; give another name with --output")
+    check_target(output)
     if isinstance(checkpoint, OnnxCheckpoint):
         loaded = _from_onnx(source, manifest, inputs)
     elif checkpoint.format == "exported program":
