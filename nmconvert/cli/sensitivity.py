@@ -43,10 +43,12 @@ def command(
     if calib is None or (model is None and checkpoint.suffix != ".onnx"):
         raise UsageError("sensitivities are measured on inputs: give --model and --calib (an ONNX file needs --calib alone)")
     from nmconvert.calibrate.stage import sensitivities
-    from nmconvert.checkpoint import open_checkpoint
+    from nmconvert.checkpoint import check_target, open_checkpoint
     from nmconvert.model import build
     from nmconvert.prune import plan_for
 
+    if plot is not None:
+        check_target(plot, "--plot")
     built = None if model is None else build(model, model_arguments, trust=trust)
     opened = open_checkpoint(checkpoint, trust=trust)
     plan = plan_for(opened, chosen[0], axis, built)
@@ -61,7 +63,7 @@ def command(
 
 def as_dict(found: Sensitivity) -> dict[str, Any]:
     """One layer for machines."""
-    losses = {str(o.pattern): {"loss": o.loss, "size": o.size, "work": o.work} for o in found.options[1:]}
+    losses = {str(o.pattern): {"loss": o.loss, "size": o.size} for o in found.options[1:]}
     return {"name": found.name, "axis": found.axis, "patterns": losses}
 
 
