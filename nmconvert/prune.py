@@ -267,12 +267,10 @@ def _mark_copies(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> list[
 
     result = []
     for info in tensors:
-        twin = next((e for e in embeddings if e.name != info.name and (e.shape, e.dtype) == (info.shape, info.dtype)), None)
-        candidate = twin is not None and not is_embedding(info.name) and info.shared_with is None
-        if candidate and twin and equal(info, twin):
-            result.append(replace(info, reason=f"tied: an equal copy of {twin.name}"))
-        else:
-            result.append(info)
+        alike = [e for e in embeddings if (e.shape, e.dtype) == (info.shape, info.dtype)]
+        candidate = not is_embedding(info.name) and info.shared_with is None
+        twin = next((e for e in alike if equal(info, e)), None) if candidate else None
+        result.append(info if twin is None else replace(info, reason=f"tied: an equal copy of {twin.name}"))
     return result
 
 
