@@ -226,7 +226,7 @@ class Causal(nn.Module):
         return F.scaled_dot_product_attention(x, x, x, is_causal=True)
 
     def forward(self, x):
-        x = self.attended(self.tokens(x.flatten(2)))
+        x = self.attended(self.tokens(x.flatten(2))[:, None])[:, 0]
         return self.last(self.read(x.transpose(1, 2)).tanh())
 
 
