@@ -17,7 +17,7 @@ from nmconvert.calibrate.replay import Batch, as_call
 from nmconvert.errors import ModelError
 
 Result = Value | tuple[Value, ...]
-_CHOOSING = ("topk", "sort", "argsort", "argmax", "argmin", "nonzero", "max", "min", "cond", "torchvision")
+_CHOOSING = ("topk", "sort", "argsort", "argmax", "argmin", "nonzero", "max", "min", "cond", "torchvision")  # torchvision: nms
 
 
 def exported(model: nn.Module, batch: Batch) -> ExportedProgram:
