@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 
 from nmconvert import runtime
-from nmconvert.checkpoint import is_onnx
+from nmconvert.checkpoint import check_target, is_onnx
 from nmconvert.checkpoint.onnx_file import save_model
 from nmconvert.errors import UsageError
 from nmconvert.export import export
@@ -114,15 +114,17 @@ def bench(
 
     Raises:
         UsageError: the model has no compressed layer, or cannot take the batch size; ``against`` takes other inputs; ``tuned``
-            is the model itself.
+            is the model itself or in no folder.
         KernelsUnavailableError: there are no kernels to measure.
     """
     path = runtime.library()
     proto = onnx.load(model)
     if not calls(proto):
         raise UsageError(f"{model}: has no compressed layer to measure; write one with nmconvert export --flavour compressed")
-    if tuned is not None and tuned.resolve() == model.resolve():
-        raise UsageError(f"{tuned}: is the model itself; give another name with --tuned")
+    if tuned is not None:
+        if tuned.resolve() == model.resolve():
+            raise UsageError(f"{tuned}: is the model itself; give another name with --tuned")
+        check_target(tuned, "--tuned")
     rows = []
     with _dense(model, proto, against, module, module_arguments, trust, inputs) as other:
         for batch in batches:

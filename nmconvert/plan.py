@@ -92,8 +92,9 @@ def _decide(info: TensorInfo, choices: _Choices, decided: dict[str, Row]) -> Row
         return Row(info, reason="not included")
     assumed = info.kind is None
     is_output = info.output or info.own_name == choices.last
-    if not included and (reason := rule_against(info.name, info.shape, info.kind, is_output=is_output)):
-        return Row(info, reason=reason)
+    against = rule_against(info.name, info.shape, info.kind, groups=info.groups, is_output=is_output)
+    if against is not None and not included:
+        return Row(info, reason=against)
     known = replace(info, kind=info.kind or guess_kind(info.name, info.shape))
     row = Row(known, pattern, choices.axis, assumed)
     if reason := _too_small(row, explicit=included) or TARGETS[choices.target](row):

@@ -76,8 +76,8 @@ def prune(
     bounded by the largest tensor.
 
     Raises:
-        UsageError: nothing would be pruned, or ``output`` is the input or called what it is not.
-        WeightError: a weight is NaN or infinite.
+        UsageError: nothing would be pruned, or ``output`` is the input, called what it is not, or in no folder.
+        WeightError: a weight is NaN or infinite, or what calibration gives its layer.
         CheckpointError: the file cannot be read or the copy not written; ``output`` is then as it was before.
     """
     checkpoint = open_checkpoint(source, trust=trust)
@@ -90,7 +90,9 @@ def prune(
         pattern = mode([row.pattern for row in plan.pruned if row.pattern] or [pattern])
     if not plan.pruned:
         raise UsageError(f"{source}: nothing to prune among its {len(plan.rows)} tensors; {_commonest_reason(plan)}")
-    output = output or default_output(source, pattern)
+    if output is None:
+        output = default_output(source, pattern)
+        check_copy(source, output)
     resume = output.with_name(f"{output.name}.calibration")
     changes = calibration.solve(checkpoint, plan, model, resume) if calibration else None
     solved, reordered = (changes.tensors, changes.reordered) if changes else ({}, {})
@@ -109,6 +111,8 @@ def prune(
         return replace(base, layers=tuple(edit.layer() for edit in edits.values()), dense=dense)
 
     checkpoint.write_copy(output, {**edits, **others}, lambda: manifest().to_json())
+    if calibration:
+        resume.unlink(missing_ok=True)
     return PruneResult(source, output, checkpoint.format, plan, manifest(), changes.permutations if changes else ())
 
 
@@ -268,12 +272,10 @@ def _mark_copies(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> list[
 
     result = []
     for info in tensors:
-        twin = next((e for e in embeddings if e.name != info.name and (e.shape, e.dtype) == (info.shape, info.dtype)), None)
-        candidate = twin is not None and not is_embedding(info.name) and info.shared_with is None
-        if candidate and twin and equal(info, twin):
-            result.append(replace(info, reason=f"tied: an equal copy of {twin.name}"))
-        else:
-            result.append(info)
+        alike = [e for e in embeddings if (e.shape, e.dtype) == (info.shape, info.dtype)]
+        candidate = not is_embedding(info.name) and info.shared_with is None
+        twin = next((e for e in alike if equal(info, e)), None) if candidate else None
+        result.append(info if twin is None else replace(info, reason=f"tied: an equal copy of {twin.name}"))
     return result
 
 

@@ -63,10 +63,11 @@ def _own_parts(name: str, tensors: Sequence[tuple[str, Sequence[int]]]) -> list[
     return parts[1:] if len(parts) > 2 and all(other.startswith(f"{first}.") for other, _ in tensors) else parts
 
 
-def rule_against(name: str, shape: Sequence[int], kind: Kind | None, *, is_output: bool) -> str | None:
+def rule_against(name: str, shape: Sequence[int], kind: Kind | None, *, groups: int = 1, is_output: bool) -> str | None:
     """Why a weight should stay dense unless somebody asks for it, or None.
 
-    ``kind`` is None where it is not known; a known kind is not second-guessed from the name.
+    ``kind`` is None where it is not known; a known kind is not second-guessed from the name. A convolution in ``groups`` reads
+    few channels in each, wherever it stands.
     """
     if kind is None:
         lower = name.lower()
@@ -83,7 +84,7 @@ def rule_against(name: str, shape: Sequence[int], kind: Kind | None, *, is_outpu
     if len(shape) >= 3 and kind in (None, "conv", "conv_transpose"):
         if shape[1] == 1:
             return "depthwise, or a first layer: one input channel" if shape[0] > 1 else "a single filter"
-        if kind != "conv_transpose" and shape[1] <= 4:
+        if kind != "conv_transpose" and groups == 1 and shape[1] <= 4:
             return f"the first layer: {shape[1]} input channels"
     if is_output:
         return "the output layer; --include prunes it"

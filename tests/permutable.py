@@ -215,8 +215,69 @@ class Windows(nn.Module):
         return self.last(x + y)
 
 
+class Causal(nn.Module):
+    """Attention among tokens that are the channels of a convolution: a mask says where each of them looks."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.read, self.last = nn.Conv1d(3, 16, 1), nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def attended(self, x):
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    def forward(self, x):
+        x = self.attended(self.tokens(x.flatten(2))[:, None])[:, 0]
+        return self.last(self.read(x.transpose(1, 2)).tanh())
+
+
+class Masked(Causal):
+    """The mask is a tensor of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.randn(16, 16))
+
+    def attended(self, x):
+        return F.scaled_dot_product_attention(x, x, x, self.mask)
+
+
+class Computed(Causal):
+    """The mask is computed anew."""
+
+    def attended(self, x):
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(16, 16, dtype=torch.bool).tril())
+
+
+class Relative(Causal):
+    """The mask is looked up by the distance of two tokens, as in Swin."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(31, 1)
+        self.register_buffer("distance", torch.arange(16)[:, None] - torch.arange(16) + 15)
+
+    def attended(self, x):
+        return F.scaled_dot_product_attention(x, x, x, self.table(self.distance)[None, ..., 0])
+
+
+class Rotary(Causal):
+    """No mask, but queries and keys are turned by their tokens' places."""
+
+    def __init__(self):
+        super().__init__()
+        angle = torch.arange(16)[:, None] * torch.linspace(0.1, 1, 32).repeat(2)
+        self.register_buffer("cos", angle.cos())
+        self.register_buffer("sin", angle.sin())
+
+    def attended(self, x):
+        left, right = x.chunk(2, -1)
+        turned = x * self.cos + torch.cat([-right, left], -1) * self.sin
+        return F.scaled_dot_product_attention(turned, turned, x)
+
+
 MODELS = (
-    Residual, Padded, Attention, SharedHeads, Encoder, Halves, Shuffled, Pyramid, Grouped, Flattened, Windows,
+    Residual, Padded, Attention, SharedHeads, Encoder, Halves, Shuffled, Pyramid, Grouped, Flattened, Windows, Causal, Masked,
+    Computed, Relative, Rotary,
 )  # fmt: skip
 
 

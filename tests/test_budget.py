@@ -15,12 +15,15 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import patterns
 from torch import nn
 
 from nmconvert.calibrate.budget import Budget, Option, Sensitivity, choose, measure, meet, packed_share, top1_drop
 from nmconvert.calibrate.driver import Recipe
+from nmconvert.checkpoint.base import FileCheckpoint
 from nmconvert.cli import group
-from nmconvert.errors import DataError, UsageError
+from nmconvert.errors import CheckpointError, DataError, UsageError, WeightError
+from nmconvert.packing import pack
 from nmconvert.pattern import Pattern
 from nmconvert.plot import sensitivities_svg
 
@@ -75,8 +78,8 @@ def test_a_limit_that_nothing_meets_is_said():
 
 def two_layers():
     two, one = Pattern(2, 4), Pattern(1, 4)
-    fragile = Sensitivity("a", "channel", (Option(None, 0.5, 0.2, 0), Option(two, 0.3, 0.1, 5), Option(one, 0.2, 0.05, 9)))
-    robust = Sensitivity("b", "channel", (Option(None, 0.5, 0.8, 0), Option(two, 0.3, 0.4, 1), Option(one, 0.2, 0.2, 2)))
+    fragile = Sensitivity("a", "channel", (Option(None, 0.5, 0), Option(two, 0.3, 5), Option(one, 0.2, 9)))
+    robust = Sensitivity("b", "channel", (Option(None, 0.5, 0), Option(two, 0.3, 1), Option(one, 0.2, 2)))
     return [fragile, robust]
 
 
@@ -116,6 +119,14 @@ def test_the_speedup_is_that_of_the_whole_model_and_layers_that_gain_nothing_sta
         meet(Budget("speedup", 2.5), two_layers(), never, slower)
 
 
+def test_a_speedup_that_asks_for_nothing_is_met_without_a_kernel():
+    class Slow(Stopwatch):
+        def layers(self, plan):
+            return {}
+
+    assert meet(Budget("speedup", 1.0), two_layers(), never, Slow) == {}
+
+
 def test_the_drop_is_measured_and_held():
     drops = {frozenset(): 0.0, frozenset("b"): 1.0, frozenset("ab"): 6.0}
     asked = []
@@ -129,9 +140,11 @@ def test_the_drop_is_measured_and_held():
     assert {"a", "b"} in asked
 
 
-def test_the_packed_share_is_what_packing_writes():
-    assert packed_share(Pattern(2, 4), 64) == pytest.approx(0.5 + 1 / 32)
-    assert packed_share(Pattern(2, 4), 6, bits=16) == pytest.approx(4 / 6 + 1 / 16)
+@given(pattern=patterns(dense=False), columns=st.integers(1, 80), dtype=st.sampled_from([np.float16, np.float32]))
+def test_the_packed_share_is_what_packing_writes(pattern, columns, dtype):
+    matrix = np.zeros((840, columns), dtype)
+    share = packed_share(pattern, columns, 8 * matrix.itemsize)
+    assert share == pytest.approx(pack(matrix, pattern).nbytes / matrix.nbytes, rel=1e-3)
 
 
 def digits(seed=0):
@@ -152,8 +165,13 @@ def test_sensitivities_grow_with_what_is_pruned_and_leave_the_model_alone():
         assert losses[0] == 0 < losses[1]
     planned, whole = 16 * 8 * 9 + 256 * 4, sum(p.numel() for p in model.parameters())
     assert sum(layer.options[0].size for layer in found) == pytest.approx(planned / whole)
-    conv, linear = (layer.options[0].work for layer in found)
-    assert conv / linear == pytest.approx(16 * 16 * 8 * 9 / (256 * 4))
+
+
+def test_a_layer_whose_inputs_are_not_finite_is_named_with_the_sample():
+    model, batches = digits()
+    batches[2][3, 0, 1, 1] = torch.inf
+    with pytest.raises(WeightError, match=r"^2\.weight: its inputs .* as sample 4 of calibration batch 3 does"):
+        measure(model, batches, {"2.weight": "channel"})
 
 
 def test_the_drop_of_an_empty_plan_is_zero_and_of_a_wild_one_is_not():
@@ -239,6 +257,33 @@ def test_prune_under_a_budget_mixes_patterns_within_it(project):
     assert names
     kept = sum(int((mixed[n] != 0).sum()) for n in names)
     assert kept / sum(dense[n].numel() for n in names) <= 0.4
+
+
+def test_a_picture_that_has_no_folder_is_refused_before_anything_is_measured(project, monkeypatch):
+    monkeypatch.setattr("nmconvert.calibrate.subject.measure", never)
+    with pytest.raises(UsageError, match="missing: there is no such folder for --plot; make it first"):
+        invoke("sensitivity", "net.pt", *project, "--plot", "missing/net.svg")
+
+
+def test_a_folder_as_the_output_is_refused_before_anything_is_solved(project, monkeypatch):
+    monkeypatch.setattr("nmconvert.calibrate.stage.prune_model", never)
+    Path("folder").mkdir()
+    with pytest.raises(UsageError, match="folder: is a folder; give the name of a file with --output"):
+        invoke("prune", "net.pt", "--nm", "2:4", *project, "-o", "folder")
+
+
+def test_what_calibration_has_done_is_kept_until_the_copy_is_written(project, monkeypatch):
+    def full(*arguments):
+        raise CheckpointError("the disk is full")
+
+    command, resume = ["prune", "net.pt", "--nm", "2:4", *project, "-o", "out.pt"], Path("out.pt.calibration")
+    with monkeypatch.context() as patch:
+        patch.setattr(FileCheckpoint, "write_copy", full)
+        with pytest.raises(CheckpointError):
+            invoke(*command)
+    assert resume.exists()
+    invoke(*command)
+    assert not resume.exists()
 
 
 def test_sensitivity_shows_and_draws_every_layer(project):

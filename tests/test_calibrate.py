@@ -20,7 +20,7 @@ from nmconvert.calibrate.replay import Call, Replay, as_call, find_units, output
 from nmconvert.calibrate.resume import fingerprint, read, write
 from nmconvert.calibrate.store import Store
 from nmconvert.calibrate.unfold import columns
-from nmconvert.errors import DataError, ModelError
+from nmconvert.errors import DataError, ModelError, WeightError
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Pattern
 
@@ -122,6 +122,13 @@ def test_a_limit_takes_the_same_tokens_of_two_inputs():
     assert some.shape == (20, 36)
     assert torch.equal(2 * some, twice)
     assert all((whole == token).all(1).any() for token in some)
+
+
+def test_a_limit_holds_for_attention():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    q, kv = torch.randn(2, 30, 8), torch.randn(2, 5, 8)
+    for parameter, counts in (("in_proj_weight", [20, 10, 10]), ("out_proj.weight", [20])):
+        assert [len(x) for x in columns(attention, parameter, (q, kv, kv), {}, "channel", 20)] == counts
 
 
 def test_attention_reads_queries_keys_and_values_and_its_heads_outputs():
@@ -334,7 +341,6 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
     model, told = small_net(), []
     result = prune_model(model, batches, plan_for(model), recipe, told.append, file)
     assert not any("body.0.conv" in line for line in told)
-    assert not file.exists()
     assert result.layers == expected.layers
     assert result.corrections == expected.corrections
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in straight.state_dict().items())
@@ -392,6 +398,25 @@ def test_what_cannot_be_calibrated_is_said():
 
 
 # ── corrections ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_not_finite_is_named_with_the_sample_that_brings_it():
+    def refused(model, batches):
+        with pytest.raises(WeightError) as error:
+            prune_model(model, batches, plan_for(model), PLAIN)
+        return str(error.value)
+
+    batches = images()
+    batches[1][4, 0, 2, 2] = torch.nan
+    first = "body.0.conv1.weight"
+    inputs = f"{first}: its inputs hold NaN or infinite values"
+    assert refused(small_net(), batches) == f"{inputs}, as sample 5 of calibration batch 2 does; repair it or leave it out"
+    model = small_net()
+    model.stem.weight.data[0] = 3e38
+    assert refused(model, images()).startswith(f"{inputs}, which no calibration sample does; look for what makes them")
+    model = small_net()
+    model.body[0].conv1.weight.data[0] = torch.nan
+    assert refused(model, images()).startswith(f"{first}: holds NaN or infinite weights; repair the checkpoint")
 
 
 def test_norms_of_an_unpruned_model_stay_as_they_are():

@@ -13,7 +13,7 @@ from nmconvert.calibrate.moments import Moments
 from nmconvert.calibrate.onnx_driver import check, compared, prune_onnx
 from nmconvert.calibrate.onnx_module import GraphModule
 from nmconvert.calibrate.onnx_ops import window_pads
-from nmconvert.errors import DataError, ModelError
+from nmconvert.errors import DataError, ModelError, WeightError
 from nmconvert.onnx_graph import tensor_infos
 from nmconvert.pattern import Pattern
 from nmconvert.plan import make_plan
@@ -431,4 +431,10 @@ def test_an_interrupted_graph_goes_on_and_ends_with_the_same_bytes(tmp_path):
     assert not any(line.startswith("w1 ") for line in told)
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    assert not file.exists()
+
+
+def test_a_weight_whose_inputs_are_not_finite_is_named_as_the_file_does():
+    batches = images()
+    batches[0][1, 0, 0, 0] = torch.nan
+    with pytest.raises(WeightError, match=r"^w1: its inputs .* as sample 2 of calibration batch 1 does"):
+        prune_onnx(residual_net(), batches, rows_of(residual_net(), ["w1", "w2"]), RECIPE)

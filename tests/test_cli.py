@@ -178,7 +178,7 @@ ERRORS: list[tuple[str, int, str]] = [
         "a.onnx: net.pt is a PyTorch file, and its copy will be one, not an ONNX file; nmconvert export writes ONNX",
     ),
     ("prune net.pt --nm 2:4 -o a.safetensors", 2, "its copy will be one, not a safetensors file; give a name with the same"),
-    ("prune net.pt --nm 2:4 -o no/net.pt", 1, "cannot be written: its folder does not exist; create it, or choose another"),
+    ("prune net.pt --nm 2:4 -o no/net.pt", 2, "no: there is no such folder for --output; make it first"),
     ("prune net.pt --nm 2:4 --model nothing", 2, "--model 'nothing' does not say what builds the model; give it as"),
     ("prune net.pt --nm 2:4 --model no_such:Net", 1, "there is no module 'no_such'"),
     (

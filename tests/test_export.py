@@ -425,6 +425,13 @@ def test_the_input_is_not_overwritten(tmp_path: Path) -> None:
         export(tmp_path / "a.onnx", output=tmp_path / "a.onnx")
 
 
+def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path: Path) -> None:
+    onnx.save(conv_net(), tmp_path / "a.onnx")
+    for output, why in ((tmp_path, "is a folder; give the name of a file"), (tmp_path / "no" / "b.onnx", "no such folder")):
+        with pytest.raises(UsageError, match=why):
+            export(tmp_path / "a.onnx", output=output)
+
+
 def test_default_outputs() -> None:
     assert default_output(Path("a.nm2-4.pt"), "compressed") == Path("a.nm2-4.onnx")
     assert default_output(Path("a.nm2-4.pt"), "dense") == Path("a.nm2-4.dense.onnx")

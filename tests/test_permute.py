@@ -10,11 +10,15 @@ from hypothesis import strategies as st
 from permutable import (
     MODELS,
     Attention,
+    Causal,
     Flattened,
     Grouped,
+    Masked,
     Padded,
     Pyramid,
+    Relative,
     Residual,
+    Rotary,
     SharedHeads,
     Shuffled,
     built,
@@ -22,8 +26,9 @@ from permutable import (
 )
 from torch import nn
 
-from nmconvert.calibrate.axes_torch import find_channels
+from nmconvert.calibrate.axes_torch import RULES, exported, find_channels
 from nmconvert.calibrate.permute import _apart, _kept, apply, kept_score, orders_of, permute_model, search
+from nmconvert.errors import ModelError
 from nmconvert.pattern import Pattern
 
 NM = Pattern(2, 4)
@@ -89,7 +94,7 @@ def test_every_class_that_is_not_frozen_may_be_permuted_at_will(kind):
     model = built(kind)
     before, batch = copy.deepcopy(model), example(kind)
     generator = torch.Generator().manual_seed(1)
-    proof = find_channels(model, batch)
+    proof = find_channels(exported(model, batch))
     assert proof.channels
     apply(model, orders_of(proof, {n: torch.randperm(c.size, generator=generator) for n, c in enumerate(proof.channels)}))
     torch.testing.assert_close(model(batch), before(batch), rtol=1e-10, atol=1e-12)
@@ -119,7 +124,7 @@ def test_what_needs_its_order_is_left_alone_and_says_why():
 
 def classes(kind):
     model = built(kind)
-    proof = find_channels(model, example(kind))
+    proof = find_channels(exported(model, example(kind)))
     return {(m.name, m.dim, m.positions): c for c in proof.channels for m in c.members}, proof
 
 
@@ -136,6 +141,14 @@ def test_attention_is_permuted_within_its_heads():
         }  # fmt: skip
     stream = places(found["up.weight", 1, tuple(range(16))])
     assert {("embed.weight", 1), ("norm1.weight", 0), ("o.weight", 0), ("down.bias", 0), ("q.weight", 1)} <= stream
+
+
+def test_tokens_that_are_channels_keep_their_order_under_a_causal_mask_and_move_with_a_mask_that_is_a_tensor():
+    assert reports(Causal)["read.weight"].reason == "its channels have to keep their order: a causal mask"
+    for kind, tables in ((Masked, ("mask",)), (Relative, ("distance",)), (Rotary, ("cos", "sin"))):
+        found, _ = classes(kind)
+        tokens = places(found["tokens.weight", 0, tuple(range(16))])
+        assert {("read.weight", 1), *((table, 0) for table in tables)} <= tokens
 
 
 def test_keys_and_values_move_with_all_heads_that_share_them():
@@ -171,6 +184,20 @@ def test_layers_of_different_patterns_are_searched_together():
     kept = [own["up.weight",], own["q.weight", "k.weight", "v.weight", "out.weight"]]
     assert sum(report.after for report in kept) > sum(report.before for report in kept)
     torch.testing.assert_close(model(example(Attention)), before(example(Attention)), rtol=1e-10, atol=1e-12)
+
+
+def test_a_wrong_proof_shows_in_a_run_and_is_taken_back(monkeypatch):
+    monkeypatch.setitem(RULES, "scaled_dot_product_attention", lambda graph, node, operator: graph.first(node))
+    model = built(Causal)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match=r"the permuted model gives something else \(relative error .*leave --permute out"):
+        permute_model(model, example(Causal), plan_of(model))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_outputs_that_are_not_finite_are_no_sign_of_a_wrong_proof():
+    batch = example(Residual).index_fill(0, torch.tensor(0), torch.nan)
+    assert any(report.after > report.before for report in permute_model(built(Residual), batch, plan_of(built(Residual))))
 
 
 def test_an_operator_that_is_not_known_freezes_what_it_touches():

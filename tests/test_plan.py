@@ -280,6 +280,18 @@ def test_groups_of_channels_that_are_not_there() -> None:
     assert reasons(plan({"a.weight": (16, 16)}, "4:4")) == {"a.weight": "4:4 is dense"}
 
 
+def test_few_channels_of_a_group_are_no_first_layer() -> None:
+    grouped = TensorInfo("w", (128, 4, 3, 3), "float32", kind="conv", groups=32)
+    depthwise = replace(grouped, shape=(64, 1, 3, 3))
+    for info, reason in (
+        (grouped, None),
+        (replace(grouped, groups=1), "the first layer: 4 input channels"),
+        (replace(grouped, shape=(64, 2, 3, 3)), "2 input channels, fewer than a group of 4"),
+        (depthwise, "depthwise, or a first layer: one input channel"),
+    ):
+        assert make_plan([info], Pattern(2, 4)).rows[0].reason == reason
+
+
 def test_tied_weights_are_pruned_once() -> None:
     infos = tensors({"a.weight": (8, 8), "b.weight": (8, 8), "embed.weight": (9, 8), "head.weight": (9, 8)})
     infos[1] = replace(infos[1], shared_with="a.weight")

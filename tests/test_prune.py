@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nmconvert.checkpoint import open_checkpoint, stream
 from nmconvert.detect import as_array, digest
-from nmconvert.errors import CheckpointError, ModelError, PatternError, UsageError, WeightError
+from nmconvert.errors import ModelError, PatternError, UsageError, WeightError
 from nmconvert.manifest import Manifest
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import AXES, Axis, Pattern
@@ -157,19 +157,22 @@ def test_nothing_to_prune_says_the_commonest_reason(tmp_path: Path) -> None:
     with pytest.raises(PatternError):
         prune(tmp_path / "b.pt", Pattern(0, 4))
     torch.save({"a.weight": torch.ones(8, 8)}, tmp_path / "c.pt")
-    with pytest.raises(CheckpointError, match="its folder does not exist"):
+    with pytest.raises(UsageError, match="missing: there is no such folder for --output; make it first"):
         prune(tmp_path / "c.pt", Pattern(2, 4), output=tmp_path / "missing" / "d.pt")
 
 
 def test_heads_that_were_tied_when_saved(tmp_path: Path) -> None:
-    table = random_weight((16, 8), 0)
+    table, other = random_weight((16, 8), 0), random_weight((16, 8), 2)
     state = {"tok_embeddings.weight": table, "a.weight": random_weight((8, 8), 1), "b.weight": table.clone()}
+    state |= {"seg_embeddings.weight": other, "c.weight": other.clone()}
     safetensors.torch.save_file(state, tmp_path / "a.safetensors")
     found = {row.name: row.reason for row in prune(tmp_path / "a.safetensors", Pattern(2, 4)).plan.rows}
     assert found == {
         "tok_embeddings.weight": "an embedding, by its name",
         "a.weight": None,
         "b.weight": "tied: an equal copy of tok_embeddings.weight",
+        "seg_embeddings.weight": "an embedding, by its name",
+        "c.weight": "tied: an equal copy of seg_embeddings.weight",
     }
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmconvert.errors import UsageError
+from nmconvert.errors import UsageError, WeightError
 from nmconvert.pattern import Pattern
 from nmconvert.solvers.alps import admm, swap
 from nmconvert.solvers.quadratic import Problem, best, resolve
@@ -178,6 +178,15 @@ def test_a_method_that_is_none_is_named():
     weight, x = moments(8, 9)
     with pytest.raises(UsageError, match="method 'sparsgpt' is none of magnitude, wanda, ria, sparsegpt, exact, admm, auto"):
         solve(weight, gram(x), Pattern(2, 4), method="sparsgpt")
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("method", ["magnitude", "auto"])
+def test_what_is_not_finite_is_refused(number, method):
+    weight, x = moments(8, 0)
+    for one, other in ((weight.index_fill(1, torch.tensor(3), number), x), (weight, x.index_fill(1, torch.tensor(3), number))):
+        with pytest.raises(WeightError, match="NaN or infinite"):
+            solve(one, gram(other), Pattern(2, 4), method=method)
 
 
 def test_the_same_call_gives_the_same_bytes():

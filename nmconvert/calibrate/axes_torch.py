@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.fx import Node
 
 from nmconvert.calibrate.atoms import Proof
@@ -16,20 +17,30 @@ from nmconvert.calibrate.replay import Batch, as_call
 from nmconvert.errors import ModelError
 
 Result = Value | tuple[Value, ...]
+_CHOOSING = ("topk", "sort", "argsort", "argmax", "argmin", "nonzero", "max", "min", "cond", "torchvision")  # torchvision: nms
 
 
-def find_channels(model: nn.Module, batch: Batch) -> Proof:
-    """Which channels of ``model``, exported with ``batch`` as its example, may change places.
+def exported(model: nn.Module, batch: Batch) -> ExportedProgram:
+    """The graph of ``model``, in evaluation mode, with ``batch`` as its example.
 
     Raises:
         ModelError: ``torch.export`` cannot trace the model.
     """
     call = as_call(batch)
     try:
-        program = torch.export.export(model.eval(), call.args, call.kwargs)
+        return torch.export.export(model.eval(), call.args, call.kwargs)
     except Exception as error:  # it runs the model's own code, which can raise anything
         reason = " ".join(str(error).split())[:120]
         raise ModelError(f"torch.export cannot trace the model, so that nothing is permuted: {reason}") from error
+
+
+def chooses(program: ExportedProgram) -> bool:
+    """Whether the outputs may jump where the values before them change a little."""
+    return any(_operator(node) in _CHOOSING for node in program.graph.nodes)
+
+
+def find_channels(program: ExportedProgram) -> Proof:
+    """Which channels of the program's parameters and buffers may change places."""
     signature = program.graph_signature
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     graph = _Graph(stored)
@@ -54,8 +65,7 @@ class _Graph:
             known = self.walk.parameter(name, shape) if name is not None else self.walk.fresh(shape, "the model's input")
             self.values[node] = known
             return
-        operator = str(node.target).removeprefix("aten.").partition(".")[0] if node.op == "call_function" else node.op
-        operator = "getitem" if getattr(node.target, "__name__", "") == "getitem" else operator
+        operator = _operator(node)
         rule = RULES.get(operator)
         result = None
         if rule is not None and _shapes(node):
@@ -81,6 +91,13 @@ class _Graph:
     def first(self, node: Node) -> Value:
         """The value of the first tensor that a node takes."""
         return self.all(node.all_input_nodes[0])[0]
+
+
+def _operator(node: Node) -> str:
+    """The name of torch's own operators, without their overload; the library's of others."""
+    if getattr(node.target, "__name__", "") == "getitem":
+        return "getitem"
+    return str(node.target).removeprefix("aten.").partition(".")[0] if node.op == "call_function" else node.op
 
 
 def _shapes(node: Node) -> list[tuple[int, ...]]:
@@ -175,7 +192,11 @@ def _attention(graph: _Graph, node: Node, operator: str) -> Result | None:
     if query is None or key is None or value is None or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         return None
     walk, rank = graph.walk, query.rank
-    masks = [known for source in node.all_input_nodes[3:] for known in graph.all(source)]
+    given = _argument(node, 3, "attn_mask")  # not the fourth input: query, key and value may be one node
+    masks = [] if given is None else list(graph.all(given))
+    if _argument(node, 5, "is_causal", False):
+        for tokens in (query, key):
+            walk.freeze_dims("a causal mask", tokens, [rank - 2])
     turned = walk.transposed(key, [*range(rank - 2), rank - 1, rank - 2])
     scores = walk.product((*query.shape[:-1], key.shape[-2]), query, turned)
     scores = walk.apart(walk.pointwise(scores.shape, [scores, *masks]), [rank - 1])

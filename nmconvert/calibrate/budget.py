@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from nmconvert.calibrate.answers import answer_of
 from nmconvert.calibrate.correct import held_out_error
 from nmconvert.calibrate.driver import Recipe, prune_model
-from nmconvert.calibrate.moments import Moments, Site, find_sites, inputs_seen, solve_rows
+from nmconvert.calibrate.moments import Moments, Site, find_sites, inputs_seen, not_finite, solve_rows
 from nmconvert.calibrate.replay import Batch, as_call, call_model, outputs_of
-from nmconvert.errors import UsageError
+from nmconvert.errors import UsageError, WeightError
 from nmconvert.matrix import MatrixView
+from nmconvert.packing import coding_for
 from nmconvert.pattern import Axis, Pattern
 
 PATTERNS = tuple(Pattern.parse(text) for text in ("2:4", "1:4", "4:8", "2:8", "1:8", "1:16"))
@@ -68,14 +69,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to treat one layer: its pattern (None: dense), loss, and bytes relative to the whole model.
-
-    ``work`` is its multiplications relative to those of all planned layers.
-    """
+    """One way to treat one layer: its pattern (None: dense), loss, and bytes relative to the whole model."""
 
     pattern: Pattern | None
     size: float
-    work: float
     loss: float
 
 
@@ -113,8 +110,9 @@ class Clock(Protocol):
 
 
 def packed_share(pattern: Pattern, columns: int, bits: int = 32) -> float:
-    """Size of a packed row of ``columns`` weights of ``bits`` each: values, and one mask bit a weight; relative to dense."""
-    return pattern.kept(columns) / columns + 1 / bits
+    """Size of a packed row of ``columns`` weights of ``bits`` each: values and mask, relative to dense."""
+    coding = coding_for(pattern, columns)
+    return pattern.kept(columns) / columns + 8 * coding.parts / coding.width / bits
 
 
 def measure(
@@ -138,16 +136,17 @@ def measure(
     targets = outputs_of(answer, held)
     stored = stored or Stored.of(model)
     whole, bits = stored.whole, {name: 8 * size for name, size in stored.itemsizes.items()}
-    work_dense = _work(model, batches[0], sites)
     found = []
     for site in sites:
         size = model.get_parameter(site.name).numel() * bits[site.name] / 8 / whole
-        work = work_dense[site.name] / sum(work_dense.values())
-        options = [Option(None, size, work, 0.0)]
+        options = [Option(None, size, 0.0)]
         for pattern in patterns:
-            loss = _alone(model, site, moments[site.name], pattern, lambda: held_out_error(answer, held, targets))
+            try:
+                loss = _alone(model, site, moments[site.name], pattern, lambda: held_out_error(answer, held, targets))
+            except WeightError as error:
+                raise not_finite(site.name, model.get_parameter(site.name), batches) from error
             share = packed_share(pattern, _view(model, site).columns, bits[site.name])
-            options.append(Option(pattern, size * share + _LAYER_BYTES / whole, work * pattern.density, loss))
+            options.append(Option(pattern, size * share + _LAYER_BYTES / whole, loss))
         found.append(Sensitivity(site.name, site.axis, tuple(options)))
         progress(f"{site.name}  " + "  ".join(f"{o.pattern} {o.loss:.4f}" for o in options[1:]))
     return found
@@ -181,16 +180,6 @@ def _moments(model: nn.Module, batches: Sequence[Batch], sites: Sequence[Site]) 
     if unused := [name for name, blocks in moments.items() if not blocks]:
         raise UsageError(f"'{unused[0]}' was not used by the calibration data: exclude it")
     return moments
-
-
-def _work(model: nn.Module, batch: Batch, sites: Sequence[Site]) -> dict[str, int]:
-    """Multiplications of each site on one batch."""
-    seen = inputs_seen(model, model, sites, [as_call(batch)], 1 << 40)
-    work = {}
-    for site in sites:
-        rows = model.get_parameter(site.name).numel()
-        work[site.name] = sum(len(x) * rows // len(blocks) for blocks in seen[site.name] for x in blocks)
-    return work
 
 
 # ── the choice ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -276,6 +265,8 @@ def _fast_enough(limit: float, sensitivities: Sequence[Sensitivity], clock: Cloc
     best = _choice(sensitivities, seconds, low) if high else {}
     if (fastest := clock.speedup(best)) < limit:
         raise UsageError(f"speedup>={limit:g} cannot be met: the fastest patterns give {fastest:.2f} on this machine")
+    if not high:  # no pattern makes any layer faster, and none has to
+        return {}
     for _ in range(_SEARCHES):
         middle = (low + high) / 2
         plan = _choice(sensitivities, seconds, middle)

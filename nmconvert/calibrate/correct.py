@@ -22,6 +22,9 @@ from nmconvert.calibrate.together import Loss, Together
 _RISE = 0.1  # of the steps: Adam's first ones are as large as the rate, whatever the gradients are
 _USUAL = 0.5  # size of a tensor at which a relative rate is the absolute one; with 0.1 the fit of FastestDet ran away
 
+AGREES = 1e-6  # relative squared error up to which two computations of one model agree; half precision adds its own
+AGREES_IN_HALF = 1e-4
+
 Measure = Callable[[Any, Any], Tensor]
 """How far outputs are from targets: a scalar."""
 
@@ -33,6 +36,12 @@ def output_error(outputs: Any, targets: Any) -> Tensor:
         for a, b in zip(_tensors(outputs), _tensors(targets), strict=True)
     ]
     return torch.stack(errors).mean() if errors else torch.zeros(())
+
+
+def disagreement(outputs: Any, targets: Any) -> float:
+    """:func:`output_error` of two computations of one model; 0 where targets are not finite: that is an error of its own."""
+    finite = all(bool(target.isfinite().all()) for target in _tensors(targets))
+    return float(output_error(outputs, targets)) if finite else 0.0
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -29,12 +29,12 @@ from nmconvert.calibrate.correct import (
 )
 from nmconvert.calibrate.distance import Distance, Said
 from nmconvert.calibrate.images import augment, image_count, is_images, scenes
-from nmconvert.calibrate.moments import Moments, Site, find_followers, find_sites, inputs_seen, solve_rows
+from nmconvert.calibrate.moments import Moments, Site, find_followers, find_sites, inputs_seen, not_finite, solve_rows
 from nmconvert.calibrate.replay import Batch, Call, Replay, as_call, find_units, outputs_of, trace
 from nmconvert.calibrate.resume import Done, fingerprint, read, write
 from nmconvert.calibrate.store import LIMIT, Store
 from nmconvert.calibrate.together import Loss
-from nmconvert.errors import DataError, ModelError
+from nmconvert.errors import DataError, ModelError, WeightError
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Axis, Pattern
 
@@ -127,13 +127,14 @@ def prune_model(
         recipe: criterion and corrections.
         progress: called with one line for each layer.
         resume: a file that keeps what is done after each unit; a run that finds its own goes on there, and ends with the
-            same bytes. Removed at the end.
+            same bytes. Left at the end: it is of use until what this returns is in a file.
         said: what each output of the model is. Where some are probabilities, the model as a whole is compared by a
             :class:`~nmconvert.calibrate.distance.Distance`; else by the relative squared error of its outputs.
 
     Raises:
         DataError: fewer than two batches.
         ModelError: a planned parameter is of a layer that cannot be calibrated, or was not used by the first batch.
+        WeightError: a planned parameter, or its inputs, are NaN or infinite.
     """
     batches = list(batches)
     if len(batches) < 2:
@@ -202,8 +203,6 @@ class _Run:
         self._whole()
         after = self.model.state_dict()
         self.result.state = {n: after[n] for n, old in before.items() if not torch.equal(old, after[n])}
-        if resume:
-            resume.unlink(missing_ok=True)
         return self.result
 
     def _done(self, units: list[str]) -> Done:
@@ -296,7 +295,11 @@ class _Run:
         view = MatrixView.of(site.kind, parameter.shape, site.axis, site.groups)
         matrix = view.to_matrix(parameter.detach())
         mean = self._mean(site) if self.recipe.correct_means else None
-        solved = solve_rows(matrix, moments, site.pattern, self.recipe.criterion, self.recipe.damping, centred=mean is not None)
+        method, damping = self.recipe.criterion, self.recipe.damping
+        try:
+            solved = solve_rows(matrix, moments, site.pattern, method, damping, centred=mean is not None)
+        except WeightError as error:
+            raise not_finite(site.name, matrix, [*self.fresh, *self.batches[self.train :]]) from error
         with torch.no_grad():
             parameter.copy_(view.from_matrix(solved.weight).to(parameter.dtype))
             if mean is not None:

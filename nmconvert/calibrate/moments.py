@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
-from nmconvert.calibrate.replay import Batch, Call, Reached, call_model, outputs_of
+from nmconvert.calibrate.replay import Batch, Call, Reached, as_call, call_model, outputs_of
 from nmconvert.calibrate.unfold import columns
-from nmconvert.errors import ModelError
+from nmconvert.errors import ModelError, WeightError
 from nmconvert.matrix import Kind
 from nmconvert.model import layers
 from nmconvert.pattern import Axis, Pattern
@@ -123,6 +124,9 @@ def solve_rows(
     """Prune ``matrix`` [rows, K], whose rows fall into equal blocks with one of ``moments`` each.
 
     With ``centred``, the caller takes ``shift`` off a bias, and the weights need not care for the means.
+
+    Raises:
+        WeightError: ``matrix`` or a moment is NaN or infinite; :func:`not_finite` says why.
     """
     rows, masks, shifts, error, signal = [], [], [], 0.0, 0.0
     for dense, block in zip(matrix.chunk(len(moments)), moments, strict=True):
@@ -134,6 +138,27 @@ def solve_rows(
         error += float(solution.error.sum())
         signal += solution.signal
     return SolvedRows(torch.cat(rows), torch.cat(masks), torch.cat(shifts), error / signal)
+
+
+def not_finite(name: str, weight: Tensor, batches: Sequence[Batch]) -> WeightError:
+    """What to say, and where to look, when the weight ``name`` cannot be solved on ``batches``."""
+    if not weight.isfinite().all():
+        return WeightError(f"{name}: holds NaN or infinite weights; repair the checkpoint or --exclude the tensor")
+    for number, batch in enumerate(batches, 1):
+        if (sample := next((n for n, values in _samples(batch) if not values.isfinite().all()), None)) is not None:
+            where = f"sample {sample} of calibration batch {number}"
+            return WeightError(f"{name}: its inputs hold NaN or infinite values, as {where} does; repair it or leave it out")
+    made = "its inputs hold NaN or infinite values, which no calibration sample does"
+    return WeightError(f"{name}: {made}; look for what makes them in the layers before, or --exclude the tensor")
+
+
+def _samples(batch: Batch) -> Iterator[tuple[int, Tensor]]:
+    """The tensors of a batch with the number of their sample: the entries of a list, the rows of another tensor."""
+    call = as_call(batch)
+    for argument in (*call.args, *call.kwargs.values()):
+        for leaf in [argument] if isinstance(argument, list) else tree_leaves(argument):
+            samples = torch.atleast_1d(leaf) if isinstance(leaf, Tensor) else leaf if isinstance(leaf, list) else []
+            yield from ((n, x) for n, sample in enumerate(samples, 1) for x in tree_leaves(sample) if isinstance(x, Tensor))
 
 
 def inputs_seen(

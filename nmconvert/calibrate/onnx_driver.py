@@ -7,6 +7,7 @@ are probabilities, by a Sigmoid or Softmax, :mod:`nmconvert.calibrate.distance` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,16 @@ import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from torch import Tensor
 
-from nmconvert.calibrate.correct import output_error
+from nmconvert.calibrate.correct import AGREES, AGREES_IN_HALF, disagreement
 from nmconvert.calibrate.distance import Said
 from nmconvert.calibrate.driver import DEFAULT, Recipe, prune_model
 from nmconvert.calibrate.onnx_module import GraphModule
 from nmconvert.calibrate.onnx_ops import session
 from nmconvert.calibrate.replay import Batch, as_call
-from nmconvert.errors import DataError, ModelError
+from nmconvert.errors import DataError, ModelError, WeightError
 from nmconvert.onnx_graph import DTYPES, Constants, attribute, weight_uses
 from nmconvert.tensor import Row
 
-_AGREES = 1e-6  # relative squared error between torch and onnxruntime; half precision adds its own
-_HALF = 1e-4
 _CHOOSING = ("TopK", "NonMaxSuppression", "NonZero", "ArgMax", "If", "Loop")  # outputs after these are not compared
 _AT_ONCE = 256 << 20  # bytes for gradients: twelve images of FastestDet, 20 MB each; more at once are no faster
 _SERIAL = (1 << 31) - 1  # bytes: larger models cannot be handed to onnxruntime in one piece
@@ -60,7 +59,8 @@ def prune_onnx(
     own = {place.name: name for name, place in module.places.items()}
     tell = in_own_names(progress, own)
     recipe = replace(recipe, relative_rates=True, at_once=_AT_ONCE)
-    result = prune_model(module, inputs, plan, recipe, tell, resume, said)
+    with errors_in_own_names(own):
+        result = prune_model(module, inputs, plan, recipe, tell, resume, said)
     dtypes = {name: getattr(torch, DTYPES[tensor.data_type]) for name, tensor in Constants.of(model.graph).tensors.items()}
     changed = {own[name]: tensor for name, tensor in result.state.items() if name in own}  # a shared weight has several names
     return {name: module.places[name].back(tensor).to(dtypes[name]) for name, tensor in changed.items()}
@@ -96,6 +96,16 @@ def in_own_names(progress: Callable[[str], None], own: Mapping[str, str]) -> Cal
     return tell
 
 
+@contextmanager
+def errors_in_own_names(own: Mapping[str, str]) -> Iterator[None]:
+    """The same for errors about one weight."""
+    try:
+        yield
+    except WeightError as error:
+        name, colon, rest = str(error).partition(": ")
+        raise WeightError(own.get(name, name) + colon + rest) from error
+
+
 def check(module: GraphModule, model: ModelProto, batch: Batch) -> None:
     """Compare the module with onnxruntime on one batch.
 
@@ -108,7 +118,7 @@ def check(module: GraphModule, model: ModelProto, batch: Batch) -> None:
     if model.ByteSize() > _SERIAL:
         return  # each operator was compared on its own
     theirs = computed(model, dict(zip(module.inputs, args, strict=True)), module.outputs)
-    apart = float(output_error(ours, [t.to(x.dtype) for t, x in zip(theirs, ours, strict=True)]))
+    apart = disagreement(ours, [t.to(x.dtype) for t, x in zip(theirs, ours, strict=True)])
     if not apart <= tolerance(model):
         raise ModelError(
             f"the graph gives something else in torch than in onnxruntime (relative error {apart:.1e}): use magnitude"
@@ -129,7 +139,7 @@ def computed(model: ModelProto, feeds: Mapping[str, Tensor], names: Sequence[str
 def tolerance(model: ModelProto) -> float:
     """The relative squared error of its outputs up to which two computations of a graph agree."""
     half = any(t.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16) for t in model.graph.initializer)
-    return _HALF if half else _AGREES
+    return AGREES_IN_HALF if half else AGREES
 
 
 def compared(model: ModelProto) -> list[Said]:

@@ -9,7 +9,7 @@ from onnx import ModelProto, numpy_helper
 from torch import Tensor
 
 from nmconvert.calibrate.axes_onnx import find_channels
-from nmconvert.calibrate.correct import output_error
+from nmconvert.calibrate.correct import disagreement
 from nmconvert.calibrate.onnx_driver import chooses, computed, graph_inputs, input_types, tolerance
 from nmconvert.calibrate.onnx_ops import as_tensor
 from nmconvert.calibrate.permute import Permutation, Reader, reorder
@@ -40,7 +40,7 @@ def permute_onnx(
         changed[name] = tensor.index_select(dim, order)
     if changed and not chooses(model):
         names = [value.name for value in model.graph.output]
-        apart = float(output_error(computed(with_tensors(model, changed), feeds, names), computed(model, feeds, names)))
+        apart = disagreement(computed(with_tensors(model, changed), feeds, names), computed(model, feeds, names))
         if not apart <= tolerance(model):
             raise ModelError(f"the permuted graph gives something else (relative error {apart:.1e}): leave --permute out")
     return changed, done

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from nmconvert.calibrate.atoms import Ints, Proof
-from nmconvert.calibrate.axes_torch import find_channels
-from nmconvert.calibrate.replay import Batch
+from nmconvert.calibrate.axes_torch import chooses, exported, find_channels
+from nmconvert.calibrate.correct import AGREES, AGREES_IN_HALF, disagreement
+from nmconvert.calibrate.replay import Batch, as_call, outputs_of
+from nmconvert.errors import ModelError
 from nmconvert.matrix import Kind, MatrixView
 from nmconvert.model import layers
 from nmconvert.pattern import Axis, Pattern
@@ -89,16 +91,32 @@ def permute_model(
 ) -> list[Permutation]:
     """Permute the channels of ``model`` in place for the parameters of ``plan``, wherever that is proved safe.
 
-    ``batch`` is an example for ``torch.export``.
+    ``batch`` is an example for ``torch.export``, and for a run that shows that the outputs are what they were.
 
     Raises:
-        ModelError: the model cannot be exported.
+        ModelError: the model cannot be exported, or computes something else when permuted; it is then as it was before.
     """
+    program = exported(model, batch)
     found = [layer for layer in layers(model) if layer.tensor in plan]
     readers = [Reader.of(layer.tensor, layer.weight, layer.kind, layer.groups, *plan[layer.tensor]) for layer in found]
-    orders, done = reorder(find_channels(model, batch), readers, seed=seed)
-    apply(model, orders)
+    orders, done = reorder(find_channels(program), readers, seed=seed)
+    if chooses(program):
+        apply(model, orders)
+    elif orders:
+        _apply_checked(model, orders, batch)
     return done
+
+
+def _apply_checked(model: nn.Module, orders: Orders, batch: Batch) -> None:
+    """:func:`apply`, which is taken back where the outputs for ``batch`` show that the proof was wrong."""
+    calls = [[as_call(batch)]]
+    before = outputs_of(model, calls)
+    apply(model, orders)
+    apart = disagreement(outputs_of(model, calls), before)
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    if not apart <= (AGREES_IN_HALF if half else AGREES):
+        apply(model, {place: order.argsort() for place, order in orders.items()})
+        raise ModelError(f"the permuted model gives something else (relative error {apart:.1e}): leave --permute out")
 
 
 def apply(model: nn.Module, orders: Orders) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from nmconvert.calibrate.budget import Chosen, Sensitivity, Stored, measure, top1_drop
 from nmconvert.calibrate.driver import Recipe
-from nmconvert.calibrate.onnx_driver import as_module, compared, graph_inputs, in_own_names
+from nmconvert.calibrate.onnx_driver import as_module, compared, errors_in_own_names, graph_inputs, in_own_names
 from nmconvert.calibrate.onnx_module import GraphModule
 from nmconvert.calibrate.replay import Batch
 from nmconvert.checkpoint import Checkpoint
@@ -70,7 +70,8 @@ class Subject:
         """:func:`nmconvert.calibrate.budget.measure` for the tensors that ``plan`` prunes, under the names that are shown."""
         axes = {self.parameters[row.name]: row.axis for row in plan.pruned if row.name in self.parameters and row.axis}
         own = {self.parameters[name]: shown for name, shown in self.shown.items()}
-        found = measure(self.module, self.batches, axes, patterns, in_own_names(progress, own), self.stored)
+        with errors_in_own_names(own):
+            found = measure(self.module, self.batches, axes, patterns, in_own_names(progress, own), self.stored)
         return [replace(s, name=own[s.name]) for s in found]
 
     def drop(self) -> Callable[[Chosen], float]:

@@ -39,7 +39,7 @@ def columns(
         ModelError: the module is of a type whose inputs are not understood.
     """
     if isinstance(module, nn.MultiheadAttention):
-        return _attention_columns(module, parameter, args, kwargs)
+        return [_some(x, limit) for x in _attention_columns(module, parameter, args, kwargs)]
     x = args[0] if args else next(iter(kwargs.values()))
     if isinstance(module, _CONVOLUTIONS):
         padded = F.pad(x.unsqueeze(0) if x.dim() == len(module.kernel_size) + 1 else x, *_padding(module))
@@ -48,8 +48,7 @@ def columns(
         x = x.unsqueeze(0) if x.dim() == len(module.kernel_size) + 1 else x
         return _transposed(module, x, axis, limit)
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":  # Hugging Face's Conv1D is x @ [I, O]
-        flat = x.reshape(-1, x.shape[-1])
-        return [flat if limit is None or len(flat) <= limit else flat[_choice(len(flat), limit)]]
+        return [_some(x.reshape(-1, x.shape[-1]), limit)]
     raise ModelError(f"a {type(module).__name__} cannot be calibrated: exclude '{parameter}', or use magnitude")
 
 
@@ -77,6 +76,10 @@ def conv_columns(
         chosen: tuple[Any, ...] = torch.unravel_index(_choice(total, limit), x.shape[1 : 2 + rank])
         x = x[(slice(None), *chosen)]
     return list(x.reshape(groups, -1, size))
+
+
+def _some(tokens: Tensor, limit: int | None) -> Tensor:
+    return tokens if limit is None or len(tokens) <= limit else tokens[_choice(len(tokens), limit)]
 
 
 def _choice(total: int, limit: int) -> Tensor:

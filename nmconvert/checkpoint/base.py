@@ -107,8 +107,20 @@ def beside(source: Path, tag: str, suffix: str | None = None) -> Path:
     return named.with_name(f"{stem}{tag}{ending if suffix is None else suffix}")
 
 
+def check_target(output: Path, option: str = "--output") -> None:
+    """Raise where there can be no file ``output``, before the work that it is to hold; ``option`` names it.
+
+    Raises:
+        UsageError: with the remedy.
+    """
+    if output.is_dir():
+        raise UsageError(f"{output}: is a folder; give the name of a file with {option}")
+    if not output.parent.is_dir():
+        raise UsageError(f"{output.parent}: there is no such folder for {option}; make it first")
+
+
 def check_copy(source: Path, output: Path) -> None:
-    """Raise where a copy of ``source`` would replace it, or would be called what it is not.
+    """Raise where a copy of ``source`` would replace it, would be called what it is not, or cannot be there.
 
     Raises:
         UsageError: with the remedy.
@@ -119,6 +131,8 @@ def check_copy(source: Path, output: Path) -> None:
     if is_now and wanted and is_now != wanted:
         remedy = "nmconvert export writes ONNX" if output.suffix == ".onnx" else "give a name with the same ending"
         raise UsageError(f"{output}: {source.name} is {is_now}, and its copy will be one, not {wanted}; {remedy}")
+    if not (source.is_dir() and output.is_dir()):
+        check_target(output)
 
 
 @dataclass(frozen=True)

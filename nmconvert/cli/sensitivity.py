@@ -39,7 +39,7 @@ def command(
     The loss is the squared error of the outputs relative to their energy, on calibration data; the bar shows the first
     pattern's. `nmconvert prune --budget` chooses patterns by these numbers. An ONNX file needs no --model.
     """
-    from nmconvert.checkpoint import is_onnx, open_checkpoint
+    from nmconvert.checkpoint import check_target, is_onnx, open_checkpoint
 
     chosen = [Pattern.parse(text) for text in patterns.split(",")]
     if calib is None or (model is None and not is_onnx(checkpoint)):
@@ -48,6 +48,8 @@ def command(
     from nmconvert.model import build
     from nmconvert.prune import plan_for
 
+    if plot is not None:
+        check_target(plot, "--plot")
     built = None if model is None else build(model, model_arguments, trust=trust)
     opened = open_checkpoint(checkpoint, trust=trust)
     plan = plan_for(opened, chosen[0], axis, built)
@@ -62,7 +64,7 @@ def command(
 
 def as_dict(found: Sensitivity) -> dict[str, Any]:
     """One layer for machines."""
-    losses = {str(o.pattern): {"loss": o.loss, "size": o.size, "work": o.work} for o in found.options[1:]}
+    losses = {str(o.pattern): {"loss": o.loss, "size": o.size} for o in found.options[1:]}
     return {"name": found.name, "axis": found.axis, "patterns": losses}
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nmconvert.errors import WeightError
+
 _MAX_ENTRIES = 1 << 24  # float64 entries of a temporary: 128 MiB
 _DIRECT_FLOPS = 2e9  # a closed-form solve up to here (under 1 s on one core); conjugate gradients beyond
 _CONJUGATE_FLOPS = 5e11  # for all steps of one layer: about 10 s on one core
@@ -45,9 +47,14 @@ class Problem:
 
         ``damping`` times the mean of the Hessian's diagonal pulls towards the dense weight; it grows tenfold until the
         Cholesky decomposition succeeds, so that dead and duplicate inputs need no special case.
+
+        Raises:
+            WeightError: the weight or a moment is NaN or infinite: no ridge would make that positive definite.
         """
         dense, h = weight.detach().double(), hessian.double()
         moment = dense @ (h if cross is None else cross.double())
+        if not (h.isfinite().all() and moment.isfinite().all()):
+            raise WeightError("the weight or its inputs hold NaN or infinite values: it cannot be solved")
         scale = float(h.diagonal().mean())
         ridge = max(damping, 1e-12) * (scale if scale > 0 else 1.0)
         eye = torch.eye(len(h), dtype=h.dtype, device=h.device)

@@ -65,8 +65,6 @@ class Files:
         if any(path is not None and self.output.resolve() == path.resolve() for path in (source, dense)):
             raise UsageError(f"{self.output}: is read by this run; give another name with --output")
         check_copy(source, self.output)
-        if not self.output.parent.is_dir():
-            raise UsageError(f"{self.output.parent}: there is no such folder for --output; make it first")
 
 
 @dataclass(frozen=True)
