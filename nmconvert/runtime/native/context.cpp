@@ -81,7 +81,9 @@ std::string Info::text(const char* name, const char* otherwise) const {
 
 std::vector<int64_t> Info::integers(const char* name) const {
   size_t size = 0;  // stays so for what is no list of integers
-  if (!succeeded(api_, call<OrtStatus*>(api_, ort::kKernelInfoGetAttributeArrayInt64, info_, name, static_cast<int64_t*>(nullptr), &size)) || !size) {
+  const bool found =
+      succeeded(api_, call<OrtStatus*>(api_, ort::kKernelInfoGetAttributeArrayInt64, info_, name, static_cast<int64_t*>(nullptr), &size));
+  if (!found || !size) {
     check_absent(name, "a list of integers");
     return {};
   }

@@ -47,7 +47,8 @@ class ProductNode final : public Call<Math> {
     const Constant input = context.input(0);
     const Real* x = reals<Real>(input, buffers.x);
     std::vector<int64_t> shape = input.shape;
-    if (op_.base == Base::kGemm && shape.size() != 2) throw InvalidNode("the input is " + describe(shape) + ", a Gemm takes two dimensions");
+    if (op_.base == Base::kGemm && shape.size() != 2)
+      throw InvalidNode("the input is " + describe(shape) + ", a Gemm takes two dimensions");
     if (attributes_.transposes_x) x = transposed(x, shape, buffers.turned);
     if (shape.empty() || shape.back() != k_)
       throw InvalidNode("the input is " + describe(shape) + ", the weight takes " + std::to_string(k_) + " in its last dimension");
