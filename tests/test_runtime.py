@@ -303,6 +303,34 @@ def test_every_gemm_is_that_of_the_body(isa: str, stored: Any, shape: Any, x_sha
     assert_close(with_kernels(proto).run(None, {"x": x})[0], without(proto).run(None, {"x": x})[0])
 
 
+@pytest.mark.parametrize(("shape", "tokens"), [((64, 128), 4), ((64, 64), 1), ((64, 40), 20)])
+def test_a_transposed_input_of_16_bits(isa: str, shape: Any, tokens: int) -> None:
+    rng = np.random.default_rng(1)
+    weight = random_weight(rng, "matmul", shape, "2:4", dtype=np.float16)
+    x = rng.standard_normal((shape[0], tokens)).astype(np.float16)
+    got = with_kernels(layer("Gemm", weight, ["a", "b"], kind=TensorProto.FLOAT16, transA=1)).run(None, {"x": x})[0]
+    assert_close(got, x.T.astype(np.float64) @ weight.dense.astype(np.float64), 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("function", "bias", "attributes"),
+    [("Gemm", (1, 10), {"beta": 0.5}), ("Gemm", (1, 1), {}), ("Linear", (1, 1), {}), ("Gemm", (1,), {"beta": 0.5})],
+)
+def test_no_tokens_and_a_bias_that_is_spread(isa: str, function: str, bias: Any, attributes: Any) -> None:
+    weight = random_weight(np.random.default_rng(1), "matmul", (24, 10), "2:4")
+    proto = layer(function, weight, ["a", "b"], {"B": np.ones(bias, np.float32)}, **attributes)
+    assert with_kernels(proto).run(None, {"x": np.zeros((0, 24), np.float32)})[0].shape == (0, 10)
+
+
+@pytest.mark.parametrize(("function", "names"), [("MatMulAdd", "Z"), ("LinearAdd", "BZ")])
+def test_a_vector_has_a_vector_added(isa: str, function: str, names: str) -> None:
+    rng = np.random.default_rng(1)
+    extra = {name: rng.standard_normal(10).astype(np.float32) for name in names}
+    proto = layer(function, random_weight(rng, "matmul", (24, 10), "2:4"), ["k"], extra, y_rank=1)
+    x = rng.standard_normal(24).astype(np.float32)
+    assert_close(with_kernels(proto).run(None, {"x": x})[0], without(proto).run(None, {"x": x})[0])
+
+
 @pytest.mark.parametrize(
     ("shape", "x_shape", "y_rank"),
     [((24, 10), (24,), 1), ((3, 24, 10), (3, 5, 24), 3), ((3, 24, 10), (4, 1, 5, 24), 4), ((2, 1, 24, 10), (3, 6, 24), 4)],
@@ -548,6 +576,12 @@ DAMAGE: dict[str, dict[str, Any]] = {
     "group": {"group": 3},
     "auto_pad": {"auto_pad": "SOMEHOW"},
     "kernel_shape": {"kernel_shape": [5, 5]},
+    "a number for a list": {"strides": 2},
+    "a list of numbers": {"strides": [2.0, 2.0]},
+    "a text for a list": {"pads": "1"},
+    "a number for an integer": {"group": 1.0},
+    "a list for an integer": {"group": [1]},
+    "an integer for a text": {"auto_pad": 1},
 }
 
 
@@ -583,6 +617,45 @@ def test_an_input_that_does_not_fit_is_an_error_of_the_run() -> None:
         with pytest.raises(Exception, match=r"nmconvert"):
             session.run(None, {"x": np.zeros(shape, np.float32)})
     assert session.run(None, {"x": np.zeros((0, 32, 9, 9), np.float32)})[0].shape == (0, 16, 7, 7)
+
+
+@needs_kernels
+def test_a_stride_beyond_the_image_takes_no_more_memory_than_that(isa: str) -> None:
+    rng = np.random.default_rng(1)
+    weight = random_weight(rng, "conv", (8, 8, 3, 3), "2:4")
+    attributes: dict[str, Any] = {"pads": [1] * 4, "strides": [1, 2**20]}
+    x = rng.standard_normal((1, 8, 9, 9)).astype(np.float32)
+    got = with_kernels(layer("Conv", weight, [1, 8, 9, 9], **attributes)).run(None, {"x": x})[0]
+    assert_close(got, convolve(x, weight, **attributes))
+
+
+@needs_kernels
+@pytest.mark.parametrize("pad", [20_000, 2**20])
+def test_pads_of_gigabytes_are_an_error_of_the_run(isa: str, pad: int) -> None:
+    weight = random_weight(np.random.default_rng(1), "conv", (8, 8, 3, 3), "2:4")
+    session = with_kernels(layer("Conv", weight, [1, 8, "h", "w"], pads=[pad] * 4, strides=[pad] * 2))
+    with pytest.raises(Exception, match="with its pads would have"):
+        session.run(None, {"x": np.zeros((1, 8, 9, 9), np.float32)})
+
+
+@needs_kernels
+@pytest.mark.parametrize(("kept", "values"), [(0, 0), (1, 1)])
+def test_a_small_file_is_no_large_weight(kept: int, values: int) -> None:
+    proto = layer("MatMul", random_weight(np.random.default_rng(1), "matmul", (32, 64), "2:4"), ["t", 32])
+    width, side = 4096, 2**13
+    arrays = {
+        "values": np.zeros(values, np.float32),
+        "mask": np.zeros(side * side // width, np.uint8),
+        "table": np.full((1, width), kept, np.uint8),
+    }
+    for constant in proto.graph.initializer:
+        constant.CopyFrom(tensor(constant.name, arrays[constant.name]))
+    changed = {"shape": [side, side], "permuted": [side, side], "code_shape": [-1, 1, width]}
+    for attribute in proto.graph.node[0].attribute:
+        if attribute.name in changed:
+            attribute.CopyFrom(helper.make_attribute(attribute.name, changed[attribute.name]))
+    with pytest.raises(Exception, match=f"there are {values} values for {side * side} weights"):
+        with_kernels(proto)
 
 
 SCALES: dict[str, np.ndarray] = {

@@ -10,7 +10,7 @@ class FloatMath {
  public:
   using Real = float;
   FloatMath(const Isa* isa, const Packed& packed, const std::vector<bool>& is_row, int64_t groups, Hint hint, float scale)
-      : isa_(isa), weights_(packed, is_row, groups, hint, scale) {}
+      : isa_(isa), weights_(isa, packed, is_row, groups, hint, scale) {}
 
   // Prepacks for inputs of a size that is known, or likely, when the session is made.
   void prepare_linear(const Packed& packed, int64_t tokens) { nmconvert::prepare_linear(isa_, weights_, packed, tokens); }

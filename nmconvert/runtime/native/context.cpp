@@ -40,20 +40,39 @@ Constant describe(const OrtApi* api, const OrtValue* value) {
 
 }  // namespace
 
+void Info::check_absent(const char* name, const char* kind) const {
+  int64_t integer;
+  float real;
+  size_t size = 0;
+  const auto there = [&](ort::Slot slot, auto... to) { return succeeded(api_, call<OrtStatus*>(api_, slot, info_, name, to...)); };
+  if (there(ort::kKernelInfoGetAttributeInt64, &integer) || there(ort::kKernelInfoGetAttributeFloat, &real) ||
+      there(ort::kKernelInfoGetAttributeString, static_cast<char*>(nullptr), &size) ||
+      (there(ort::kKernelInfoGetAttributeArrayInt64, static_cast<int64_t*>(nullptr), &size) && size) ||
+      (there(ort::kKernelInfoGetAttributeArrayFloat, static_cast<float*>(nullptr), &size) && size))
+    throw InvalidNode(std::string(name) + " has to be " + kind);
+}
+
 int64_t Info::integer(const char* name, int64_t otherwise) const {
   int64_t value = 0;
-  return succeeded(api_, call<OrtStatus*>(api_, ort::kKernelInfoGetAttributeInt64, info_, name, &value)) ? value : otherwise;
+  if (succeeded(api_, call<OrtStatus*>(api_, ort::kKernelInfoGetAttributeInt64, info_, name, &value))) return value;
+  check_absent(name, "an integer");
+  return otherwise;
 }
 
 float Info::real(const char* name, float otherwise) const {
   float value = 0;
-  return succeeded(api_, call<OrtStatus*>(api_, ort::kKernelInfoGetAttributeFloat, info_, name, &value)) ? value : otherwise;
+  if (succeeded(api_, call<OrtStatus*>(api_, ort::kKernelInfoGetAttributeFloat, info_, name, &value))) return value;
+  check_absent(name, "a number");
+  return otherwise;
 }
 
 std::string Info::text(const char* name, const char* otherwise) const {
   size_t size = 0;
-  if (!succeeded(api_, call<OrtStatus*>(api_, ort::kKernelInfoGetAttributeString, info_, name, static_cast<char*>(nullptr), &size)) || !size)
+  if (!succeeded(api_, call<OrtStatus*>(api_, ort::kKernelInfoGetAttributeString, info_, name, static_cast<char*>(nullptr), &size))) {
+    check_absent(name, "a text");
     return otherwise;
+  }
+  if (!size) return otherwise;
   std::string value(size, '\0');
   check(api_, call<OrtStatus*>(api_, ort::kKernelInfoGetAttributeString, info_, name, value.data(), &size));
   value.resize(size - 1);  // its size counts the final zero
@@ -61,11 +80,15 @@ std::string Info::text(const char* name, const char* otherwise) const {
 }
 
 std::vector<int64_t> Info::integers(const char* name) const {
-  size_t size = 0;
-  if (!succeeded(api_, call<OrtStatus*>(api_, ort::kKernelInfoGetAttributeArrayInt64, info_, name, static_cast<int64_t*>(nullptr), &size)))
+  size_t size = 0;  // stays so for what is no list of integers
+  const bool found =
+      succeeded(api_, call<OrtStatus*>(api_, ort::kKernelInfoGetAttributeArrayInt64, info_, name, static_cast<int64_t*>(nullptr), &size));
+  if (!found || !size) {
+    check_absent(name, "a list of integers");
     return {};
+  }
   std::vector<int64_t> values(size);
-  if (size) check(api_, call<OrtStatus*>(api_, ort::kKernelInfoGetAttributeArrayInt64, info_, name, values.data(), &size));
+  check(api_, call<OrtStatus*>(api_, ort::kKernelInfoGetAttributeArrayInt64, info_, name, values.data(), &size));
   return values;
 }
 

@@ -65,7 +65,7 @@ bool is_aligned(const Image& image) { return reinterpret_cast<uintptr_t>(image.x
 
 // Whether panels of `width` pixels can be read where they are: a 1×1 convolution, whose images divide into such panels.
 bool takes_in_place(const ConvAttributes& attributes, const Image& image, int64_t width) {
-  return volume(attributes.kernel) * volume(attributes.strides) == 1 && image.in[2] == volume(image.in) && image.out == image.in &&
+  return volume(attributes.kernel) == 1 && volume(attributes.strides) == 1 && image.in[2] == volume(image.in) && image.out == image.in &&
          volume(image.in) % width == 0 && is_aligned(image);
 }
 

@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "node.h"
@@ -118,15 +119,33 @@ CustomOp make_custom_op(const Operator& op, int compute, int stored, const Isa* 
 
 // The operators for `isa`; they live as long as the library, because sessions keep pointers to them.
 std::vector<CustomOp>& custom_ops(const Isa* isa) {
-  static std::mutex mutex;
   static std::map<const Isa*, std::vector<CustomOp>> made;
-  const std::lock_guard<std::mutex> lock(mutex);
   std::vector<CustomOp>& ops = made[isa];
   if (ops.empty())
     for (const Operator& op : operators())
       for (int compute : kTypes)
         for (int stored : stored_types(op)) ops.push_back(make_custom_op(op, compute, stored, isa));
   return ops;
+}
+
+// Sets `domain` to that of these operators, in which they are put once for each onnxruntime in the process.
+OrtStatus* find_domain(const OrtApi* api, const Isa* isa, OrtCustomOpDomain*& domain) {
+  static std::mutex mutex;
+  static std::map<std::pair<const OrtApi*, const Isa*>, OrtCustomOpDomain*> made;
+  const std::lock_guard<std::mutex> lock(mutex);
+  OrtCustomOpDomain*& found = made[{api, isa}];
+  if (!found) {
+    OrtCustomOpDomain* fresh = nullptr;
+    if (OrtStatus* status = call<OrtStatus*>(api, ort::kCreateCustomOpDomain, "nmconvert", &fresh)) return status;
+    for (CustomOp& op : custom_ops(isa))
+      if (OrtStatus* status = call<OrtStatus*>(api, ort::kCustomOpDomainAdd, fresh, static_cast<const OrtCustomOp*>(&op))) {
+        call<void>(api, ort::kReleaseCustomOpDomain, fresh);
+        return status;
+      }
+    found = fresh;
+  }
+  domain = found;
+  return nullptr;
 }
 
 }  // namespace
@@ -177,14 +196,13 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
                                  "nmconvert's kernels were tested with onnxruntime 1.20 to 1.x; run without them");
   const Isa* isa = select_isa();
   if (!isa) return nullptr;
-  OrtCustomOpDomain* domain = nullptr;
-  OrtStatus* status = ort::call<OrtStatus*>(api, ort::kCreateCustomOpDomain, "nmconvert", &domain);
-  if (status) return status;
-  for (CustomOp& op : custom_ops(isa)) {
-    status = ort::call<OrtStatus*>(api, ort::kCustomOpDomainAdd, domain, static_cast<const OrtCustomOp*>(&op));
-    if (status) return status;
-  }
-  return ort::call<OrtStatus*>(api, ort::kAddCustomOpDomain, options, domain);
+  OrtStatus* status = nullptr;
+  OrtStatus* failed = guarded(api, "register", [&] {
+    OrtCustomOpDomain* domain = nullptr;
+    status = find_domain(api, isa, domain);
+    if (!status) status = call<OrtStatus*>(api, ort::kAddCustomOpDomain, options, domain);
+  });
+  return failed ? failed : status;
 }
 
 }  // extern "C"

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <numeric>
 
 #include "ort_abi.h"
@@ -11,17 +10,7 @@ namespace nmconvert {
 namespace {
 
 constexpr int64_t kMaxEntries = int64_t{1} << 31;
-
-// The product of positive dimensions, at most kMaxEntries.
-int64_t checked_size(const std::vector<int64_t>& shape, const char* name) {
-  int64_t size = 1;
-  for (int64_t dimension : shape) {
-    if (dimension < 1 || dimension > kMaxEntries || size > kMaxEntries / dimension)
-      throw InvalidNode(std::string(name) + " has dimension " + std::to_string(dimension) + ", which is out of range");
-    size *= dimension;
-  }
-  return size;
-}
+constexpr int64_t kLargestGroup = 32;  // weights, of which each group keeps one or more (packing.py): a small file is no large weight
 
 std::string count(int64_t n) { return std::to_string(n); }
 
@@ -47,25 +36,27 @@ Coding check_coding(const Packed& packed, int64_t size) {
   return coding;
 }
 
-// A bit for every weight of the flattened file, `size` of them and a word more.
+// The mask as bits in the order of the file: `size` of them, and a word more.
 std::vector<uint64_t> decode_mask(const Packed& packed, const Coding& coding, int64_t size) {
-  const int64_t words = (coding.width + 63) / 64;  // of a code
-  std::vector<uint64_t> of_codes(coding.codes * words);
+  const int64_t words = (coding.width + 63) / 64;  // of a group of `width` weights
+  std::vector<uint64_t> of_codes(coding.codes * words), group(words);
   for (int64_t code = 0; code < coding.codes; ++code)
     for (int64_t i = 0; i < coding.width; ++i)
       of_codes[code * words + i / 64] |= static_cast<uint64_t>(coding.table[code * coding.width + i]) << i % 64;
   std::vector<uint64_t> bits(size / 64 + words + 2);
   const uint8_t* mask = static_cast<const uint8_t*>(packed.mask.data);
-  for (int64_t base = 0; base < size; base += coding.width)
+  for (int64_t base = 0; base < size; base += coding.width) {
+    std::fill(group.begin(), group.end(), 0);
     for (int64_t part = 0; part < coding.parts; ++part, ++mask) {
       if (*mask >= coding.codes) throw InvalidNode("mask code " + count(*mask) + " is outside its table");
-      uint64_t* to = bits.data() + base / 64;
-      for (const uint64_t *word = of_codes.data() + *mask * words, *end = word + words; word < end; ++word, ++to) {
-        const uint64_t low = *word << base % 64, high = *word >> 1 >> (63 - base % 64);
-        if ((to[0] & low) | (to[1] & high)) throw InvalidNode("the mask names a weight twice");
-        to[0] |= low, to[1] |= high;
+      for (int64_t word = 0; word < words; ++word) {
+        const uint64_t added = of_codes[*mask * words + word];
+        if (group[word] & added) throw InvalidNode("the mask names a weight twice");
+        group[word] |= added;
       }
     }
+    for (int64_t word = 0; word < words; ++word) set_bits(bits.data(), base + 64 * word, group[word]);
+  }
   bits.resize(size / 64 + 2);
   bits[size / 64] &= (uint64_t{1} << size % 64) - 1;
   bits[size / 64 + 1] = 0;
@@ -140,16 +131,14 @@ int64_t along(const std::vector<int64_t>& extent, const std::vector<int64_t>& st
   return at;
 }
 
+// Of every column in the order of the file, its place in the operator's own.
 std::vector<uint32_t> native_order(const Walk& walk) {
+  std::vector<int64_t> extent = walk.extent;  // of a single row
+  for (size_t d = 0; d < extent.size(); ++d)
+    if (walk.row_step[d]) extent[d] = 1;
   std::vector<uint32_t> order(walk.columns);
-  const int64_t size = std::accumulate(walk.extent.begin(), walk.extent.end(), int64_t{1}, std::multiplies<int64_t>());
-  if (walk.rows_lead) {
-    for (int64_t column = 0; column < walk.columns; ++column)
-      order[column] = static_cast<uint32_t>(along(walk.extent, walk.order_step, column));
-    return order;
-  }
-  for (int64_t flat = 0; flat < size; ++flat)
-    order[along(walk.extent, walk.column_step, flat)] = static_cast<uint32_t>(along(walk.extent, walk.order_step, flat));
+  for (int64_t flat = 0; flat < walk.columns; ++flat)
+    order[along(extent, walk.column_step, flat)] = static_cast<uint32_t>(along(extent, walk.order_step, flat));
   return order;
 }
 
@@ -163,7 +152,7 @@ void count_rows(SparseRows& matrix) {
   }
 }
 
-// Rows of which every weight stands elsewhere: `flat` are the bits in the order of the file.
+// Rows whose weights are scattered in the file, whose bits are `flat`: sets theirs, and for each entry which value it is.
 void sort_by_row(SparseRows& matrix, const Walk& walk, const std::vector<uint64_t>& flat) {
   std::vector<uint32_t> rows;
   for (size_t word = 0; word < flat.size(); ++word)
@@ -182,6 +171,16 @@ void sort_by_row(SparseRows& matrix, const Walk& walk, const std::vector<uint64_
 
 }  // namespace
 
+int64_t checked_size(const std::vector<int64_t>& shape, const char* name) {
+  int64_t size = 1;
+  for (int64_t dimension : shape) {
+    if (dimension < 1 || dimension > kMaxEntries || size > kMaxEntries / dimension)
+      throw InvalidNode(std::string(name) + " has dimension " + std::to_string(dimension) + ", which is out of range");
+    size *= dimension;
+  }
+  return size;
+}
+
 int64_t Constant::size() const {
   return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<int64_t>());
 }
@@ -199,16 +198,18 @@ SparseRows decode(const Packed& packed, const std::vector<bool>& is_row) {
   matrix.columns = walk.columns;
   matrix.starts.assign(walk.rows + 1, 0);
   if (kept > size) throw InvalidNode("there are more values than weights");
-  matrix.bits = decode_mask(packed, coding, size);
+  if (kept < size / kLargestGroup) throw InvalidNode("there are " + count(kept) + " values for " + count(size) + " weights");
+  std::vector<uint64_t> bits = decode_mask(packed, coding, size);
+  int64_t masked = 0;
+  for (const uint64_t word : bits) masked += __builtin_popcountll(word);
+  if (masked != kept) throw InvalidNode("the mask keeps " + count(masked) + " weights, but there are " + count(kept) + " values");
   if (walk.rows_lead) {
+    matrix.bits = std::move(bits);
     count_rows(matrix);
   } else {
-    std::vector<uint64_t> flat(matrix.bits.size());
-    flat.swap(matrix.bits);
-    sort_by_row(matrix, walk, flat);
+    matrix.bits.resize(bits.size());
+    sort_by_row(matrix, walk, bits);
   }
-  if (matrix.kept() != kept)
-    throw InvalidNode("the mask keeps " + count(matrix.kept()) + " weights, but there are " + count(kept) + " values");
   matrix.order = native_order(walk);
   return matrix;
 }

@@ -9,7 +9,7 @@
 
 namespace nmconvert {
 
-// A node that contradicts itself: an error when the session is made.
+// A node that contradicts itself, when the session is made, or inputs that do not fit it, at a run.
 struct InvalidNode : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -28,12 +28,18 @@ struct Packed {
   std::vector<int64_t> shape, permuted, perm, code_shape;
 };
 
+// Sets bits from `at` on. A word is shifted twice, because a shift by all of its 64 bits is undefined.
+inline void set_bits(uint64_t* bits, int64_t at, uint64_t word) {
+  bits[at / 64] |= word << at % 64;
+  bits[at / 64 + 1] |= word >> 1 >> (63 - at % 64);
+}
+
 // Rows of kept entries: a bit for every weight, set where it is kept, row after row. Row r holds entries [starts[r], starts[r + 1]),
 // whose columns rise; these are numbered in the order of the file, and `order[column]` is the place of one in the operator's own.
 struct SparseRows {
   int64_t rows = 0;
   int64_t columns = 0;
-  std::vector<uint64_t> bits;  // [rows · columns], and a word more
+  std::vector<uint64_t> bits;  // bit row · columns + column; a word more, which piece() may read
   std::vector<uint32_t> starts;
   std::vector<uint32_t> source;  // which of the values stands there; empty where entry i is value i
   std::vector<uint32_t> order;
@@ -48,7 +54,7 @@ struct SparseRows {
     return (word[0] >> at % 64 | word[1] << 1 << (63 - at % 64)) & ~uint64_t{0} >> (64 - count);
   }
 
-  // Calls visit(entry, column) for those of a row in [first, end), where `entry` is the first.
+  // Calls visit(entry, column) for what a row keeps in columns [first, end); `entry` is the first of these.
   template <typename Visit>
   void each_entry(int64_t row, int64_t first, int64_t end, uint32_t entry, Visit visit) const {
     for (; first < end; first += 64)
@@ -70,6 +76,9 @@ struct RowScales {
   bool any() const { return of_rows || all != 1; }
   float of(int64_t row) const { return of_rows ? of_rows[row] * all : all; }
 };
+
+// The product of positive dimensions. Throws InvalidNode where one is not, or it is beyond what offsets of 32 bits reach.
+int64_t checked_size(const std::vector<int64_t>& shape, const char* name);
 
 // Decodes `packed`. `is_row[d]` says whether dimension d of the dense shape counts rows (output channels).
 // Throws InvalidNode where the arrays and attributes contradict each other.

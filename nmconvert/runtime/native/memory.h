@@ -12,7 +12,8 @@
 
 namespace nmconvert {
 
-// Grows, never shrinks, starts at a cache line. What it held is lost when it grows.
+// Memory for `size` elements, with slack of 64 bytes or an element on either side; elements of a size that divides 64 start at a
+// cache line. It grows and never shrinks; what it held is lost then.
 template <typename T>
 class Buffer {
  public:
@@ -27,16 +28,16 @@ class Buffer {
   T* data() { return data_ + kSlack; }
   const T* data() const { return data_ + kSlack; }
 
-  // At least `size` elements, and 64 bytes of slack on either side of them; zeros where memory is new.
+  // At least `size` elements; zeros where memory is new.
   T* at_least(int64_t size) {
-    if (size <= size_ && data_) return data();
+    if (0 <= size && size <= size_ && data_) return data();
     T* data = unset(size);
     std::memset(data, 0, size * sizeof(T));
     return data;
   }
-  // The same in new memory, where only the slack is zeros.
+  // New memory, in which only the slack is zeros.
   T* unset(int64_t size) {
-    if (size > kMax) throw std::bad_alloc();
+    if (size < 0 || size > kMax) throw std::bad_alloc();
     std::free(data_);
     data_ = nullptr;
     const size_t bytes = ((size + 2 * kSlack) * sizeof(T) + 63) / 64 * 64;

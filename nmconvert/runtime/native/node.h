@@ -33,7 +33,7 @@ struct OrtError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Attributes and constant inputs, when the session is made.
+// Attributes and constant inputs, when the session is made. An attribute of another type than is asked for throws InvalidNode.
 class Info {
  public:
   Info(const OrtApi* api, const OrtKernelInfo* info) : api_(api), info_(info) {}
@@ -47,6 +47,9 @@ class Info {
   const OrtApi* api() const { return api_; }
 
  private:
+  // Throws where there is such an attribute after all, of another type than `kind`.
+  void check_absent(const char* name, const char* kind) const;
+
   const OrtApi* api_;
   const OrtKernelInfo* info_;
 };

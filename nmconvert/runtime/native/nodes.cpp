@@ -8,6 +8,7 @@ constexpr float kInfinity = __builtin_inff();
 Packed read_packed(const Operator& op, const Info& info) {
   Packed packed{info.constant(1), info.constant(2), info.constant(3), op.scaled ? info.constant(4) : Constant{}, info.integers("shape"),
                 info.integers("permuted"), info.integers("perm"), info.integers("code_shape")};
+  checked_size(packed.shape, "shape");
   if (packed.mask.type != ort::kUint8 || packed.table.type != ort::kUint8) throw InvalidNode("mask and table have to be uint8");
   return packed;
 }

@@ -89,6 +89,8 @@ enum Slot : size_t {
   kReleaseStatus = 93,
   kReleaseTypeInfo = 98,
   kReleaseTensorTypeAndShapeInfo = 99,
+  kReleaseCustomOpDomain = 101,
+  kKernelInfoGetAttributeArrayFloat = 162,
   kKernelInfoGetAttributeArrayInt64 = 163,
   kKernelInfoGetInputTypeInfo = 234,
   kKernelInfoGetConstantInputTensor = 249,

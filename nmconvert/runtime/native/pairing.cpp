@@ -28,8 +28,7 @@ KeptColumns::KeptColumns(const SparseRows& matrix, const std::vector<Layout::Pla
       uint64_t* bits = bits_.data() + (row * chunks_ + span.chunk) * words_;
       for (uint32_t first = span.first, number = span.number; first < span.end; first += 64, number += 64) {
         const uint64_t piece = matrix.piece(row, first, std::min<uint32_t>(64, span.end - first));
-        bits[number / 64] |= piece << number % 64;
-        bits[number / 64 + 1] |= piece >> 1 >> (63 - number % 64);
+        set_bits(bits, number, piece);
         entry += static_cast<uint32_t>(__builtin_popcountll(piece));
       }
     }

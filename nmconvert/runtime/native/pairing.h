@@ -22,10 +22,10 @@ class KeptColumns {
     for (const uint32_t span : of_chunk_[chunk]) matrix_.each_entry(row, spans_[span].first, spans_[span].end, firsts[span], visit);
   }
 
-  // Bit `number` of a row in a chunk says whether it keeps that column there.
+  // A bit for each column of a chunk, set where a row keeps it.
   const uint64_t* bits(int64_t row, int64_t chunk) const { return bits_.data() + (row * chunks_ + chunk) * words_; }
-  static uint32_t at(const uint64_t* bits, uint32_t number) { return bits[number / 64] >> number % 64 & 1; }
-
+  // 1 where that of the column `number` is set, else 0.
+  static uint32_t keeps(const uint64_t* bits, uint32_t number) { return bits[number / 64] >> number % 64 & 1; }
   int64_t most() const { return words_ * 64; }  // columns of a chunk, or more
 
   // Entries that a row keeps in a chunk, and those of them that another keeps, too.

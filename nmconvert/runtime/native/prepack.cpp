@@ -12,7 +12,7 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int64_t kLinesAhead = 3;  // of the values that a row has in the next chunk: the rows between make them far apart
+constexpr int64_t kLinesAhead = 3;  // of the values that a row has in the next chunk
 
 // Calls visit(group, row, count) for every unit of rows, with its first row in the group.
 template <typename Visit>
@@ -80,6 +80,65 @@ uint64_t place_rows(StreamPlan& plan, const KeptColumns& columns, int64_t groups
   return step;
 }
 
+// Writes entries to where a plan that has its blocks wants them.
+class StreamFiller {
+ public:
+  StreamFiller(StreamPlan& plan, const SparseRows& matrix, const float* values, const RowScales& scales,
+               const std::vector<Layout::Place>& places, const KeptColumns& columns, int tile_rows, int64_t steps)
+      : plan_(plan), matrix_(matrix), values_(values), scales_(scales), places_(places), columns_(columns), tile_rows_(tile_rows) {
+    to_values_ = plan.values.unset(steps * stride());
+    to_offsets_ = plan.offsets.unset(steps * stride());
+    for (int64_t i = 0; i < columns.most(); ++i) places_in_block_.push_back(static_cast<uint32_t>(i / kStep * stride() + i % kStep));
+  }
+
+  // The rows of a unit in a chunk, together, so that their blocks stay in the cache.
+  void fill(int64_t group, int64_t unit, int64_t count, int64_t chunk) {
+    const int64_t first_row = group * plan_.rows + unit;
+    const uint8_t* order = plan_.order(group, chunk, unit);
+    const Block* blocks = plan_.start(group, chunk, unit / tile_rows_);
+    const int64_t begin = blocks->first * stride(), end = blocks[ceil_div(count, tile_rows_)].first * stride();
+    std::fill(to_values_ + begin, to_values_ + end, 0.0f);
+    std::fill(to_offsets_ + begin, to_offsets_ + end, uint16_t{0});
+    for (int64_t i = 0; i < count; ++i) {
+      const Block& block = blocks[i / tile_rows_];
+      const int64_t start = block.first * stride() + i % tile_rows_ * kStep;
+      fill_row(chunk, first_row + order[i], first_row + partner(order, i, count), (block.apart - block.first) * kStep, start);
+    }
+  }
+
+ private:
+  int64_t stride() const { return int64_t{tile_rows_} * kStep; }  // from step to step
+
+  // The entries of `row`, from `start` on: first those that it shares with the row `beside`, as many as `shared`.
+  void fill_row(int64_t chunk, int64_t row, int64_t beside, uint32_t shared, int64_t start) {
+    const uint64_t* kept_beside = columns_.bits(beside, chunk);
+    const float scale = scales_.of(row);
+    uint32_t last = 0, together = 0, apart = shared;  // the last entry; how many went where
+    columns_.each_entry(chunk, row, [&](uint32_t entry, uint32_t column) {
+      const Layout::Place& place = places_[column];
+      const uint32_t joins = KeptColumns::keeps(kept_beside, place.number) & static_cast<uint32_t>(together < shared);
+      const int64_t to = start + places_in_block_[joins ? together : apart];
+      together += joins, apart += 1 - joins;
+      to_values_[to] = values_[matrix_.value_index(entry)] * scale;
+      to_offsets_[to] = place.offset;
+      last = entry;
+    });
+    // Those of the next chunk follow; the rows between make them far apart.
+    for (int64_t line = 0; line < kLinesAhead; ++line) __builtin_prefetch(values_ + last + 1 + line * 16);
+  }
+
+  StreamPlan& plan_;
+  const SparseRows& matrix_;
+  const float* values_;
+  const RowScales& scales_;
+  const std::vector<Layout::Place>& places_;
+  const KeptColumns& columns_;
+  const int tile_rows_;
+  float* to_values_;
+  uint16_t* to_offsets_;
+  std::vector<uint32_t> places_in_block_;  // of a row's entries, from its first
+};
+
 }  // namespace
 
 StreamPlan plan_stream(const SparseRows& matrix, const float* values, const RowScales& scales, int64_t groups, int tile_rows,
@@ -90,52 +149,17 @@ StreamPlan plan_stream(const SparseRows& matrix, const float* values, const RowS
   plan.blocks = ceil_div(plan.rows, tile_rows);
   const std::vector<Layout::Place> places = layout.places(matrix.order);
   const KeptColumns columns(matrix, places, plan.chunks);
-  const int64_t steps = place_rows(plan, columns, groups, tile_rows), stride = int64_t{tile_rows} * kStep;
-
-  float* values_to = plan.values.unset(steps * stride);
-  uint16_t* offsets_to = plan.offsets.unset(steps * stride);
-  std::vector<uint32_t> places_to(columns.most());  // of the entries of a row in a block, from its first
-  for (uint32_t i = 0; i < places_to.size(); ++i) places_to[i] = static_cast<uint32_t>(i / kStep * stride + i % kStep);
-
-  // The entries of a row in a chunk, from `start` on: first those that it shares with the row beside it. Returns the last of them.
-  const auto place_row = [&](int64_t chunk, int64_t row, int64_t beside, uint32_t most_shared, int64_t start) {
-    const uint64_t* kept_beside = columns.bits(beside, chunk);
-    const float scale = scales.of(row);
-    uint32_t last = 0, shared = 0, apart = most_shared;
-    columns.each_entry(chunk, row, [&](uint32_t entry, uint32_t column) {
-      const Layout::Place& place = places[column];
-      const uint32_t together = KeptColumns::at(kept_beside, place.number) & static_cast<uint32_t>(shared < most_shared);
-      const int64_t to = start + places_to[together ? shared : apart];
-      shared += together, apart += 1 - together;
-      values_to[to] = values[matrix.value_index(entry)] * scale;
-      offsets_to[to] = place.offset;
-      last = entry;
-    });
-    return last;
-  };
+  const int64_t steps = place_rows(plan, columns, groups, tile_rows);
+  StreamFiller filler(plan, matrix, values, scales, places, columns, tile_rows, steps);
   each_unit(plan, groups, [&](int64_t group, int64_t unit, int64_t count) {
-    const int64_t first_row = group * plan.rows + unit;
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-      const uint8_t* order = plan.order(group, chunk, unit);
-      const Block* block = plan.start(group, chunk, unit / tile_rows);
-      const int64_t begin = block->first * stride, end = block[ceil_div(count, tile_rows)].first * stride;
-      std::fill(values_to + begin, values_to + end, 0.0f);
-      std::fill(offsets_to + begin, offsets_to + end, uint16_t{0});
-      for (int64_t i = 0; i < count; ++i) {
-        const Block& of_row = block[i / tile_rows];
-        const int64_t start = of_row.first * stride + i % tile_rows * kStep;
-        const uint32_t last = place_row(chunk, first_row + order[i], first_row + partner(order, i, count),
-                                        (of_row.apart - of_row.first) * kStep, start);
-        for (int64_t line = 0; line < kLinesAhead; ++line) __builtin_prefetch(values + last + 1 + line * 16);
-      }
-    }
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) filler.fill(group, unit, count, chunk);
   });
   return plan;
 }
 
 namespace {
 
-// The most entries that any row keeps in a column block of `size`.
+// The most entries that any row keeps in a column block of `size`, at most 64.
 int64_t most_in_block(const SparseRows& matrix, int64_t size) {
   int most = 1;
   for (int64_t row = 0; row < matrix.rows; ++row)
@@ -191,21 +215,24 @@ RowPlan plan_rows(const SparseRows& matrix, const Constant& values, const RowSca
       visit(block, block / plan.blocks * rows + within, std::min<int64_t>(width, rows - within));
     }
   };
+  // What a row keeps in a column block, from place `next` of its lane on; returns the entry after it.
+  const auto place_block = [&](auto* out, auto value, int64_t row, int64_t lane, int64_t column, int64_t next, uint32_t entry) {
+    uint32_t word = 0;  // positions of up to eight entries
+    for (uint64_t left = matrix.piece(row, column, std::min(size, matrix.columns - column)); left; left &= left - 1, ++entry) {
+      out[next * width + lane] = value(row, matrix.value_index(entry));
+      word |= static_cast<uint32_t>(__builtin_ctzll(left)) << (4 * (next % 8));
+      if (++next % 8 == 0) positions[(next / 8 - 1) * width + lane] |= word, word = 0;
+    }
+    if (word) positions[next / 8 * width + lane] |= word;
+    return entry;
+  };
   const auto place_all = [&](auto* out, auto value) {
+    std::vector<uint32_t> next_entries(width);
     each_block([&](int64_t block, int64_t first, int64_t count) {
-      std::vector<uint32_t> entries_of(matrix.starts.begin() + first, matrix.starts.begin() + first + count);  // that come next
+      std::copy_n(matrix.starts.begin() + first, count, next_entries.begin());
       for (int64_t column = 0, start = block * plan.words * 8; column < matrix.columns; column += size, start += entries)
-        for (int64_t lane = 0; lane < count; ++lane) {
-          int64_t next = start;
-          uint32_t word = 0, entry = entries_of[lane];  // positions of up to eight entries; the entry that comes next
-          for (uint64_t left = matrix.piece(first + lane, column, std::min(size, matrix.columns - column)); left; left &= left - 1, ++entry) {
-            out[next * width + lane] = value(first + lane, matrix.value_index(entry));
-            word |= static_cast<uint32_t>(__builtin_ctzll(left)) << (4 * (next % 8));
-            if (++next % 8 == 0) positions[(next / 8 - 1) * width + lane] |= word, word = 0;
-          }
-          if (word) positions[next / 8 * width + lane] |= word;
-          entries_of[lane] = entry;
-        }
+        for (int64_t lane = 0; lane < count; ++lane)
+          next_entries[lane] = place_block(out, value, first + lane, lane, column, start, next_entries[lane]);
     });
   };
   if (plan.storage == Storage::kFloats) {

@@ -11,8 +11,9 @@
 
 namespace nmconvert {
 
-// For Isa::stream. Rows come in blocks of the tile's rows, columns in chunks whose panel stays in the L1 cache. In each chunk the
-// rows of a unit have an order of their own.
+// For Tile::stream. Rows come in blocks of the tile's rows, columns in chunks whose panel stays in the L1 cache. In each chunk the
+// rows of a unit have an order of their own. Steps are filled up by entries of zero times the chunk's first column: where an input there
+// is infinite or NaN, rows that do not keep that column become NaN, as they do when the dense weight has a zero there.
 struct StreamPlan {
   int64_t rows = 0;    // of one group
   int64_t chunks = 0;

@@ -47,7 +47,9 @@ class ProductNode final : public Call<Math> {
     const Constant input = context.input(0);
     const Real* x = reals<Real>(input, buffers.x);
     std::vector<int64_t> shape = input.shape;
-    if (attributes_.transposes_x && shape.size() == 2) x = transposed(x, shape, buffers.y);
+    if (op_.base == Base::kGemm && shape.size() != 2)
+      throw InvalidNode("the input is " + describe(shape) + ", a Gemm takes two dimensions");
+    if (attributes_.transposes_x) x = transposed(x, shape, buffers.turned);
     if (shape.empty() || shape.back() != k_)
       throw InvalidNode("the input is " + describe(shape) + ", the weight takes " + std::to_string(k_) + " in its last dimension");
     const bool vector = shape.size() == 1;
@@ -59,9 +61,9 @@ class ProductNode final : public Call<Math> {
     const std::vector<int64_t> batch(out.begin(), out.end() - 1);
     out.push_back(n_);
     TokensOf<Real> job{x, tokens, nullptr, nullptr, nullptr};
-    add_inputs(context, out, job, buffers);
     std::vector<int64_t> named = out;
     if (vector) named.erase(named.end() - 2);
+    add_inputs(context, out, named, job, buffers);
     Output<Real> output(context, named, this->compute_, buffers.y);
     job.y = output.reals();
     this->team_.run(context.parallel(this->team_), product(shape, 0, shape.size()), [&](const Parallel& parallel) {
@@ -137,12 +139,14 @@ class ProductNode final : public Call<Math> {
   }
 
   // Bias and residual: what is one value for each column is a bias, anything else is spread out to the output's shape.
-  void add_inputs(const Context& context, const std::vector<int64_t>& out, TokensOf<Real>& job, Buffers<Real>& buffers) const {
+  // `named` is the output's shape as the graph has it: without the dimension that a vector was given.
+  void add_inputs(const Context& context, const std::vector<int64_t>& out, const std::vector<int64_t>& named, TokensOf<Real>& job,
+                  Buffers<Real>& buffers) const {
     if (op_.base != Base::kMatMul) {
       const Constant input = context.input(op_.bias());
       if (const Real* b = reals<Real>(input, buffers.bias)) add_bias(b, input.shape, out, job, buffers);
     }
-    const Real* residual = this->residual(context, out, buffers);
+    const Real* residual = this->residual(context, named, buffers);
     if (!residual) return;
     if (job.residual) {  // the bias was spread out, too
       const int64_t size = product(out, 0, out.size());
@@ -165,10 +169,16 @@ class ProductNode final : public Call<Math> {
     for (size_t d = 0; d < rank; ++d)
       if (shape[d] != 1 && shape[d] != out[out.size() - rank + d])
         throw InvalidNode("a bias of shape " + describe(shape) + " does not fit an output of " + describe(out));
+    const Real beta = static_cast<Real>(attributes_.beta);
+    if (size == 1 || (size == n_ && shape.back() == n_)) {
+      Real* to = buffers.ready_bias.at_least(n_);
+      for (int64_t i = 0; i < n_; ++i) to[i] = beta * b[size == 1 ? 0 : i];
+      job.bias = to;
+      return;
+    }
     const int64_t total = product(out, 0, out.size());
-    const bool by_column = size == 1 || (size == n_ && shape.back() == n_);
-    Real* to = (by_column ? buffers.ready_bias : buffers.ready_residual).at_least(std::max<int64_t>(1, by_column ? n_ : total));
-    for (int64_t i = 0; i < (by_column ? n_ : total); ++i) {
+    Real* to = buffers.ready_residual.at_least(std::max<int64_t>(1, total));
+    for (int64_t i = 0; i < total; ++i) {
       int64_t rest = i, at = 0, step = 1;
       for (size_t d = rank; d-- > 0;) {
         const int64_t extent = out[out.size() - rank + d];
@@ -176,9 +186,9 @@ class ProductNode final : public Call<Math> {
         step *= shape[d];
         rest /= extent;
       }
-      to[i] = static_cast<Real>(attributes_.beta) * b[at];
+      to[i] = beta * b[at];
     }
-    (by_column ? job.bias : job.residual) = to;
+    job.residual = to;
   }
 
   ProductAttributes attributes_;

@@ -5,7 +5,9 @@
 namespace nmconvert {
 namespace {
 
-constexpr int64_t kCopiedByTask = 1 << 16;  // floats
+constexpr int64_t kCopiedByTask = 1 << 16;    // floats
+constexpr double kAlwaysCopied = 1 << 24;     // floats
+constexpr double kMostCopies = 16;            // of what a convolution reads and computes
 
 bool has_pads(const ConvAttributes& attributes) {
   for (int d = 0; d < 3; ++d)
@@ -27,17 +29,27 @@ void pad_channel(const Isa* isa, const ConvAttributes& a, const Triple& in, cons
 }
 
 // The same with a stride: of each row those pixels together that have the same remainder.
-void sort_channel(const Isa* isa, const ConvAttributes& a, const Triple& in, const float* from, int64_t phase, int64_t slice, float* to) {
+void sort_channel(const Isa* isa, const ConvAttributes& a, const Triple& in, const float* from, int64_t phase, int64_t row, int64_t slice,
+                  float* to) {
   const int64_t stride = a.strides[2];
   std::fill_n(to, slice * (in[0] + a.before[0] + a.after[0]), 0.0f);
   for (int64_t z = 0; z < in[0]; ++z)
     for (int64_t y = 0; y < in[1]; ++y, from += in[2]) {
-      float* row = to + (z + a.before[0]) * slice + (y + a.before[1]) * phase * stride;
+      float* first = to + (z + a.before[0]) * slice + (y + a.before[1]) * row;
       for (int64_t x = 0; x < std::min(stride, in[2]); ++x) {
         const int64_t at = x + a.before[2];
-        isa->every(from + x, stride, (in[2] - x + stride - 1) / stride, row + at % stride * phase + at / stride);
+        isa->every(from + x, stride, (in[2] - x + stride - 1) / stride, first + at % stride * phase + at / stride);
       }
     }
+}
+
+// Pads and strides of a few bytes could ask for any memory: a copy may be as large as what is read and computed makes likely.
+void check_copy(const ConvAttributes& a, const Image& image, double channel) {
+  const double planes = static_cast<double>(a.groups * a.inputs * image.batch), copied = channel * planes;
+  const double read = static_cast<double>(volume(image.in)) * planes;
+  const double computed = static_cast<double>(volume(image.out)) * static_cast<double>(volume(a.kernel)) * planes;
+  if (copied > kAlwaysCopied + kMostCopies * (read + computed))
+    throw InvalidNode("the input with its pads would have " + std::to_string(copied) + " numbers, without them " + std::to_string(read));
 }
 
 }  // namespace
@@ -51,9 +63,9 @@ Source make_source(const Isa* isa, const ConvAttributes& attributes, const Image
   }
   Triple extent;
   for (int d = 0; d < 3; ++d) extent[d] = in[d] + attributes.before[d] + attributes.after[d];
-  const int64_t phase = ceil_div(extent[2], stride), row = phase * stride, slice = row * extent[1], channel = slice * extent[0];
-  if (static_cast<double>(channel) * static_cast<double>(channels * image.batch) > 1e11) throw std::bad_alloc();
-  const int64_t size = channel * channels * image.batch + slack;
+  const int64_t phase = ceil_div(extent[2], stride), row = phase * std::min(stride, extent[2]);
+  check_copy(attributes, image, static_cast<double>(row) * static_cast<double>(extent[1]) * static_cast<double>(extent[0]));
+  const int64_t slice = row * extent[1], channel = slice * extent[0], size = channel * channels * image.batch + slack;
   float* copy = Scratch::mine().shared_input.at_least(size);
   std::fill_n(copy + size - slack, slack, 0.0f);
   const int64_t planes = channels * image.batch, per_task = std::max<int64_t>(1, kCopiedByTask / channel);
@@ -61,7 +73,7 @@ Source make_source(const Isa* isa, const ConvAttributes& attributes, const Image
     for (int64_t plane = task * per_task; plane < std::min(planes, (task + 1) * per_task); ++plane) {
       const float* from = image.x + plane * volume(in);
       float* to = copy + plane * channel;
-      stride == 1 ? pad_channel(isa, attributes, in, from, row, slice, to) : sort_channel(isa, attributes, in, from, phase, slice, to);
+      stride == 1 ? pad_channel(isa, attributes, in, from, row, slice, to) : sort_channel(isa, attributes, in, from, phase, row, slice, to);
     }
   });
   return {copy, size, channel * channels, channel, slice, row, phase};

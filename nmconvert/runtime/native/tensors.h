@@ -45,7 +45,7 @@ class Output {
 
 template <typename Real>
 struct Buffers {
-  Buffer<Real> x, bias, residual, y, ready_bias, ready_residual;
+  Buffer<Real> x, turned, bias, residual, y, ready_bias, ready_residual;
   static Buffers& mine() {
     thread_local Buffers buffers;
     return buffers;

@@ -9,13 +9,13 @@ namespace nmconvert {
 
 constexpr size_t kMostSizes = 256;  // that choices are kept for
 
-Weights::Weights(const Packed& packed, const std::vector<bool>& is_row, int64_t groups, Hint hint, float scale)
+Weights::Weights(const Isa* isa, const Packed& packed, const std::vector<bool>& is_row, int64_t groups, Hint hint, float scale)
     : is_row_(is_row), groups_(groups), hint_(hint), scale_(scale), decoded_(new SparseRows(decode(packed, is_row))) {
   if (decoded_->rows % groups) throw InvalidNode("the output channels do not divide into the groups");
   rows_ = decoded_->rows / groups;
   columns_ = decoded_->columns;
   density_ = static_cast<double>(decoded_->kept()) / (static_cast<double>(decoded_->rows) * columns_);
-  digits_ = weight_digits(packed.values, columns_);
+  digits_ = isa->amx ? weight_digits(packed.values, columns_) : 0;
   order_ = decoded_->order;
 }
 

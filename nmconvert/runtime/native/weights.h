@@ -41,7 +41,7 @@ using Size = std::array<int64_t, 5>;
 class Weights {
  public:
   // Decodes `packed`, whose row dimensions are `is_row`, and checks it. Throws InvalidNode.
-  Weights(const Packed& packed, const std::vector<bool>& is_row, int64_t groups, Hint hint, float scale);
+  Weights(const Isa* isa, const Packed& packed, const std::vector<bool>& is_row, int64_t groups, Hint hint, float scale);
 
   // The tile for inputs of a size, which `choose()` finds where the size is new, and its plan, made from `packed`.
   template <typename Choose>
