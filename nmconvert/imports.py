@@ -96,6 +96,14 @@ class ImportPath:
         return module
 
 
+def file_of(spec: str) -> Path:
+    """The file that ``spec`` names, or that holds the program that it names, in the current folder."""
+    named = ImportPath.parse(spec, spec, NmconvertError)
+    if named is None:
+        return Path(spec)
+    return Path(named.where) if named.where.endswith(".py") else Path(*named.where.split(".")).with_suffix(".py")
+
+
 def brief(error: BaseException) -> str:
     """An error as a part of one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

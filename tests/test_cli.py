@@ -171,7 +171,7 @@ ERRORS: list[tuple[str, int, str]] = [
     ),
     ("prune net.pt --nm 2:4 --layer body=3", 2, "'3' is not an N:M pattern"),
     ("prune net.pt --nm 2:4 --exclude *", 2, "net.pt: nothing to prune among its"),
-    ("prune net.pt --nm 2:4 -o net.pt", 2, "net.pt: is the input itself; give another name with --output"),
+    ("prune net.pt --nm 2:4 -o net.pt", 2, "net.pt: is read by this run; give another name with --output"),
     (
         "prune net.pt --nm 2:4 -o a.onnx",
         2,
@@ -307,6 +307,42 @@ def test_a_page_beside_what_is_printed(nm: Any, folder: Path) -> None:
     text = (folder / "prune page.html").read_text("utf-8")
     assert "<h1><code>nmconvert prune a.onnx --nm 2:4 --json --html &#x27;prune page.html&#x27;</code></h1>" in text
     assert all(tensor["name"] in text for tensor in printed.json["tensors"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("inspect net.pt --html net.pt", "net.pt: is read by this run; give another name with --html"),
+        ("inspect net.pt --html link.html", "link.html: is read by this run; give another name with --html"),
+        ("verify a.onnx --against net.pt --html net.pt", "net.pt: is read by this run; give another name with --html"),
+        ("sensitivity a.onnx --calib d --plot d", "d: is read by this run; give another name with --plot"),
+        ("bench a.onnx --tuned a.onnx", "a.onnx: is read by this run; give another name with --tuned"),
+        ("bench a.onnx --tuned b --html b", "b: is written by this run already; give another name with --tuned"),
+        ("prune net.pt --nm 2:4 --calib d --model net.py:net -o d", "d: is read by this run; give another name with --output"),
+        ("prune net.pt --nm 2:4 --model net.py:net -o net.py", "net.py: is read by this run; give another name with --output"),
+        ("prune net.pt --nm 2:4 --model net:net -o net.py", "net.py: is read by this run; give another name with --output"),
+        ("prune net.pt --nm 2:4 --html net.nm2-4.pt", "net.nm2-4.pt: will be a page, and is called a PyTorch file"),
+        ("prune net.pt --nm 2:4 -o b.pt --html b.pt", "b.pt: is written by this run already; give another name with --html"),
+        ("prune net.pt --nm 2:4 -o b.npz", "b.npz: net.pt is a PyTorch file, and its copy will be one, not a file of arrays"),
+        ("finetune net.pt --data d -o d", "d: is read by this run; give another name with --output"),
+        ("export a.onnx --flavour dense -o net.pt", "net.pt: will be an ONNX file, and is called a PyTorch file"),
+        ("prune net.pt --nm 2:4 -o pipe", "pipe: is a device or a pipe, which no file can replace"),
+        ("prune net.pt --nm 2:4 --html .", "Invalid value for '--html': File '.' is a directory"),
+        ("prune net.pt --nm 2:4 -o .", ".: holds net.pt, which is read by this run; give another name with --output"),
+    ],
+)
+def test_what_is_read_is_not_written(nm: Any, folder: Path, arguments: str, said: str) -> None:
+    (folder / "d").write_bytes(b"data")
+    (folder / "net.py").write_text("net = None")
+    (folder / "link.html").symlink_to("net.pt")
+    before = {path.name: sha256(path) for path in folder.iterdir()}
+    os.mkfifo(folder / "pipe")
+    run = nm(*arguments.split())
+    assert (run.status, run.out, run.err.count("\n")) == (2, "", 1), run.err
+    assert said in run.err
+    assert (folder / "pipe").is_fifo()
+    (folder / "pipe").unlink()
+    assert {path.name: sha256(path) for path in folder.iterdir()} == before
 
 
 def test_a_page_that_has_no_folder(nm: Any, folder: Path) -> None:

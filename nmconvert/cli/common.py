@@ -25,6 +25,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 TASKS = ("classification", "detection", "segmentation", "translation", "language_model")
 """The keys of `nmconvert.tasks.TASKS`, without the import of torch that they cost."""
 
+_READ = ("checkpoint", "file", "teacher", "against", "calib", "data", "model")
+"""Parameters of commands that name a file or a folder that is read; settings of a task and arguments of a model can, too."""
+
+_MADE = {"html": "a page", "plot": "a picture", "tuned": "an ONNX file"}
+"""Options that name a file that is written, and what it is. An ``output`` is of the kind of what it is made from."""
+
 
 @dataclass(frozen=True)
 class Printer:
@@ -72,8 +78,7 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def command(*, as_json: bool, quiet: bool, html: Path | None, **said: Any) -> None:
-        if html is not None and not html.absolute().parent.is_dir():
-            raise UsageError(f"--html {html}: the folder {html.absolute().parent} does not exist: make it first")
+        _check_files({**said, "html": html})
         function(printer=Printer(as_json, quiet, html), **said)
 
     for option in (
@@ -84,6 +89,21 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return command
+
+
+def _check_files(said: Mapping[str, Any]) -> None:
+    """Hold the files that the options of any command have it write against those that they have it read, before any work."""
+    from nmconvert.checkpoint import check_apart, check_target
+    from nmconvert.imports import file_of
+
+    settings = {**said.get("settings", {}), **said.get("model_arguments", {})}
+    check_apart(
+        [(said[option], f"--{option}") for option in ("output", *_MADE) if said.get(option) is not None],
+        [*(file_of(str(said[name])) for name in _READ if said.get(name) is not None), *map(Path, settings.values())],
+    )
+    for option, made in _MADE.items():
+        if said.get(option) is not None:
+            check_target(said[option], f"--{option}", made=made)
 
 
 def model_options(function: F) -> F:

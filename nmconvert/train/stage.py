@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from nmconvert import dist
-from nmconvert.checkpoint import Checkpoint, beside, check_copy, is_onnx, open_checkpoint
+from nmconvert.checkpoint import Checkpoint, beside, check_apart, check_copy, is_onnx, open_checkpoint
 from nmconvert.detect import as_array, digest
 from nmconvert.errors import UsageError
+from nmconvert.imports import file_of
 from nmconvert.inputs import InputSpec
 from nmconvert.manifest import Manifest
 from nmconvert.model import load, matched_names
@@ -55,16 +56,24 @@ class Files:
 
     @classmethod
     def of(cls, source: Path, output: Path | None) -> Files:
-        """Those of a run on ``source``."""
+        """Those of a run on ``source``.
+
+        Raises:
+            UsageError: the output would replace it, is called what it is not, or has no folder.
+        """
         output = output or default_output(source)
+        check_copy(source, output)
         stem = output.name if source.is_dir() else output.stem
         return cls(output, output.with_name(f"{stem}.jsonl"), output.with_name(f"{output.name}.state"))
 
-    def check(self, source: Path, dense: Path | None) -> None:
-        """Raise where the output would replace one of the two that are read, is called what it is not, or has no folder."""
-        if any(path is not None and self.output.resolve() == path.resolve() for path in (source, dense)):
-            raise UsageError(f"{self.output}: is read by this run; give another name with --output")
-        check_copy(source, self.output)
+    def check(self, read: Iterable[Path]) -> None:
+        """Raise where one of them would replace what is ``read``."""
+        check_apart([(path, "--output") for path in (self.output, self.log, self.curves)], read)
+
+    @property
+    def curves(self) -> Path:
+        """The SVG file with the curves of the run."""
+        return self.log.with_suffix(".svg")
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ def finetune(
 
     Raises:
         UsageError: ``source`` was not pruned by nmconvert, model or data are neither given nor in the manifest, or ``output``
-            is the source, the teacher, or in no folder.
+            is a file that is read, or in no folder.
         NmconvertError: see `nmconvert.train.loop.train`.
     """
     checkpoint = open_checkpoint(source, trust=trust)
@@ -134,7 +143,7 @@ def finetune(
     does, files = said.build_task(), Files.of(source, output)
     settings = settings.for_task(does.name)
     dense = None if learn_alone else teacher or _dense_source(manifest)
-    files.check(source, dense)
+    files.check([file_of(said.data), file_of(said.model), *([] if dense is None else [dense])])
     place = dist.device(device)
     with dist.processes(place):
         network, master = _networks(said, source, dense, from_dense=from_dense, trust=trust)
