@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from nmconvert.tensor import dtype_name
 from nmconvert.train.log import row_json
 from nmconvert.train.loop import Training, train
 from nmconvert.train.settings import Settings
+from nmconvert.train.state import latest
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ class Said:
 
 @dataclass(frozen=True)
 class Files:
-    """Where a run writes: the checkpoint, beside it the log, and while it lasts the folder of states."""
+    """Where a run writes: the checkpoint, beside it the log, and while it lasts the folder of states.
+
+    The log grows in that folder: a run that fails leaves the checkpoint and the log of the one before as they were.
+    """
 
     output: Path
     log: Path
@@ -74,6 +79,25 @@ class Files:
     def curves(self) -> Path:
         """The SVG file with the curves of the run."""
         return self.log.with_suffix(".svg")
+
+    @property
+    def growing_log(self) -> Path:
+        """The log while the run lasts."""
+        return self.states / "log.jsonl"
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Where the block fails, the states are kept if the run can go on from one; where it ends, the log gets its place."""
+        try:
+            yield
+        except BaseException:
+            if dist.rank() == 0 and latest(self.states) is None:
+                shutil.rmtree(self.states, ignore_errors=True)
+            raise
+        if dist.rank() == 0:
+            for growing in self.states.glob("log.*"):  # and its curves
+                growing.replace(self.log.with_suffix(growing.suffix))
+            shutil.rmtree(self.states)
 
 
 @dataclass(frozen=True)
@@ -146,18 +170,18 @@ def finetune(
     files.check([file_of(said.data), file_of(said.model), *([] if dense is None else [dense])])
     place = dist.device(device)
     with dist.processes(place):
-        network, master = _networks(said, source, dense, from_dense=from_dense, trust=trust)
-        validation = does.dataset(said.data, split="val", augment=False)
-        training = train(
-            network, plan_of(manifest, checkpoint, network), does,
-            does.dataset(said.data, split="train", augment=settings.augment), validation,
-            settings, teacher=master, folder=files.states, log=files.log, resume=resume, device=place, display=display,
-        )  # fmt: skip
-        if dist.rank() == 0:
-            told = {"teacher": None if dense is None else str(dense), "settings": asdict(settings)}
-            shape = manifest.settings.get("input") or _input_shape(does, validation)
-            _write(checkpoint, files.output, training, manifest.with_settings(**asdict(said), input=shape), told)
-            shutil.rmtree(files.states)
+        with files.used():
+            network, master = _networks(said, source, dense, from_dense=from_dense, trust=trust)
+            validation = does.dataset(said.data, split="val", augment=False)
+            training = train(
+                network, plan_of(manifest, checkpoint, network), does,
+                does.dataset(said.data, split="train", augment=settings.augment), validation, settings, teacher=master,
+                folder=files.states, log=files.growing_log, resume=resume, device=place, display=display,
+            )  # fmt: skip
+            if dist.rank() == 0:
+                told = {"teacher": None if dense is None else str(dense), "settings": asdict(settings)}
+                shape = manifest.settings.get("input") or _input_shape(does, validation)
+                _write(checkpoint, files.output, training, manifest.with_settings(**asdict(said), input=shape), told)
         dist.barrier()
     return FinetuneResult(source, files.output, files.log, dense, does.metric, training)
 
