@@ -309,6 +309,27 @@ def test_a_page_beside_what_is_printed(nm: Any, folder: Path) -> None:
     assert all(tensor["name"] in text for tensor in printed.json["tensors"])
 
 
+def test_names_are_shown_as_they_are_and_no_terminal_obeys_them(nm: Any, folder: Path) -> None:
+    names = ("a[red].weight", "[/].weight", ":smile:.weight", "b\x1b]0;pwn\x07\x9b.weight")
+    torch.save({name: random_weight((16, 16), 0) for name in names}, folder / "m.pt")
+    for command in ("prune m.pt --nm 2:4", "inspect m.pt", "verify m.nm2-4.pt"):
+        run = nm(*command.split())
+        assert run.status == 0, run.err
+        assert all(name in run.out for name in names[:3])
+        assert "b␛]0;pwn" in run.out
+        assert not {"\x1b", "\x07", "\x9b"} & set(run.out)
+    refused = nm("inspect", "m.pt", "--require", "1:4")
+    assert "\x1b" not in refused.err
+
+
+def test_a_terminal_that_lacks_a_sign_shows_another(folder: Path) -> None:
+    command = [sys.executable, "-m", "nmconvert", "prune", "net.pt", "--nm", "2:4"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "?3?3" in run.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

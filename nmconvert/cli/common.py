@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -18,7 +18,8 @@ from nmconvert.errors import UsageError
 from nmconvert.pattern import Pattern
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,6 +31,13 @@ _READ = ("checkpoint", "file", "teacher", "against", "calib", "data", "model")
 
 _MADE = {"html": "a page", "plot": "a picture", "tuned": "an ONNX file"}
 """Options that name a file that is written, and what it is. An ``output`` is of the kind of what it is made from."""
+
+_VISIBLE = {
+    **{code: 0x2400 + code for code in range(0x20) if code != 0x0A},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
+"""The signs that Unicode has for control characters; for those of ISO 8859 it has none."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +75,29 @@ def command_line() -> str:
 def _print(shown: RenderableType) -> None:
     from rich.console import Console
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)  # a pipe has no width; 80 columns would fold the names
-    console.print(shown)
+    def console(width: int | None = None) -> Console:
+        return Console(width=width, markup=False, emoji=False)  # names of tensors are what they are
+
+    wide = console() if console().is_terminal else console(140)  # a pipe has no width; 80 columns would fold the names
+    wide.print(_Printable(shown))
+
+
+@dataclass(frozen=True)
+class _Printable:
+    """What it holds, with `printable` text: names come from files, and a terminal obeys what it is sent."""
+
+    shown: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        from rich.segment import Segment
+
+        for text, style, control in console.render(self.shown, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
+def printable(text: str) -> str:
+    """``text`` with a visible sign for each control character that is no end of a line."""
+    return text.translate(_VISIBLE)
 
 
 def output_options(function: Callable[..., None]) -> Callable[..., None]:
