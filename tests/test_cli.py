@@ -180,7 +180,9 @@ ERRORS: list[tuple[str, int, str]] = [
     ("prune net.pt --nm 2:4 -o a.safetensors", 2, "its copy will be one, not a safetensors file; give a name with the same"),
     ("prune net.pt --nm 2:4 -o no/net.pt", 2, "no: there is no such folder for --output; make it first"),
     ("prune net.pt --nm 2:4 --model nothing", 2, "--model 'nothing' does not say what builds the model; give it as"),
-    ("prune net.pt --nm 2:4 --model no_such:Net", 1, "there is no module 'no_such'"),
+    ("prune net.pt --nm 2:4 --model no_such:Net", 2, "there is no module 'no_such'"),
+    ("prune net.pt --nm 2:4 --model no_such.py:Net", 2, "there is no file no_such.py"),
+    ("prune net.pt --nm 2:4 --model json:Net", 2, "there is no 'Net' in json"),
     (
         "prune text.txt --nm 2:4",
         1,
@@ -364,6 +366,13 @@ def test_what_is_read_is_not_written(nm: Any, folder: Path, arguments: str, said
     assert (folder / "pipe").is_fifo()
     (folder / "pipe").unlink()
     assert {path.name: sha256(path) for path in folder.iterdir()} == before
+
+
+def test_a_pipe_is_no_checkpoint(nm: Any, folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    run = nm("inspect", "pipe")
+    assert (run.status, run.err.count("\n")) == (1, 1)
+    assert "pipe: is a pipe or a device, and checkpoints are read in places; write it into a file first" in run.err
 
 
 def test_a_page_that_has_no_folder(nm: Any, folder: Path) -> None:

@@ -86,6 +86,8 @@ def has_manifest(path: Path) -> bool:
 
 
 def _head(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: is a pipe or a device, and checkpoints are read in places; write it into a file first")
     try:
         with path.open("rb") as file:
             return file.read(64)
