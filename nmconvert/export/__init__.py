@@ -107,8 +107,8 @@ def export(
     checkpoint = open_checkpoint(source, trust=trust)
     manifest = Manifest.of(checkpoint) or Manifest()
     output = output or default_output(source, flavour)
-    check_apart([(output, "--output")], [source])
     check_target(output, made="an ONNX file")
+    check_apart([(output, "--output")], [source])
     if isinstance(checkpoint, OnnxCheckpoint):
         loaded = _from_onnx(source, manifest, inputs)
     elif checkpoint.format == "exported program":
