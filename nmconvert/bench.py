@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 
 from nmconvert import runtime
-from nmconvert.checkpoint import check_target, is_onnx
+from nmconvert.checkpoint import check_apart, check_target, is_onnx
 from nmconvert.checkpoint.onnx_file import save_model
 from nmconvert.errors import UsageError
 from nmconvert.export import export
@@ -114,7 +114,7 @@ def bench(
 
     Raises:
         UsageError: the model has no compressed layer, or cannot take the batch size; ``against`` takes other inputs; ``tuned``
-            is the model itself or in no folder.
+            is a file that is read, or in no folder.
         KernelsUnavailableError: there are no kernels to measure.
     """
     path = runtime.library()
@@ -122,9 +122,8 @@ def bench(
     if not calls(proto):
         raise UsageError(f"{model}: has no compressed layer to measure; write one with nmconvert export --flavour compressed")
     if tuned is not None:
-        if tuned.resolve() == model.resolve():
-            raise UsageError(f"{tuned}: is the model itself; give another name with --tuned")
-        check_target(tuned, "--tuned")
+        check_apart([(tuned, "--tuned")], [model] if against is None else [model, against])
+        check_target(tuned, "--tuned", made="an ONNX file")
     rows = []
     with _dense(model, proto, against, module, module_arguments, trust, inputs) as other:
         for batch in batches:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nmconvert.errors import NmconvertError
+from nmconvert.errors import NmconvertError, UsageError
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class ImportPath:
         """What is named.
 
         Raises:
-            NmconvertError: of class ``error``, where it is not there or importing it fails.
+            UsageError: it is not there.
+            NmconvertError: of class ``error``, where importing it fails.
         """
         with self.running("importing it"):
             value: Any = self._module()
@@ -67,7 +68,7 @@ class ImportPath:
             if not hasattr(value, part):
                 close = get_close_matches(part, dir(value), 1)
                 hint = f"did you mean '{close[0]}'?" if close else "see what it defines"
-                raise self.error(f"{self.said}: there is no '{part}' in {place}; {hint}")
+                raise UsageError(f"{self.said}: there is no '{part}' in {place}; {hint}")
             value, place = getattr(value, part), part
         return value
 
@@ -78,14 +79,14 @@ class ImportPath:
             missing = error.name or ""
             if self.where == missing or self.where.startswith(f"{missing}."):
                 remedy = "install it, run from the folder that holds it, or give path/to/file.py:callable"
-                raise self.error(f"{self.said}: there is no module '{missing}'; {remedy}") from error
+                raise UsageError(f"{self.said}: there is no module '{missing}'; {remedy}") from error
             remedy = f"which is not installed: pip install {missing}"
             raise self.error(f"{self.said}: it imports '{missing}', {remedy}") from error
 
     def _file(self) -> ModuleType:
         path = Path(self.where)
         if not path.is_file():
-            raise self.error(f"{self.said}: there is no file {path}")
+            raise UsageError(f"{self.said}: there is no file {path}")
         name = f"nmconvert_file_{path.stem}"
         specification = importlib.util.spec_from_file_location(name, path)
         assert specification is not None
@@ -94,6 +95,14 @@ class ImportPath:
         sys.modules[name] = module  # dataclasses and pickle look their module up there
         specification.loader.exec_module(module)
         return module
+
+
+def file_of(spec: str) -> Path:
+    """The file that ``spec`` names, or that holds the program that it names, in the current folder."""
+    named = ImportPath.parse(spec, spec, NmconvertError)
+    if named is None:
+        return Path(spec)
+    return Path(named.where) if named.where.endswith(".py") else Path(*named.where.split(".")).with_suffix(".py")
 
 
 def brief(error: BaseException) -> str:

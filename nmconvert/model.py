@@ -81,7 +81,7 @@ def build(spec: str, arguments: Mapping[str, str] | None = None, *, trust: bool 
         trust: allow files that execute code when they are loaded.
 
     Raises:
-        UsageError: ``spec`` has none of these forms, or the arguments do not fit.
+        UsageError: ``spec`` has none of these forms or names what is not there, or the arguments do not fit.
         ModelError: the module cannot be imported or built.
         UntrustedFileError: the file is a program, and ``trust`` is False.
     """

@@ -51,6 +51,15 @@ def test_file_is_replaced(tmp_path: Path) -> None:
     assert target.read_bytes() == b"new"
 
 
+def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a")
+    (tmp_path / "b").symlink_to("a")
+    for name in names(tmp_path):
+        with pytest.raises(CheckpointError, match="is a device or a pipe"), atomic_file(tmp_path / name):
+            pass
+    assert (tmp_path / "a").is_fifo()
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_an_error_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     target = tmp_path / "a"

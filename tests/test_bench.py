@@ -145,7 +145,7 @@ def test_a_tuned_file_needs_the_library_alone(
 
 def test_a_tuned_file_does_not_replace_the_model_and_has_a_folder(cache: Path, tmp_path: Path) -> None:
     path = file(two_layers(), tmp_path)
-    with pytest.raises(UsageError, match="is the model itself; give another name with --tuned"):
+    with pytest.raises(UsageError, match="is read by this run; give another name with --tuned"):
         bench(path, tuned=path)
     with pytest.raises(UsageError, match="missing: there is no such folder for --tuned; make it first"):
         bench(path, tuned=tmp_path / "missing" / "tuned.onnx")

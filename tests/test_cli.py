@@ -171,7 +171,7 @@ ERRORS: list[tuple[str, int, str]] = [
     ),
     ("prune net.pt --nm 2:4 --layer body=3", 2, "'3' is not an N:M pattern"),
     ("prune net.pt --nm 2:4 --exclude *", 2, "net.pt: nothing to prune among its"),
-    ("prune net.pt --nm 2:4 -o net.pt", 2, "net.pt: is the input itself; give another name with --output"),
+    ("prune net.pt --nm 2:4 -o net.pt", 2, "net.pt: is read by this run; give another name with --output"),
     (
         "prune net.pt --nm 2:4 -o a.onnx",
         2,
@@ -180,7 +180,9 @@ ERRORS: list[tuple[str, int, str]] = [
     ("prune net.pt --nm 2:4 -o a.safetensors", 2, "its copy will be one, not a safetensors file; give a name with the same"),
     ("prune net.pt --nm 2:4 -o no/net.pt", 2, "no: there is no such folder for --output; make it first"),
     ("prune net.pt --nm 2:4 --model nothing", 2, "--model 'nothing' does not say what builds the model; give it as"),
-    ("prune net.pt --nm 2:4 --model no_such:Net", 1, "there is no module 'no_such'"),
+    ("prune net.pt --nm 2:4 --model no_such:Net", 2, "there is no module 'no_such'"),
+    ("prune net.pt --nm 2:4 --model no_such.py:Net", 2, "there is no file no_such.py"),
+    ("prune net.pt --nm 2:4 --model json:Net", 2, "there is no 'Net' in json"),
     (
         "prune text.txt --nm 2:4",
         1,
@@ -307,6 +309,70 @@ def test_a_page_beside_what_is_printed(nm: Any, folder: Path) -> None:
     text = (folder / "prune page.html").read_text("utf-8")
     assert "<h1><code>nmconvert prune a.onnx --nm 2:4 --json --html &#x27;prune page.html&#x27;</code></h1>" in text
     assert all(tensor["name"] in text for tensor in printed.json["tensors"])
+
+
+def test_names_are_shown_as_they_are_and_no_terminal_obeys_them(nm: Any, folder: Path) -> None:
+    names = ("a[red].weight", "[/].weight", ":smile:.weight", "b\x1b]0;pwn\x07\x9b.weight")
+    torch.save({name: random_weight((16, 16), 0) for name in names}, folder / "m.pt")
+    for command in ("prune m.pt --nm 2:4", "inspect m.pt", "verify m.nm2-4.pt"):
+        run = nm(*command.split())
+        assert run.status == 0, run.err
+        assert all(name in run.out for name in names[:3])
+        assert "b␛]0;pwn" in run.out
+        assert not {"\x1b", "\x07", "\x9b"} & set(run.out)
+    refused = nm("inspect", "m.pt", "--require", "1:4")
+    assert "\x1b" not in refused.err
+
+
+def test_a_terminal_that_lacks_a_sign_shows_another(folder: Path) -> None:
+    command = [sys.executable, "-m", "nmconvert", "prune", "net.pt", "--nm", "2:4"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "?3?3" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("inspect net.pt --html net.pt", "net.pt: is read by this run; give another name with --html"),
+        ("inspect net.pt --html link.html", "link.html: is read by this run; give another name with --html"),
+        ("verify a.onnx --against net.pt --html net.pt", "net.pt: is read by this run; give another name with --html"),
+        ("sensitivity a.onnx --calib d --plot d", "d: is read by this run; give another name with --plot"),
+        ("bench a.onnx --tuned a.onnx", "a.onnx: is read by this run; give another name with --tuned"),
+        ("bench a.onnx --tuned b --html b", "b: is written by this run already; give another name with --tuned"),
+        ("prune net.pt --nm 2:4 --calib d --model net.py:net -o d", "d: is read by this run; give another name with --output"),
+        ("prune net.pt --nm 2:4 --model net.py:net -o net.py", "net.py: is read by this run; give another name with --output"),
+        ("prune net.pt --nm 2:4 --model net:net -o net.py", "net.py: is read by this run; give another name with --output"),
+        ("prune net.pt --nm 2:4 --html net.nm2-4.pt", "net.nm2-4.pt: will be a page, and is called a PyTorch file"),
+        ("prune net.pt --nm 2:4 -o b.pt --html b.pt", "b.pt: is written by this run already; give another name with --html"),
+        ("prune net.pt --nm 2:4 -o b.npz", "b.npz: net.pt is a PyTorch file, and its copy will be one, not a file of arrays"),
+        ("finetune net.pt --data d -o d", "d: is read by this run; give another name with --output"),
+        ("export a.onnx --flavour dense -o net.pt", "net.pt: will be an ONNX file, and is called a PyTorch file"),
+        ("prune net.pt --nm 2:4 -o pipe", "pipe: is a device or a pipe, which no file can replace"),
+        ("prune net.pt --nm 2:4 --html .", "Invalid value for '--html': File '.' is a directory"),
+        ("prune net.pt --nm 2:4 -o .", ".: holds net.pt, which is read by this run; give another name with --output"),
+    ],
+)
+def test_what_is_read_is_not_written(nm: Any, folder: Path, arguments: str, said: str) -> None:
+    (folder / "d").write_bytes(b"data")
+    (folder / "net.py").write_text("net = None")
+    (folder / "link.html").symlink_to("net.pt")
+    before = {path.name: sha256(path) for path in folder.iterdir()}
+    os.mkfifo(folder / "pipe")
+    run = nm(*arguments.split())
+    assert (run.status, run.out, run.err.count("\n")) == (2, "", 1), run.err
+    assert said in run.err
+    assert (folder / "pipe").is_fifo()
+    (folder / "pipe").unlink()
+    assert {path.name: sha256(path) for path in folder.iterdir()} == before
+
+
+def test_a_pipe_is_no_checkpoint(nm: Any, folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    run = nm("inspect", "pipe")
+    assert (run.status, run.err.count("\n")) == (1, 1)
+    assert "pipe: is a pipe or a device, and checkpoints are read in places; write it into a file first" in run.err
 
 
 def test_a_page_that_has_no_folder(nm: Any, folder: Path) -> None:

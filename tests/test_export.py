@@ -421,7 +421,7 @@ def test_convolutions_in_float64_have_a_way_out(tmp_path: Path) -> None:
 
 def test_the_input_is_not_overwritten(tmp_path: Path) -> None:
     onnx.save(conv_net(), tmp_path / "a.onnx")
-    with pytest.raises(UsageError, match="is the input itself; give another name with --output"):
+    with pytest.raises(UsageError, match="is read by this run; give another name with --output"):
         export(tmp_path / "a.onnx", output=tmp_path / "a.onnx")
 
 

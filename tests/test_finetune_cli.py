@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import shutil
 from xml.etree import ElementTree
 
@@ -14,10 +15,10 @@ from click.testing import CliRunner
 from nmconvert.checkpoint import open_checkpoint
 from nmconvert.cli import group, main
 from nmconvert.cli.finetune import SETTINGS
-from nmconvert.errors import CheckpointError, DataError, ModelError, UsageError
+from nmconvert.errors import CheckpointError, DataError, ModelError, NmconvertError, UsageError
 from nmconvert.manifest import Manifest
 from nmconvert.tasks import Classification
-from nmconvert.train import Settings, finetune
+from nmconvert.train import Settings, finetune, state
 
 MODEL = """
 from torch import nn
@@ -186,6 +187,31 @@ def test_an_interrupted_run_is_resumed_or_refused(folder, monkeypatch):
     assert [row["metrics"] for row in resumed["rows"]] == [row["metrics"] for row in whole["rows"]]
     states = [torch.load(path, weights_only=True)["state_dict"] for path in (resumed["output"], whole["output"])]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+@pytest.mark.parametrize("fault", ["step", "state"])
+def test_a_run_that_fails_leaves_what_the_last_good_one_wrote(folder, monkeypatch, fault):
+    finetune_it(folder, "--json")
+    before = {path.name: path.read_bytes() for path in folder.glob("*.ft.*")}
+    assert len(before) == 3
+    if fault == "step":
+        with pytest.raises(NmconvertError, match="the loss is"):
+            finetune_it(folder, "--lr", 1e30)
+    else:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def on_a_full_disk(*arguments, **named):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+            save_tensors(*arguments, **named)
+
+        save_tensors = state.save_tensors
+        monkeypatch.setattr(state, "save_tensors", on_a_full_disk)
+        try:
+            with pytest.raises(CheckpointError, match=r"state of step \d+ cannot be written: .*File too large"):
+                finetune_it(folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.ft.*")} == before
 
 
 def test_half_precision_checkpoints_stay_half(folder):

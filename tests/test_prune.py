@@ -140,9 +140,18 @@ def test_the_input_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "link.pt").symlink_to("a.pt")
     before = sha256(tmp_path / "a.pt")
     for output in ("a.pt", "link.pt"):
-        with pytest.raises(UsageError, match="is the input itself; give another name with --output"):
+        with pytest.raises(UsageError, match="is read by this run; give another name with --output"):
             prune(tmp_path / "a.pt", Pattern(2, 4), output=tmp_path / output)
     assert sha256(tmp_path / "a.pt") == before
+
+
+def test_the_current_folder_is_no_name_for_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a.weight": random_weight((8, 8), 0)}, tmp_path / "a.pt")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for output in ("", ".", ".."):
+        with pytest.raises(UsageError, match="give"):
+            prune(tmp_path / "a.pt", Pattern(2, 4), output=Path(output))
 
 
 def test_nothing_to_prune_says_the_commonest_reason(tmp_path: Path) -> None:

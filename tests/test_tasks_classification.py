@@ -303,13 +303,18 @@ def test_data_that_is_none_is_refused_with_its_name(tmp_path):
         write(tmp_path / "b.npz", images=PIXELS, labels=LABELS[:4]): "4|labels",
         write(tmp_path / "c.npz", images=PIXELS.astype(np.int64)): "uint8 .N, H, W, C.",
         write(tmp_path / "d.npz", images=np.zeros((0, 8, 8, 3), np.uint8)): "no images",
-        "json:no_such_thing": "there is no 'no_such_thing' in json",
         "json:__name__": "is a str; name a callable, which gets 'test' and returns a dataset",
-        "no_such_package_at_all:data": "there is no module 'no_such_package_at_all'; install it, run from the folder",
-        "no_such_file.py:data": r"there is no file no_such_file\.py",
     }
     for data, message in cases.items():
         with pytest.raises(DataError, match=message):
+            open_source(data, "test")
+    programs = {
+        "json:no_such_thing": "there is no 'no_such_thing' in json",
+        "no_such_package_at_all:data": "there is no module 'no_such_package_at_all'; install it, run from the folder",
+        "no_such_file.py:data": r"there is no file no_such_file\.py",
+    }
+    for data, message in programs.items():
+        with pytest.raises(UsageError, match=message):
             open_source(data, "test")
 
 

@@ -20,8 +20,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nmconvert.checkpoint.base import Checkpoint, Edit, Edits, FileCheckpoint, beside, check_copy, check_target
+from nmconvert.checkpoint.base import Checkpoint, Edit, Edits, FileCheckpoint
 from nmconvert.checkpoint.hf_folder import open_hf_folder
+from nmconvert.checkpoint.paths import beside, check_apart, check_copy, check_target
 from nmconvert.checkpoint.safetensors_file import looks_like_safetensors, open_safetensors
 from nmconvert.checkpoint.zip_records import open_archive
 from nmconvert.errors import CheckpointError
@@ -29,7 +30,10 @@ from nmconvert.errors import CheckpointError
 if TYPE_CHECKING:
     from nmconvert.checkpoint.onnx_file import OnnxCheckpoint
 
-__all__ = ["Checkpoint", "Edit", "Edits", "beside", "check_copy", "check_target", "has_manifest", "is_onnx", "open_checkpoint"]
+__all__ = [
+    "Checkpoint", "Edit", "Edits", "beside", "check_apart", "check_copy", "check_target", "has_manifest", "is_onnx",
+    "open_checkpoint",
+]  # fmt: skip
 
 _NOT_OURS = {
     b"\x89HDF": "an HDF5 (Keras) file; nmconvert reads PyTorch, safetensors, Hugging Face and ONNX",
@@ -82,6 +86,8 @@ def has_manifest(path: Path) -> bool:
 
 
 def _head(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: is a pipe or a device, and checkpoints are read in places; write it into a file first")
     try:
         with path.open("rb") as file:
             return file.read(64)

@@ -43,6 +43,10 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
     with _one_line(target):
         if target.is_dir():
             raise CheckpointError(f"{target}: is a folder; give the name of a file with --output")
+        if target.exists() and not target.is_file():
+            raise CheckpointError(
+                f"{target}: is a device or a pipe, which no file can replace; give another name with --output"
+            )
         _remove_leftovers(target)
         partial = _partial_name(target)
         try:

@@ -16,7 +16,7 @@ import numpy as np
 
 from nmconvert.checkpoint.atomic import atomic_file
 from nmconvert.detect import Array, as_array
-from nmconvert.errors import CheckpointError, UsageError
+from nmconvert.errors import CheckpointError
 from nmconvert.tensor import TensorInfo
 
 if TYPE_CHECKING:
@@ -88,51 +88,6 @@ class Checkpoint(Protocol):
         Raises:
             CheckpointError: the file is damaged, or the copy cannot be written; ``target`` is then as it was before.
         """
-
-
-_CALLED = {
-    ".onnx": "an ONNX file",
-    ".safetensors": "a safetensors file",
-    **dict.fromkeys((".pt", ".pth", ".th", ".ckpt"), "a PyTorch file"),
-}
-
-
-def beside(source: Path, tag: str, suffix: str | None = None) -> Path:
-    """A name beside ``source``: ``a.pth`` and ``.nm2-4`` make ``a.nm2-4.pth``, or with ``suffix`` another ending.
-
-    A folder's name has no ending; where none was given, as in ``.``, it is the one that it has on the disk.
-    """
-    named = source.resolve() if source.name in ("", "..") else source
-    stem, ending = (named.name, "") if named.is_dir() else (named.stem, named.suffix)
-    return named.with_name(f"{stem}{tag}{ending if suffix is None else suffix}")
-
-
-def check_target(output: Path, option: str = "--output") -> None:
-    """Raise where there can be no file ``output``, before the work that it is to hold; ``option`` names it.
-
-    Raises:
-        UsageError: with the remedy.
-    """
-    if output.is_dir():
-        raise UsageError(f"{output}: is a folder; give the name of a file with {option}")
-    if not output.parent.is_dir():
-        raise UsageError(f"{output.parent}: there is no such folder for {option}; make it first")
-
-
-def check_copy(source: Path, output: Path) -> None:
-    """Raise where a copy of ``source`` would replace it, would be called what it is not, or cannot be there.
-
-    Raises:
-        UsageError: with the remedy.
-    """
-    if output.resolve() == source.resolve():
-        raise UsageError(f"{output}: is the input itself; give another name with --output")
-    is_now, wanted = _CALLED.get(source.suffix), _CALLED.get(output.suffix)
-    if is_now and wanted and is_now != wanted:
-        remedy = "nmconvert export writes ONNX" if output.suffix == ".onnx" else "give a name with the same ending"
-        raise UsageError(f"{output}: {source.name} is {is_now}, and its copy will be one, not {wanted}; {remedy}")
-    if not (source.is_dir() and output.is_dir()):
-        check_target(output)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import sys
 import warnings
 from importlib import import_module
+from io import TextIOWrapper
 
 import click
 
 from nmconvert import __version__
+from nmconvert.cli.common import printable
 from nmconvert.errors import NmconvertError
 
 COMMANDS = {
@@ -55,6 +57,8 @@ def group() -> None:
 
 def main() -> None:
     """Run the command line; warnings and errors are a line each, errors an exit status: 1 failed, 2 usage, 130 interrupted."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign shows another, after all the work
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -86,9 +90,9 @@ def _one_line(error: Exception) -> tuple[str, int]:
 
 
 def _warn(message: Warning | str, *where: object, **more: object) -> None:
-    click.echo(f"nmconvert: warning: {' '.join(str(message).split())}", err=True)
+    click.echo(f"nmconvert: warning: {printable(' '.join(str(message).split()))}", err=True)
 
 
 def _fail(message: str, status: int) -> None:
-    click.echo(f"nmconvert: error: {' '.join(message.split())}", err=True)
+    click.echo(f"nmconvert: error: {printable(' '.join(message.split()))}", err=True)
     sys.exit(status)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from nmconvert.cli.common import TASKS, key_values
+from nmconvert.cli.common import TASKS, key_values, printable
 
 if TYPE_CHECKING:
     from nmconvert.calibrate.replay import Batch
@@ -57,4 +56,6 @@ def calibration_batches(
 
 def teller(quiet: bool) -> Callable[[str], None]:
     """Where the line of progress of each layer goes: to a terminal's stderr, or nowhere."""
-    return partial(click.echo, err=True) if sys.stderr.isatty() and not quiet else lambda line: None
+    if quiet or not sys.stderr.isatty():
+        return lambda line: None
+    return lambda line: click.echo(printable(line), err=True)

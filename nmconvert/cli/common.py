@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -18,12 +18,26 @@ from nmconvert.errors import UsageError
 from nmconvert.pattern import Pattern
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 TASKS = ("classification", "detection", "segmentation", "translation", "language_model")
 """The keys of `nmconvert.tasks.TASKS`, without the import of torch that they cost."""
+
+_READ = ("checkpoint", "file", "teacher", "against", "calib", "data", "model")
+"""Parameters of commands that name a file or a folder that is read; settings of a task and arguments of a model can, too."""
+
+_MADE = {"html": "a page", "plot": "a picture", "tuned": "an ONNX file"}
+"""Options that name a file that is written, and what it is. An ``output`` is of the kind of what it is made from."""
+
+_VISIBLE = {
+    **{code: 0x2400 + code for code in range(0x20) if code != 0x0A},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
+"""The signs that Unicode has for control characters; for those of ISO 8859 it has none."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +75,29 @@ def command_line() -> str:
 def _print(shown: RenderableType) -> None:
     from rich.console import Console
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)  # a pipe has no width; 80 columns would fold the names
-    console.print(shown)
+    def console(width: int | None = None) -> Console:
+        return Console(width=width, markup=False, emoji=False)  # names of tensors are what they are
+
+    wide = console() if console().is_terminal else console(140)  # a pipe has no width; 80 columns would fold the names
+    wide.print(_Printable(shown))
+
+
+@dataclass(frozen=True)
+class _Printable:
+    """What it holds, with `printable` text: names come from files, and a terminal obeys what it is sent."""
+
+    shown: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        from rich.segment import Segment
+
+        for text, style, control in console.render(self.shown, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
+def printable(text: str) -> str:
+    """``text`` with a visible sign for each control character that is no end of a line."""
+    return text.translate(_VISIBLE)
 
 
 def output_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -72,8 +105,7 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def command(*, as_json: bool, quiet: bool, html: Path | None, **said: Any) -> None:
-        if html is not None and not html.absolute().parent.is_dir():
-            raise UsageError(f"--html {html}: the folder {html.absolute().parent} does not exist: make it first")
+        _check_files({**said, "html": html})
         function(printer=Printer(as_json, quiet, html), **said)
 
     for option in (
@@ -84,6 +116,21 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return command
+
+
+def _check_files(said: Mapping[str, Any]) -> None:
+    """Hold the files that the options of any command have it write against those that they have it read, before any work."""
+    from nmconvert.checkpoint import check_apart, check_target
+    from nmconvert.imports import file_of
+
+    settings = {**said.get("settings", {}), **said.get("model_arguments", {})}
+    check_apart(
+        [(said[option], f"--{option}") for option in ("output", *_MADE) if said.get(option) is not None],
+        [*(file_of(str(said[name])) for name in _READ if said.get(name) is not None), *map(Path, settings.values())],
+    )
+    for option, made in _MADE.items():
+        if said.get(option) is not None:
+            check_target(said[option], f"--{option}", made=made)
 
 
 def model_options(function: F) -> F:

@@ -39,7 +39,7 @@ def command(
     The loss is the squared error of the outputs relative to their energy, on calibration data; the bar shows the first
     pattern's. `nmconvert prune --budget` chooses patterns by these numbers. An ONNX file needs no --model.
     """
-    from nmconvert.checkpoint import check_target, is_onnx, open_checkpoint
+    from nmconvert.checkpoint import is_onnx, open_checkpoint
 
     chosen = [Pattern.parse(text) for text in patterns.split(",")]
     if calib is None or (model is None and not is_onnx(checkpoint)):
@@ -48,8 +48,6 @@ def command(
     from nmconvert.model import build
     from nmconvert.prune import plan_for
 
-    if plot is not None:
-        check_target(plot, "--plot")
     built = None if model is None else build(model, model_arguments, trust=trust)
     opened = open_checkpoint(checkpoint, trust=trust)
     plan = plan_for(opened, chosen[0], axis, built)

@@ -23,7 +23,7 @@ import onnx.version_converter
 import torch
 from onnx import ModelProto
 
-from nmconvert.checkpoint import Checkpoint, beside, check_target, open_checkpoint
+from nmconvert.checkpoint import Checkpoint, beside, check_apart, check_target, open_checkpoint
 from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model, save_model
 from nmconvert.errors import ExportError, UsageError, check_choice
 from nmconvert.export.check import Difference, check_export, compare, free_memory, memory_to_fold, run, stock_session
@@ -93,7 +93,8 @@ def export(
 
     Raises:
         UsageError: a model or an input is missing, nothing in ``source`` is sparse, there is no such ``flavour`` or no such
-            ``values``, these need another flavour, or ``output`` is ``source``, a folder, or in no folder.
+            ``values``, these need another flavour, or ``output`` is ``source``, a folder, in no folder, or
+            called what it is not.
         ExportError: the file would not pass its checks; none is left.
     """
     check_choice("flavour", flavour, FLAVOURS)
@@ -106,9 +107,8 @@ def export(
     checkpoint = open_checkpoint(source, trust=trust)
     manifest = Manifest.of(checkpoint) or Manifest()
     output = output or default_output(source, flavour)
-    if output.resolve() == source.resolve():
-        raise UsageError(f"{output}: is the input itself; give another name with --output")
-    check_target(output)
+    check_target(output, made="an ONNX file")
+    check_apart([(output, "--output")], [source])
     if isinstance(checkpoint, OnnxCheckpoint):
         loaded = _from_onnx(source, manifest, inputs)
     elif checkpoint.format == "exported program":

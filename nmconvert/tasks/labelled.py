@@ -46,6 +46,7 @@ def open_source(data: str, split: Split) -> Source:
 
     Raises:
         DataError: there is no such thing, or nothing in it.
+        UsageError: there is no such callable.
     """
     path = Path(data)
     for part in part_names(split):

@@ -80,6 +80,7 @@ class Log:
             return
         if resumed_at is not None and path.is_file():
             self.lines = [line for line in _read_lines(path) if line["step"] <= resumed_at]
+        path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
     def step(self, step: int, facts: Mapping[str, float]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from nmconvert import dist
-from nmconvert.checkpoint import Checkpoint, beside, check_copy, is_onnx, open_checkpoint
+from nmconvert.checkpoint import Checkpoint, beside, check_apart, check_copy, is_onnx, open_checkpoint
 from nmconvert.detect import as_array, digest
 from nmconvert.errors import UsageError
+from nmconvert.imports import file_of
 from nmconvert.inputs import InputSpec
 from nmconvert.manifest import Manifest
 from nmconvert.model import load, matched_names
@@ -24,6 +26,7 @@ from nmconvert.tensor import dtype_name
 from nmconvert.train.log import row_json
 from nmconvert.train.loop import Training, train
 from nmconvert.train.settings import Settings
+from nmconvert.train.state import latest
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,10 @@ class Said:
 
 @dataclass(frozen=True)
 class Files:
-    """Where a run writes: the checkpoint, beside it the log, and while it lasts the folder of states."""
+    """Where a run writes: the checkpoint, beside it the log, and while it lasts the folder of states.
+
+    The log grows in that folder: a run that fails leaves the checkpoint and the log of the one before as they were.
+    """
 
     output: Path
     log: Path
@@ -55,16 +61,43 @@ class Files:
 
     @classmethod
     def of(cls, source: Path, output: Path | None) -> Files:
-        """Those of a run on ``source``."""
+        """Those of a run on ``source``.
+
+        Raises:
+            UsageError: the output would replace it, is called what it is not, or has no folder.
+        """
         output = output or default_output(source)
+        check_copy(source, output)
         stem = output.name if source.is_dir() else output.stem
         return cls(output, output.with_name(f"{stem}.jsonl"), output.with_name(f"{output.name}.state"))
 
-    def check(self, source: Path, dense: Path | None) -> None:
-        """Raise where the output would replace one of the two that are read, is called what it is not, or has no folder."""
-        if any(path is not None and self.output.resolve() == path.resolve() for path in (source, dense)):
-            raise UsageError(f"{self.output}: is read by this run; give another name with --output")
-        check_copy(source, self.output)
+    def check(self, read: Iterable[Path]) -> None:
+        """Raise where one of them would replace what is ``read``."""
+        check_apart([(path, "--output") for path in (self.output, self.log, self.curves)], read)
+
+    @property
+    def curves(self) -> Path:
+        """The SVG file with the curves of the run."""
+        return self.log.with_suffix(".svg")
+
+    @property
+    def growing_log(self) -> Path:
+        """The log while the run lasts."""
+        return self.states / "log.jsonl"
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Where the block fails, the states are kept if the run can go on from one; where it ends, the log gets its place."""
+        try:
+            yield
+        except BaseException:
+            if dist.rank() == 0 and latest(self.states) is None:
+                shutil.rmtree(self.states, ignore_errors=True)
+            raise
+        if dist.rank() == 0:
+            for growing in self.states.glob("log.*"):  # and its curves
+                growing.replace(self.log.with_suffix(growing.suffix))
+            shutil.rmtree(self.states)
 
 
 @dataclass(frozen=True)
@@ -125,7 +158,7 @@ def finetune(
 
     Raises:
         UsageError: ``source`` was not pruned by nmconvert, model or data are neither given nor in the manifest, or ``output``
-            is the source, the teacher, or in no folder.
+            is a file that is read, or in no folder.
         NmconvertError: see `nmconvert.train.loop.train`.
     """
     checkpoint = open_checkpoint(source, trust=trust)
@@ -134,21 +167,21 @@ def finetune(
     does, files = said.build_task(), Files.of(source, output)
     settings = settings.for_task(does.name)
     dense = None if learn_alone else teacher or _dense_source(manifest)
-    files.check(source, dense)
+    files.check([file_of(said.data), file_of(said.model), *([] if dense is None else [dense])])
     place = dist.device(device)
     with dist.processes(place):
-        network, master = _networks(said, source, dense, from_dense=from_dense, trust=trust)
-        validation = does.dataset(said.data, split="val", augment=False)
-        training = train(
-            network, plan_of(manifest, checkpoint, network), does,
-            does.dataset(said.data, split="train", augment=settings.augment), validation,
-            settings, teacher=master, folder=files.states, log=files.log, resume=resume, device=place, display=display,
-        )  # fmt: skip
-        if dist.rank() == 0:
-            told = {"teacher": None if dense is None else str(dense), "settings": asdict(settings)}
-            shape = manifest.settings.get("input") or _input_shape(does, validation)
-            _write(checkpoint, files.output, training, manifest.with_settings(**asdict(said), input=shape), told)
-            shutil.rmtree(files.states)
+        with files.used():
+            network, master = _networks(said, source, dense, from_dense=from_dense, trust=trust)
+            validation = does.dataset(said.data, split="val", augment=False)
+            training = train(
+                network, plan_of(manifest, checkpoint, network), does,
+                does.dataset(said.data, split="train", augment=settings.augment), validation, settings, teacher=master,
+                folder=files.states, log=files.growing_log, resume=resume, device=place, display=display,
+            )  # fmt: skip
+            if dist.rank() == 0:
+                told = {"teacher": None if dense is None else str(dense), "settings": asdict(settings)}
+                shape = manifest.settings.get("input") or _input_shape(does, validation)
+                _write(checkpoint, files.output, training, manifest.with_settings(**asdict(said), input=shape), told)
         dist.barrier()
     return FinetuneResult(source, files.output, files.log, dense, does.metric, training)
 

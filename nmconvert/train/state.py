@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
@@ -24,19 +25,29 @@ from torch.optim import Optimizer
 
 from nmconvert import dist
 from nmconvert.errors import CheckpointError
+from nmconvert.imports import brief
 
 PROGRESS = "progress.json"
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], progress: dict[str, Any], *, keep: int | None = None) -> None:
-    """Write ``folder/step-N``; every process calls this. States but this one and step ``keep`` are removed."""
+    """Write ``folder/step-N``; every process calls this. States but this one and step ``keep`` are removed.
+
+    Raises:
+        CheckpointError: it cannot be written; earlier states are then as they were.
+    """
     target, partial = folder / f"step-{step}", folder / f"partial-{step}"
     if dist.rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    with _quiet():
-        save_tensors(tensors, checkpoint_id=partial, no_dist=dist.world() == 1)
+    try:
+        with _quiet():
+            save_tensors(tensors, checkpoint_id=partial, no_dist=dist.world() == 1)
+    except CheckpointException as error:  # no Exception: nothing else would make one line of it
+        shutil.rmtree(partial, ignore_errors=True)
+        why = brief(next(iter(error.failures.values()))[0])
+        raise CheckpointError(f"{folder}: the state of step {step} cannot be written: {why}; free some space") from error
     dist.barrier()
     if dist.rank() == 0:
         (partial / PROGRESS).write_text(json.dumps(progress))
@@ -77,8 +88,12 @@ def load(state: Path, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if name not in saved or saved[name].size != tensor.shape:  # type: ignore[union-attr]
             raise CheckpointError(f"{state}: '{name}' is not in it as this run has it: was --resume given for another run?")
-    with _quiet():
-        load_tensors(tensors, checkpoint_id=state, no_dist=dist.world() == 1)
+    try:
+        with _quiet():
+            load_tensors(tensors, checkpoint_id=state, no_dist=dist.world() == 1)
+    except CheckpointException as error:
+        why = brief(next(iter(error.failures.values()))[0])
+        raise CheckpointError(f"{state}: cannot be read: {why}; remove it and start anew") from error
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
