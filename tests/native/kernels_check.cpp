@@ -91,7 +91,7 @@ double check_linear(const Isa* isa, int64_t tokens, int64_t columns, int64_t row
   const std::vector<double> wide_x = widened(x), wide_bias = widened(bias), wide_residual = widened(residual);
   std::vector<float> y(tokens * rows);
   std::vector<double> wide_y(tokens * rows);
-  Weights weights(weight.packed, is_row, 1, {n, m}, 1.0f);
+  Weights weights(isa, weight.packed, is_row, 1, {n, m}, 1.0f);
   run_linear(isa, weights, weight.packed, 0, {x.data(), tokens, bias.data(), residual.data(), y.data()}, epilogue, serial());
   run_wide_linear(make_wide(weight.packed, is_row, 1, 1.0), 0,
                   {wide_x.data(), tokens, wide_bias.data(), wide_residual.data(), wide_y.data()}, epilogue, serial());
@@ -115,7 +115,7 @@ double check_conv(const Isa* isa, int64_t kernel, int64_t stride, int64_t side, 
   const std::vector<double> wide_x = widened(x), wide_bias = widened(bias), wide_residual = widened(residual);
   std::vector<float> y(size);
   std::vector<double> wide_y(size);
-  Weights weights(weight.packed, is_row, 1, {n, m}, 1.0f);
+  Weights weights(isa, weight.packed, is_row, 1, {n, m}, 1.0f);
   run_conv(isa, weights, weight.packed, attributes, {x.data(), bias.data(), residual.data(), y.data(), batch, in, out}, epilogue, serial());
   run_wide_conv(make_wide(weight.packed, is_row, 1, 1.0), attributes,
                 {wide_x.data(), wide_bias.data(), wide_residual.data(), wide_y.data(), batch, in, out}, epilogue, serial());
