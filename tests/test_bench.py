@@ -20,7 +20,7 @@ from nmconvert.bench import bench
 from nmconvert.cli.bench import command as bench_command
 from nmconvert.cli.doctor import command as doctor_command
 from nmconvert.cli.export import command as export_command
-from nmconvert.errors import UsageError, VerificationError
+from nmconvert.errors import CheckpointError, NmconvertError, UsageError, VerificationError
 from nmconvert.export.calls import packed_layers
 from nmconvert.inputs import InputSpec
 from nmconvert.runtime import choice
@@ -304,6 +304,52 @@ def test_bench_of_a_dense_model_says_what_to_do(tmp_path: Path) -> None:
     path = file(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), tmp_path)
     run = CliRunner().invoke(bench_command, [str(path)])
     assert "no compressed layer" in str(run.exception)
+
+
+def fixed_batch() -> onnx.ModelProto:
+    proto = two_layers()
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    return proto
+
+
+def test_a_batch_that_the_model_cannot_take(cache: Path, tmp_path: Path) -> None:
+    path = file(fixed_batch(), tmp_path)
+    quick: dict[str, Any] = {"seconds": 0.02, "rounds": 3, "per_layer": False}
+    assert [row.batch for row in bench(path, **quick).models] == [4]
+    with pytest.raises(UsageError, match="takes a batch of 4, not of 64: leave out --batch"):
+        bench(path, batches=[4, 64], **quick)
+    with pytest.raises(UsageError, match="takes a batch of 2, not of 64"):
+        bench(file(two_layers(), tmp_path), batches=[64], inputs=[InputSpec("x", (2, 64))], **quick)
+
+
+def test_inputs_that_a_layer_cannot_take(cache: Path, tmp_path: Path) -> None:
+    proto = two_layers()
+    proto.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "width"
+    with pytest.raises(UsageError, match=r"model\.onnx: cannot be run with --input x=1,63:float32: "):
+        bench(file(proto, tmp_path), inputs=[InputSpec("x", (1, 63))])
+
+
+@pytest.mark.parametrize(("name", "content"), [("cut.onnx", b"\x08\x08\x12"), ("empty.onnx", b""), ("text.onnx", b"text")])
+def test_files_that_are_no_models(cache: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(NmconvertError, match=name):
+        bench(tmp_path / name)
+    with pytest.raises(CheckpointError, match=name):
+        bench(file(two_layers(), tmp_path), against=tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("--seconds nan", "--seconds nan is not a finite number"),
+        ("--seconds inf", "--seconds inf is not a finite number"),
+        ("--require nan", "--require nan is not a finite number"),
+        ("--threads 1,99999999", "--threads 99999999 are too many: at most 1024"),
+    ],
+)
+def test_numbers_that_measure_nothing(tmp_path: Path, arguments: str, text: str) -> None:
+    run = CliRunner().invoke(bench_command, [str(file(two_layers(), tmp_path)), *arguments.split()])
+    assert str(run.exception) == text
 
 
 def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
