@@ -88,8 +88,7 @@ def prune(
     if calibration and calibration.budget:
         plan = planned(pattern, layers=[*layers, *calibration.choose(checkpoint, plan, model)])
         pattern = mode([row.pattern for row in plan.pruned if row.pattern] or [pattern])
-    if not plan.pruned:
-        raise UsageError(f"{source}: nothing to prune among its {len(plan.rows)} tensors; {_commonest_reason(plan)}")
+    need_pruned(source, plan)
     if output is None:
         output = default_output(source, pattern)
         check_copy(source, output)
@@ -139,6 +138,12 @@ def plan_for(
         tensors = _with_kinds(checkpoint, tensors, model)
     tensors = _mark_copies(checkpoint, tensors)
     return make_plan(tensors, pattern, axis, layers=layers, include=include, exclude=exclude, target=target)
+
+
+def need_pruned(source: Path, plan: Plan) -> None:
+    """Raise where ``plan`` leaves all tensors of ``source`` dense."""
+    if not plan.pruned:
+        raise UsageError(f"{source}: nothing to prune among its {len(plan.rows)} tensors; {_commonest_reason(plan)}")
 
 
 def default_output(source: Path, pattern: Pattern) -> Path:

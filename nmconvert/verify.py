@@ -160,10 +160,12 @@ def _session(checkpoint: OnnxCheckpoint) -> InferenceSession:
 
 def _onnx_checks(checkpoint: OnnxCheckpoint, manifest: Manifest | None, inputs: Sequence[InputSpec]) -> Iterator[Check]:
     path = checkpoint.path
+    if inputs:
+        _feed(checkpoint, manifest, inputs)  # raises: inputs that were given wrongly are no fault of the file
     yield _attempt("ONNX checker", lambda: onnx.checker.check_model(str(path), full_check=True), "accepts the file")
 
     def run_it() -> None:
-        outputs = run(_session(checkpoint), _feed(path, manifest, inputs))
+        outputs = run(_session(checkpoint), _feed(checkpoint, manifest, inputs))
         if not all(np.isfinite(output).all() for output in outputs if output.dtype.kind == "f"):
             raise ExportError("an output holds NaN or infinite values for a random input")
 
@@ -178,9 +180,9 @@ def _attempt(what: str, action: Callable[[], object], success: str) -> Check:
     return Check(what, True, success)
 
 
-def _feed(path: Path, manifest: Manifest | None, inputs: Sequence[InputSpec]) -> dict[str, Array]:
+def _feed(checkpoint: OnnxCheckpoint, manifest: Manifest | None, inputs: Sequence[InputSpec]) -> dict[str, Array]:
     said = manifest.settings.get("input") or [] if manifest else []
-    return example_feed(read_whole_model(path), inputs or [InputSpec.parse(text) for text in said])
+    return example_feed(checkpoint.model, inputs or [InputSpec.parse(text) for text in said])
 
 
 def _comparison(
@@ -197,7 +199,8 @@ def _comparison(
     if not first and not second:
         yield from _compare_tensors(checkpoint, other, manifest)
         return
-    feed = _feed(checkpoint.path if first else other.path, manifest, inputs)
+    graph = next(side for side in (checkpoint, other) if isinstance(side, OnnxCheckpoint))
+    feed = _feed(graph, manifest, inputs)
     manifests = [m for m in (manifest, Manifest.of(other)) if m is not None]
 
     def outputs(side: Checkpoint) -> list[Array]:
