@@ -268,7 +268,7 @@ def _with_kinds(checkpoint: Checkpoint, tensors: Sequence[TensorInfo], model: to
 
 def _mark_copies(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
     """Matrices that are equal copies of an embedding (heads that were tied when saved) are left alone, with the reason."""
-    embeddings = [info for info in tensors if len(info.shape) == 2 and is_embedding(info.name)]
+    embeddings = [info for info in tensors if len(info.shape) == 2 and is_embedding(info.name) and not info.unread]
 
     def equal(one: TensorInfo, other: TensorInfo) -> bool:
         import torch
@@ -278,7 +278,7 @@ def _mark_copies(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> list[
     result = []
     for info in tensors:
         alike = [e for e in embeddings if (e.shape, e.dtype) == (info.shape, info.dtype)]
-        candidate = not is_embedding(info.name) and info.shared_with is None
+        candidate = not is_embedding(info.name) and info.shared_with is None and not info.unread
         twin = next((e for e in alike if equal(info, e)), None) if candidate else None
         result.append(info if twin is None else replace(info, reason=f"tied: an equal copy of {twin.name}"))
     return result
