@@ -109,7 +109,10 @@ def prune(
     def manifest() -> Manifest:
         return replace(base, layers=tuple(edit.layer() for edit in edits.values()), dense=dense)
 
-    checkpoint.write_copy(output, {**edits, **others}, lambda: manifest().to_json())
+    try:
+        checkpoint.write_copy(output, {**edits, **others}, lambda: manifest().to_json())
+    except WeightError as error:
+        raise WeightError(f"{source}: {error}") from error
     if calibration:
         resume.unlink(missing_ok=True)
     return PruneResult(source, output, checkpoint.format, plan, manifest(), changes.permutations if changes else ())

@@ -200,6 +200,7 @@ ERRORS: list[tuple[str, int, str]] = [
     ("inspect a.onnx --require 2", 2, "'2' is not an N:M pattern"),
     ("export", 2, "no checkpoint was given, and this folder has none of nmconvert's: run nmconvert prune first"),
     ("export net.pt", 2, "net.pt: holds weights only; name the module with --model package.module:callable"),
+    ("export net.pt --static --dynamic 0=n", 2, "--static fixes every dimension, --dynamic leaves some open: give one of them"),
     ("export net.pt --input 1,a", 2, "--input '1,a' is not [NAME=]SHAPE[:DTYPE]"),
     ("export a.onnx", 2, "a.onnx: nothing in it is N:M sparse; run nmconvert prune first, or export with --flavour dense"),
     ("export a.onnx --flavour dense --input z=1,8,6,6", 2, "the model has no input 'z': it takes X"),

@@ -261,7 +261,9 @@ def manifest_from_bytes(data: bytes, path: Path) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: its nmconvert manifest is damaged ({error}): prune or export it again") from error
+        raise CheckpointError(
+            f"{path}: its nmconvert manifest is damaged ({error}): start from the file that it was made from"
+        ) from error
 
 
 def link_shared(slots: Sequence[Slot]) -> dict[str, Slot]:
