@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,24 @@ import pytest
 import torch
 from click.testing import CliRunner
 from onnx import TensorProto, helper
+from onnx_models import conv_net
 from runtime_models import call, initializers, layer, model, random_weight, tensor
 
 from nmconvert import runtime
 from nmconvert.bench import bench
+from nmconvert.checkpoint.onnx_file import save_model
 from nmconvert.cli.bench import command as bench_command
 from nmconvert.cli.doctor import command as doctor_command
 from nmconvert.cli.export import command as export_command
 from nmconvert.errors import CheckpointError, NmconvertError, UsageError, VerificationError
+from nmconvert.export import export
 from nmconvert.export.calls import packed_layers
 from nmconvert.inputs import InputSpec
+from nmconvert.pattern import Pattern
+from nmconvert.prune import prune
 from nmconvert.runtime import choice
 from nmconvert.runtime.cache import Cache
+from nmconvert.verify import verify
 
 pytestmark = pytest.mark.skipif(not runtime.kernels().usable, reason=f"no native kernels: {runtime.kernels().reason}")
 
@@ -141,6 +148,22 @@ def test_a_tuned_file_needs_the_library_alone(
     np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=1e-5)
     assert len(runs_native(session, {"x": x})) == 2 * native
     assert len(list(packed_layers(onnx.load(target)))) == native
+
+
+@pytest.mark.parametrize("values", [None, "int8", "float16", "bfloat16"])
+def test_a_tuned_file_keeps_its_manifest(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str | None
+) -> None:
+    onnx.save(conv_net(None), tmp_path / "a.onnx")
+    pruned = prune(tmp_path / "a.onnx", Pattern(2, 4), include=["*.weight"])
+    exported = export(pruned.output, output=tmp_path / "b.onnx", values=values).output
+    pretend(monkeypatch, defaultdict(lambda: 0.5), [])
+    tuned = tmp_path / "tuned.onnx"
+    save_model(runtime.tuned(exported), tuned)
+    assert not list(packed_layers(onnx.load(tuned)))
+    checked = verify(tuned)
+    assert not checked.failed
+    assert len(checked.checks) == 2 + len(pruned.plan.pruned)
 
 
 def test_a_tuned_file_does_not_replace_the_model_and_has_a_folder(cache: Path, tmp_path: Path) -> None:
