@@ -17,9 +17,10 @@ import onnxruntime
 
 from nmconvert import runtime
 from nmconvert.checkpoint import check_apart, check_target, is_onnx
-from nmconvert.checkpoint.onnx_file import save_model
-from nmconvert.errors import UsageError
+from nmconvert.checkpoint.onnx_file import read_whole_model, save_model
+from nmconvert.errors import CheckpointError, NmconvertError, UsageError
 from nmconvert.export import export
+from nmconvert.export.check import first_line
 from nmconvert.inputs import InputSpec, example_feed
 from nmconvert.onnx_graph import attribute
 from nmconvert.pattern import Pattern
@@ -98,7 +99,7 @@ def bench(
     module_arguments: Mapping[str, str] | None = None,
     trust: bool = False,
     threads: Sequence[int] = (1,),
-    batches: Sequence[int] = (1,),
+    batches: Sequence[int] = (),
     inputs: Sequence[InputSpec] = (),
     rounds: int = 15,
     seconds: float = 2.0,
@@ -107,29 +108,34 @@ def bench(
 ) -> BenchResult:
     """Time ``model`` on the kernels against ``against`` in stock onnxruntime (default: the same file with dense weights).
 
-    ``against`` is an ONNX file, or a checkpoint, which is exported for that; ``module``, ``module_arguments`` and ``trust`` are
-    those of :func:`nmconvert.export.export`. ``seconds`` is the time that each side gets for each number of threads and batch
-    size. Layers are timed with the first of both. ``tuned`` is where the model goes as it runs fastest here, with the first of
-    both (:func:`nmconvert.runtime.tuned`).
+    ``against`` is an ONNX file, or a checkpoint, which is exported for that; ``module``, ``module_arguments`` and ``trust``
+    are those of :func:`nmconvert.export.export`. ``batches`` are sizes of the batch (default: the model's own, 1 where that
+    is open). ``seconds`` is the time that each side gets for each number of threads and batch size. Layers are timed with
+    the first of both. ``tuned`` is where the model goes as it runs fastest here, with the first of both
+    (:func:`nmconvert.runtime.tuned`).
 
     Raises:
-        UsageError: the model has no compressed layer, or cannot take the batch size; ``against`` takes other inputs; ``tuned``
-            is a file that is read, or in no folder.
+        UsageError: the model is no ONNX file, has no compressed layer, or cannot take the batch size or the inputs; ``against``
+            takes other inputs; ``tuned`` is a file that is read, or in no folder.
+        CheckpointError: a file is damaged.
         KernelsUnavailableError: there are no kernels to measure.
     """
     path = runtime.library()
-    proto = onnx.load(model)
+    if not is_onnx(model):
+        raise UsageError(f"{model}: is not an ONNX file, the only ones that are measured; make one with nmconvert export")
+    proto = read_whole_model(model)
     if not calls(proto):
         raise UsageError(f"{model}: has no compressed layer to measure; write one with nmconvert export --flavour compressed")
     if tuned is not None:
         check_apart([(tuned, "--tuned")], [model] if against is None else [model, against])
         check_target(tuned, "--tuned", made="an ONNX file")
+    feeds = [_feed(model, proto, inputs, batch) for batch in batches or (None,)]
     rows = []
     with _dense(model, proto, against, module, module_arguments, trust, inputs) as other:
-        for batch in batches:
-            feed = example_feed(proto, inputs, batch=batch)
+        for feed in feeds:
+            batch = next(iter(_batches(feed)), 1)
             rows += [ModelTimes(count, batch, _race(model, other, feed, count, seconds, rounds)) for count in threads]
-    specs = _specs(proto, inputs, batches[0])
+    specs = _specs(feeds[0])
     layers = _time_layers(proto, path, threads[0], specs) if per_layer else ()
     left = 0
     if tuned is not None:
@@ -158,7 +164,7 @@ def _dense(
     else:
         with tempfile.TemporaryDirectory(prefix="nmconvert-") as folder:
             output = Path(folder) / "dense.onnx"
-            specs = inputs or _specs(proto, (), 1)
+            specs = inputs or _specs(example_feed(proto))
             export(
                 against,
                 output=output,
@@ -176,15 +182,39 @@ def _race(model: Path, other: str | bytes, feed: Feed, threads: int, seconds: fl
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    dense = open_session(other, threads)
+    try:
+        dense = open_session(other, threads)
+    except Exception as error:  # onnxruntime's classes share no base but this one
+        name = other if isinstance(other, str) else model
+        raise CheckpointError(f"{name}: onnxruntime cannot load it: {first_line(error)}") from error
     if (taken := [value.name for value in dense.get_inputs()]) != list(feed):
         raise UsageError(f"the dense model takes {', '.join(taken)}, {model.name} {', '.join(feed)}: they are not comparable")
-    sparse = session(model, options, inputs=[InputSpec(name, array.shape, array.dtype.name) for name, array in feed.items()])
-    return race(dense, sparse, feed, seconds=seconds, rounds=rounds)
+    try:
+        sparse = session(model, options, inputs=_specs(feed))
+        return race(dense, sparse, feed, seconds=seconds, rounds=rounds)
+    except NmconvertError:
+        raise
+    except Exception as error:  # onnxruntime's classes share no base but this one
+        given = " ".join(f"--input {spec}" for spec in _specs(feed))
+        raise UsageError(f"{model}: cannot be run with {given}: {first_line(error)}") from error
 
 
-def _specs(model: onnx.ModelProto, inputs: Sequence[InputSpec], batch: int) -> list[InputSpec]:
-    feed = example_feed(model, inputs, batch=batch)
+def _feed(path: Path, model: onnx.ModelProto, inputs: Sequence[InputSpec], batch: int | None) -> Feed:
+    """Example inputs, of which one at least has ``batch`` rows, if that is given."""
+    feed = example_feed(model, inputs, batch=batch or 1)
+    if batch is not None and batch not in (there := _batches(feed)):
+        raise UsageError(
+            f"{path}: takes a batch of {there[0] if there else 'no size'}, not of {batch}: leave out --batch, or let the batch "
+            "be open (no --input here, no --static in nmconvert export)"
+        )
+    return feed
+
+
+def _batches(feed: Feed) -> list[int]:
+    return [array.shape[0] for array in feed.values() if array.ndim]
+
+
+def _specs(feed: Feed) -> list[InputSpec]:
     return [InputSpec(name, array.shape, array.dtype.name) for name, array in feed.items()]
 
 

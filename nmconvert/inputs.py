@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, helper
+from onnx import ModelProto, ValueInfoProto, helper
 
 from nmconvert.errors import UsageError
 
@@ -67,7 +67,7 @@ def example_feed(
     dimensions set to ``batch`` (the first) or 16.
 
     Raises:
-        UsageError: a spec names no input of the model, or there are more specs than inputs.
+        UsageError: a spec names no input of the model, or is not of its shape and type, or there are more specs than inputs.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
@@ -77,9 +77,24 @@ def example_feed(
     for value in inputs:
         tensor = value.type.tensor_type
         dims = [dim.dim_value or (batch if position == 0 else 16) for position, dim in enumerate(tensor.shape.dim)]
-        shape = given[value.name].shape if value.name in given else dims
-        feed[value.name] = example_array(shape, helper.tensor_dtype_to_np_dtype(tensor.elem_type), rng)
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        if value.name in given:
+            _check_fit(given[value.name], value, dtype)
+            dims = list(given[value.name].shape)
+        feed[value.name] = example_array(dims, dtype, rng)
     return feed
+
+
+def _check_fit(spec: InputSpec, value: ValueInfoProto, dtype: np.dtype[Any]) -> None:
+    """A floating type fits any: float32 is also what is meant where no type was given, and export computes all in float32."""
+    tensor = value.type.tensor_type
+    dims = [dim.dim_value or dim.dim_param or "?" for dim in tensor.shape.dim]
+    fixed = [size for size in dims if isinstance(size, int)]
+    there = [size for size, dim in zip(spec.shape, dims, strict=False) if isinstance(dim, int)]
+    shape_fits = not tensor.HasField("shape") or (len(spec.shape) == len(dims) and there == fixed)
+    if not shape_fits or not (spec.dtype == dtype.name or spec.dtype.startswith(("float", "bfloat"))):
+        said = f"{','.join(map(str, dims))}:{dtype.name}"
+        raise UsageError(f"--input {spec} does not fit the model, whose input '{value.name}' is {said}")
 
 
 def _by_name(names: Sequence[str], specs: Sequence[InputSpec]) -> Mapping[str, InputSpec]:

@@ -76,7 +76,9 @@ def inspect(path: Path, *, require: Pattern | None = None, trust: bool = False) 
         packed = list(packed_layers(model, str(path))) or list(inlined_layers(model, manifest.layers if manifest else ()))
     parts = {name for layer in packed for name in packed_inputs(layer.node)}
     tensors = [info for info in checkpoint.tensors() if info.name not in parts]
-    weights = [info for info in tensors if len(info.shape) > 1 and info.numel and info.dtype in PRUNABLE_DTYPES]
+    weights = [
+        info for info in tensors if len(info.shape) > 1 and info.numel and info.dtype in PRUNABLE_DTYPES and not info.unread
+    ]
     found = [_packed(layer, manifest, require) for layer in packed]
     found += [_dense(checkpoint, info, manifest, require) for info in weights]
     return Inspection(path, checkpoint.format, tuple(found), len(tensors) - len(weights), manifest)

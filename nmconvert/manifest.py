@@ -157,7 +157,7 @@ class Manifest:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, NmconvertError) as error:
             raise CheckpointError(
-                f"{source}: its nmconvert manifest is damaged ({error!r}): prune or export it again"
+                f"{source}: its nmconvert manifest is damaged ({error!r}): start from the file that it was made from"
             ) from error
 
 

@@ -127,7 +127,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint) -> None:
         ModelError: names or shapes differ.
     """
     own = model.state_dict(keep_vars=True)
-    infos = [info for info in checkpoint.tensors() if not info.secondary]
+    infos = [info for info in checkpoint.tensors() if not info.secondary and not info.unread]
     names = matched_names([info.name for info in infos], own)
     shapes = {names[info.name]: info.shape for info in infos}
     for name, shape in shapes.items():

@@ -30,6 +30,7 @@ DTYPES: dict[int, str] = {
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 DOMAIN = "nmconvert"  # of the functions that stand for packed layers (nmconvert.export.functions)
 SCALED = "Scaled"  # what the names of those begin with whose values have a scale
+VALUES_SUFFIX = ".values"  # behind a weight's name: the initialiser of its kept values
 DENSE = "Dense"  # what is appended to the name of a call whose weight was unpacked
 T = TypeVar("T")
 _STANDARD = ("", "ai.onnx")

@@ -88,8 +88,7 @@ def prune(
     if calibration and calibration.budget:
         plan = planned(pattern, layers=[*layers, *calibration.choose(checkpoint, plan, model)])
         pattern = mode([row.pattern for row in plan.pruned if row.pattern] or [pattern])
-    if not plan.pruned:
-        raise UsageError(f"{source}: nothing to prune among its {len(plan.rows)} tensors; {_commonest_reason(plan)}")
+    need_pruned(source, plan)
     if output is None:
         output = default_output(source, pattern)
         check_copy(source, output)
@@ -110,7 +109,10 @@ def prune(
     def manifest() -> Manifest:
         return replace(base, layers=tuple(edit.layer() for edit in edits.values()), dense=dense)
 
-    checkpoint.write_copy(output, {**edits, **others}, lambda: manifest().to_json())
+    try:
+        checkpoint.write_copy(output, {**edits, **others}, lambda: manifest().to_json())
+    except WeightError as error:
+        raise WeightError(f"{source}: {error}") from error
     if calibration:
         resume.unlink(missing_ok=True)
     return PruneResult(source, output, checkpoint.format, plan, manifest(), changes.permutations if changes else ())
@@ -139,6 +141,12 @@ def plan_for(
         tensors = _with_kinds(checkpoint, tensors, model)
     tensors = _mark_copies(checkpoint, tensors)
     return make_plan(tensors, pattern, axis, layers=layers, include=include, exclude=exclude, target=target)
+
+
+def need_pruned(source: Path, plan: Plan) -> None:
+    """Raise where ``plan`` leaves all tensors of ``source`` dense."""
+    if not plan.pruned:
+        raise UsageError(f"{source}: nothing to prune among its {len(plan.rows)} tensors; {_commonest_reason(plan)}")
 
 
 def default_output(source: Path, pattern: Pattern) -> Path:
@@ -263,7 +271,7 @@ def _with_kinds(checkpoint: Checkpoint, tensors: Sequence[TensorInfo], model: to
 
 def _mark_copies(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
     """Matrices that are equal copies of an embedding (heads that were tied when saved) are left alone, with the reason."""
-    embeddings = [info for info in tensors if len(info.shape) == 2 and is_embedding(info.name)]
+    embeddings = [info for info in tensors if len(info.shape) == 2 and is_embedding(info.name) and not info.unread]
 
     def equal(one: TensorInfo, other: TensorInfo) -> bool:
         import torch
@@ -273,7 +281,7 @@ def _mark_copies(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> list[
     result = []
     for info in tensors:
         alike = [e for e in embeddings if (e.shape, e.dtype) == (info.shape, info.dtype)]
-        candidate = not is_embedding(info.name) and info.shared_with is None
+        candidate = not is_embedding(info.name) and info.shared_with is None and not info.unread
         twin = next((e for e in alike if equal(info, e)), None) if candidate else None
         result.append(info if twin is None else replace(info, reason=f"tied: an equal copy of {twin.name}"))
     return result

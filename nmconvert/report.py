@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -266,6 +267,12 @@ def verify_json(result: Verification) -> Mapping[str, Any]:
         "verified": not result.failed,
         "checks": [{"what": check.what, "holds": check.holds, "seen": check.seen} for check in result.checks],
     }
+
+
+def eval_json(result: Evaluation) -> dict[str, Any]:
+    """For machines; JSON has no NaN, so that a metric that is none is null."""
+    finite = {name: value if isfinite(value) else None for name, value in result.metrics.items()}
+    return {**asdict(result), "metrics": finite}
 
 
 def eval_report(result: Evaluation) -> RenderableType:

@@ -27,7 +27,8 @@ class TensorInfo:
 
     ``kind`` and ``groups`` are known only where the container knows its graph, or a model was given. ``transposed`` is the
     transpose that leads from the tensor to the weight as its operator takes it, ``reason`` why the container itself knows
-    that the tensor cannot be pruned, and ``output`` marks the network's last layer (all three from ONNX).
+    that the tensor cannot be pruned, and ``output`` marks the network's last layer (all three from ONNX). ``unread`` marks what
+    is no dense tensor, for that ``reason``: it is copied as it is, and cannot be read.
     """
 
     name: str
@@ -40,6 +41,7 @@ class TensorInfo:
     transposed: tuple[int, ...] | None = None
     reason: str | None = None
     output: bool = False
+    unread: bool = False
 
     @property
     def own_name(self) -> str:

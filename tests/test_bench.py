@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,24 @@ import pytest
 import torch
 from click.testing import CliRunner
 from onnx import TensorProto, helper
+from onnx_models import conv_net
 from runtime_models import call, initializers, layer, model, random_weight, tensor
 
 from nmconvert import runtime
 from nmconvert.bench import bench
+from nmconvert.checkpoint.onnx_file import save_model
 from nmconvert.cli.bench import command as bench_command
 from nmconvert.cli.doctor import command as doctor_command
 from nmconvert.cli.export import command as export_command
-from nmconvert.errors import UsageError, VerificationError
+from nmconvert.errors import CheckpointError, NmconvertError, UsageError, VerificationError
+from nmconvert.export import export
 from nmconvert.export.calls import packed_layers
 from nmconvert.inputs import InputSpec
+from nmconvert.pattern import Pattern
+from nmconvert.prune import prune
 from nmconvert.runtime import choice
 from nmconvert.runtime.cache import Cache
+from nmconvert.verify import verify
 
 pytestmark = pytest.mark.skipif(not runtime.kernels().usable, reason=f"no native kernels: {runtime.kernels().reason}")
 
@@ -141,6 +148,22 @@ def test_a_tuned_file_needs_the_library_alone(
     np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=1e-5)
     assert len(runs_native(session, {"x": x})) == 2 * native
     assert len(list(packed_layers(onnx.load(target)))) == native
+
+
+@pytest.mark.parametrize("values", [None, "int8", "float16", "bfloat16"])
+def test_a_tuned_file_keeps_its_manifest(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str | None
+) -> None:
+    onnx.save(conv_net(None), tmp_path / "a.onnx")
+    pruned = prune(tmp_path / "a.onnx", Pattern(2, 4), include=["*.weight"])
+    exported = export(pruned.output, output=tmp_path / "b.onnx", values=values).output
+    pretend(monkeypatch, defaultdict(lambda: 0.5), [])
+    tuned = tmp_path / "tuned.onnx"
+    save_model(runtime.tuned(exported), tuned)
+    assert not list(packed_layers(onnx.load(tuned)))
+    checked = verify(tuned)
+    assert not checked.failed
+    assert len(checked.checks) == 2 + len(pruned.plan.pruned)
 
 
 def test_a_tuned_file_does_not_replace_the_model_and_has_a_folder(cache: Path, tmp_path: Path) -> None:
@@ -304,6 +327,52 @@ def test_bench_of_a_dense_model_says_what_to_do(tmp_path: Path) -> None:
     path = file(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), tmp_path)
     run = CliRunner().invoke(bench_command, [str(path)])
     assert "no compressed layer" in str(run.exception)
+
+
+def fixed_batch() -> onnx.ModelProto:
+    proto = two_layers()
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    return proto
+
+
+def test_a_batch_that_the_model_cannot_take(cache: Path, tmp_path: Path) -> None:
+    path = file(fixed_batch(), tmp_path)
+    quick: dict[str, Any] = {"seconds": 0.02, "rounds": 3, "per_layer": False}
+    assert [row.batch for row in bench(path, **quick).models] == [4]
+    with pytest.raises(UsageError, match="takes a batch of 4, not of 64: leave out --batch"):
+        bench(path, batches=[4, 64], **quick)
+    with pytest.raises(UsageError, match="takes a batch of 2, not of 64"):
+        bench(file(two_layers(), tmp_path), batches=[64], inputs=[InputSpec("x", (2, 64))], **quick)
+
+
+def test_inputs_that_a_layer_cannot_take(cache: Path, tmp_path: Path) -> None:
+    proto = two_layers()
+    proto.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "width"
+    with pytest.raises(UsageError, match=r"model\.onnx: cannot be run with --input x=1,63:float32: "):
+        bench(file(proto, tmp_path), inputs=[InputSpec("x", (1, 63))])
+
+
+@pytest.mark.parametrize(("name", "content"), [("cut.onnx", b"\x08\x08\x12"), ("empty.onnx", b""), ("text.onnx", b"text")])
+def test_files_that_are_no_models(cache: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(NmconvertError, match=name):
+        bench(tmp_path / name)
+    with pytest.raises(CheckpointError, match=name):
+        bench(file(two_layers(), tmp_path), against=tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("--seconds nan", "--seconds nan is not a finite number"),
+        ("--seconds inf", "--seconds inf is not a finite number"),
+        ("--require nan", "--require nan is not a finite number"),
+        ("--threads 1,99999999", "--threads 99999999 are too many: at most 1024"),
+    ],
+)
+def test_numbers_that_measure_nothing(tmp_path: Path, arguments: str, text: str) -> None:
+    run = CliRunner().invoke(bench_command, [str(file(two_layers(), tmp_path)), *arguments.split()])
+    assert str(run.exception) == text
 
 
 def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

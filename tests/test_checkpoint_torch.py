@@ -17,6 +17,10 @@ from torch import nn
 
 from nmconvert.checkpoint import open_checkpoint, stream
 from nmconvert.errors import CheckpointError
+from nmconvert.inspect import inspect
+from nmconvert.pattern import Pattern
+from nmconvert.prune import prune
+from nmconvert.verify import verify
 
 ZIP = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 
@@ -70,6 +74,42 @@ def test_nested_state_dict_with_prefixes(tmp_path: Path, new: bool, key: str, pr
     again = torch.load(tmp_path / "b.pt", weights_only=True)
     assert list(again) == list(value)
     assert (again["epoch"], again["best"]) == (7, 0.5)
+
+
+@ZIP
+@pytest.mark.parametrize(
+    ("tensor", "what"),
+    [
+        (torch.eye(16).to_sparse(), "a sparse tensor"),
+        (torch.eye(16).to_sparse_csr(), "a sparse tensor"),
+        (torch.empty(16, 16, device="meta"), "a meta tensor, without values"),
+        (torch.quantize_per_tensor(torch.eye(16), 0.1, 0, torch.qint8), "a quantised tensor"),
+    ],
+    ids=["sparse", "csr", "meta", "quantised"],
+)
+def test_what_is_no_dense_tensor_is_a_row_with_its_reason(tmp_path: Path, new: bool, tensor: torch.Tensor, what: str) -> None:
+    source = save({"a.weight": tensor, "b.weight": torch.randn(16, 16)}, tmp_path / "a.pt", new=new)
+    result = prune(source, Pattern(2, 4), trust=True)
+    rows = {row.name: row for row in result.plan.rows}
+    assert [row.name for row in result.plan.pruned] == ["b.weight"]
+    assert rows["a.weight"].reason == f"{what}: only dense ones are pruned"
+    assert rows["a.weight"].info.shape == (16, 16)
+    assert inspect(result.output, trust=True).others == 1
+    assert not verify(result.output, source, trust=True).failed
+
+
+@ZIP
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.randn(1, 32).expand(16, 32), torch.randn(40).as_strided((8, 8), (1, 1)), torch.randn(300)[::100].expand(8, 3)],
+    ids=["expanded", "windows", "apart"],
+)
+def test_entries_that_share_memory_stay_dense(tmp_path: Path, new: bool, tensor: torch.Tensor) -> None:
+    source = save({"a.weight": tensor, "b.weight": torch.randn(16, 16)}, tmp_path / "a.pt", new=new)
+    result = prune(source, Pattern(2, 4))
+    assert [row.name for row in result.plan.pruned] == ["b.weight"]
+    assert "its entries share memory (expanded)" in str(result.plan.rows[0].reason)
+    assert torch.equal(torch.load(result.output, weights_only=True)["a.weight"], tensor)
 
 
 def test_prefix_of_some_names_stays(tmp_path: Path) -> None:

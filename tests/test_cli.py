@@ -163,6 +163,12 @@ def test_tables_say_what_happened(nm: Any, folder: Path) -> None:
 ERRORS: list[tuple[str, int, str]] = [
     ("prune net.pt --nm 5:4", 2, "pattern 5:4 is out of range: N:M keeps N of every M weights, with 1 <= N <= M <= 32"),
     ("prune net.pt", 2, "say how much is kept: --nm N:M for all layers, or --budget to choose for each"),
+    ("prune net.pt --nm=", 2, "'' is not an N:M pattern"),
+    (
+        "sensitivity a.onnx --nm 4:4 --calib data.npz",
+        2,
+        "a.onnx: nothing to prune among its 4 tensors; most often: 4:4 is dense",
+    ),
     ("prune net.pt --nm half", 2, "'half' is not an N:M pattern: write how many are kept of how many, for example 2:4"),
     (
         "prune net.pt --nm 2:4 --include x*",
@@ -196,6 +202,7 @@ ERRORS: list[tuple[str, int, str]] = [
     ("inspect a.onnx --require 2", 2, "'2' is not an N:M pattern"),
     ("export", 2, "no checkpoint was given, and this folder has none of nmconvert's: run nmconvert prune first"),
     ("export net.pt", 2, "net.pt: holds weights only; name the module with --model package.module:callable"),
+    ("export net.pt --static --dynamic 0=n", 2, "--static fixes every dimension, --dynamic leaves some open: give one of them"),
     ("export net.pt --input 1,a", 2, "--input '1,a' is not [NAME=]SHAPE[:DTYPE]"),
     ("export a.onnx", 2, "a.onnx: nothing in it is N:M sparse; run nmconvert prune first, or export with --flavour dense"),
     ("export a.onnx --flavour dense --input z=1,8,6,6", 2, "the model has no input 'z': it takes X"),
@@ -267,6 +274,15 @@ def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Non
     monkeypatch.setattr(sys, "argv", ["nmconvert", "prune", "net.pt", "--nm", "2:4", "--exclude", "*", "--debug"])
     with pytest.raises(UsageError):
         main()
+
+
+@pytest.mark.parametrize("command", ["prune", "sensitivity"])
+def test_calibration_data_of_another_shape(nm: Any, folder: Path, command: str) -> None:
+    np.savez(folder / "wide.npz", images=np.zeros((64, 5, 8, 8), np.float32), labels=np.zeros(64, int))
+    run = nm(command, "net.pt", "--nm", "2:4", "--calib", "wide.npz", *NET)
+    assert run.status == 1
+    assert "Net cannot take this data: RuntimeError: Given groups=1" in run.err
+    assert run.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)

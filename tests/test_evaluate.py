@@ -74,6 +74,12 @@ def test_the_command_prints_a_table_and_json(tmp_path, data):
     assert CliRunner().invoke(group, ["eval", file, "--data", data, "--quiet"]).stdout == ""
 
 
+def test_a_metric_that_is_no_number_is_null(tmp_path):
+    np.savez(tmp_path / "nan.npz", images=np.full((8, 3, 2, 2), np.nan, np.float32), labels=np.zeros(8, int))
+    done = CliRunner().invoke(group, ["eval", str(linear(tmp_path / "m.onnx")), "--data", str(tmp_path / "nan.npz"), "--json"])
+    assert json.loads(done.stdout)["metrics"]["loss"] is None
+
+
 def test_the_command_passes_settings_on(tmp_path):
     pixels = RNG.integers(0, 255, (10, 2, 2, 3), dtype=np.uint8)
     labels = ((pixels / 255).transpose(0, 3, 1, 2).reshape(10, 12) / 0.5 @ WEIGHT).argmax(1)

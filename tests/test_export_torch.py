@@ -223,7 +223,15 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         export(checkpoint, model=SPEC.format("net"), inputs=[InputSpec("y", (1, 3, 8, 8))])
     with pytest.raises(ExportError, match=r"the model fails on x .* to have 3 channels, but got 4 .*; is --input right\?"):
         export(checkpoint, model=SPEC.format("net"), inputs=[InputSpec(None, (1, 4, 8, 8))])
+    with pytest.raises(UsageError, match="no input has a dimension 9 to leave open with --dynamic: the last one is 3"):
+        export(checkpoint, model=SPEC.format("net"), inputs=IMAGE, dynamic={9: "h"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.nm2-4.pt", "a.pt"]
+
+
+def test_a_pickled_module_is_not_run(tmp_path: Path) -> None:
+    torch.save(net(), tmp_path / "a.pt")
+    with pytest.raises(UsageError, match=r"a\.pt: the module that is pickled in it is not run; name the module with --model"):
+        export(tmp_path / "a.pt", inputs=IMAGE, trust=True)
 
 
 def test_a_dense_checkpoint_is_told_so(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def test_what_is_wrong_is_named(folder):
             invoke(command, folder / "net.nm1-4.pt", *data, "--device", "abacus")
         with pytest.raises(UsageError, match=r"--device meta: cannot be used here"):
             invoke(command, folder / "net.nm1-4.pt", *data, "--device", "meta")
-    with pytest.raises(UsageError, match="lr cannot be -1"):
+    with pytest.raises(UsageError, match=r"lr cannot be -1.*: it has to be above 0"):
         finetune_it(folder, "--lr", -1)
     for output in (folder / "net.nm1-4.pt", folder / "net.pt"):
         before = output.read_bytes()

@@ -67,6 +67,12 @@ def test_feed_for_a_model() -> None:
         example_feed(model, [InputSpec("y", (1,))])
 
 
+@pytest.mark.parametrize("text", ["1,8,7,6", "1,8,6", "1,8,6,6:int64"])
+def test_what_does_not_fit_the_model(text: str) -> None:
+    with pytest.raises(UsageError, match=r"does not fit the model, whose input 'X' is batch,8,6,6:float32"):
+        example_feed(conv_net(), [InputSpec.parse(text)])
+
+
 def test_initialisers_among_the_inputs_are_no_inputs() -> None:
     model = conv_net()
     model.graph.input.append(value("head.bias", [10]))

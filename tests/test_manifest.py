@@ -69,7 +69,7 @@ def test_a_newer_format_says_what_to_do() -> None:
 )
 def test_damaged_json(text: str) -> None:
     with pytest.raises(
-        CheckpointError, match=r"a\.pt: its nmconvert manifest is damaged .*: prune or export it again"
+        CheckpointError, match=r"a\.pt: its nmconvert manifest is damaged .*: start from the file that it was made from"
     ) as caught:
         Manifest.from_json(text, "a.pt")
     assert "\n" not in str(caught.value)

@@ -111,7 +111,9 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, bad: float) -> No
     state = {"good.weight": torch.ones(8, 8), "bad.weight": torch.ones(8, 8)}
     state["bad.weight"][3, 5] = bad
     torch.save(state, tmp_path / "a.pt")
-    with pytest.raises(WeightError, match=r"bad\.weight: holds NaN or infinite weights; repair the checkpoint or --exclude"):
+    with pytest.raises(
+        WeightError, match=r"a\.pt: bad\.weight: holds NaN or infinite weights; repair the checkpoint or --exclude"
+    ):
         prune(tmp_path / "a.pt", Pattern(2, 4))
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
     assert prune(tmp_path / "a.pt", Pattern(2, 4), exclude=["bad*"]).plan.pruned

@@ -268,6 +268,11 @@ def test_what_is_missing_for_a_comparison_is_said(files: dict[str, Path], tmp_pa
     assert any(what.startswith("output") for what in failed(result))
 
 
+def test_inputs_given_wrongly_are_no_fault_of_the_file(files: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="the model has no input 'nosuch': it takes X"):
+        verify(files["compressed"], inputs=[InputSpec("nosuch", (1,))])
+
+
 def test_own_readers_agree_with_the_module(files: dict[str, Path]) -> None:
     """What verify calls a checkpoint's weights is what a strict load gives."""
     model = Net()

@@ -71,7 +71,7 @@ class Checkpoint(Protocol):
         """The container's name, for people."""
 
     def tensors(self) -> list[TensorInfo]:
-        """The model's tensors, in the order of the file's own listing."""
+        """The model's tensors, in the order of the file's own listing; those that cannot be read come last."""
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own; no other tensor is read."""
@@ -145,7 +145,7 @@ Rewrite = Callable[[BinaryIO, BinaryIO, Edits, Callable[[], str] | None], None]
 class FileCheckpoint:
     """A container that is one file; ``rewrite(source, target, edits, manifest)`` is what differs between formats.
 
-    Without a manifest (None), the copy carries none.
+    Without a manifest (None), the copy carries none. ``unread`` are the tensors that are not dense, and so have no slot.
     """
 
     path: Path
@@ -153,10 +153,11 @@ class FileCheckpoint:
     slots: Mapping[str, Slot]
     manifest: str | None
     rewrite: Rewrite
+    unread: tuple[TensorInfo, ...] = ()
 
     def tensors(self) -> list[TensorInfo]:
         """See :class:`Checkpoint`."""
-        return [slot.info for slot in self.slots.values()]
+        return [*(slot.info for slot in self.slots.values()), *self.unread]
 
     def read(self, name: str) -> Tensor:
         """See :class:`Checkpoint`; raises CheckpointError where the checksum of the storage is wrong."""
@@ -215,7 +216,9 @@ def manifest_from_bytes(data: bytes, path: Path) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: its nmconvert manifest is damaged ({error}): prune or export it again") from error
+        raise CheckpointError(
+            f"{path}: its nmconvert manifest is damaged ({error}): start from the file that it was made from"
+        ) from error
 
 
 def link_shared(slots: Sequence[Slot]) -> dict[str, Slot]:

@@ -24,7 +24,7 @@ from nmconvert.checkpoint.base import Edits, apply_whole
 from nmconvert.detect import as_tensor
 from nmconvert.errors import CheckpointError, UsageError
 from nmconvert.manifest import METADATA_KEY
-from nmconvert.onnx_graph import DOMAIN, graphs, named_tensors, tensor_infos
+from nmconvert.onnx_graph import DOMAIN, graphs, named_tensors, tensor_infos, used_names
 from nmconvert.tensor import TensorInfo
 
 _ALIGNMENT = 4096  # of external tensors: what onnxruntime can map into memory
@@ -53,9 +53,19 @@ def read_model(path: Path) -> ModelProto:
         raise CheckpointError(f"{path}: not an ONNX model, or damaged; copy the file anew") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from error
+    if not _names_are_text(model):
+        raise CheckpointError(f"{path}: damaged: a name in it is no UTF-8 text; write the model anew")
     if not model.graph.node and not model.graph.initializer:
         raise CheckpointError(f"{path}: an ONNX model without a graph, or not an ONNX model")
     return model
+
+
+def _names_are_text(model: ModelProto) -> bool:
+    """protobuf gives other names as bytes, or raises where they are read; which one depends on its version."""
+    try:
+        return all(isinstance(name, str) for name in (*used_names(model), *dict(named_tensors(model))))
+    except UnicodeDecodeError:
+        return False
 
 
 def read_whole_model(path: Path) -> ModelProto:
@@ -223,9 +233,9 @@ def _load_external(tensor: TensorProto, path: Path) -> None:
     try:
         load_external_data_for_tensor(tensor, str(path.parent))
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise CheckpointError(
-            f"{path}: the external data '{location}' of '{tensor.name}' cannot be read; keep the two files together"
-        ) from error
+        outside = Path(location).is_absolute() or ".." in Path(location).parts
+        remedy = "it lies outside of the model's folder, where nothing is read" if outside else "keep the two files together"
+        raise CheckpointError(f"{path}: the external data '{location}' of '{tensor.name}' cannot be read; {remedy}") from error
     tensor.data_location = TensorProto.DEFAULT
     del tensor.external_data[:]
 

@@ -13,7 +13,8 @@ import pickletools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from functools import partial
+from typing import Any, BinaryIO, TypeAlias
 
 import torch
 
@@ -43,6 +44,14 @@ class TensorRef:
     start: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OtherTensor:
+    """A tensor that is no strided view of a storage; ``kind`` says what it is, in words."""
+
+    kind: str
+    shape: tuple[int, ...]  # () where it is not said
 
 
 class Opaque(dict[Any, Any]):
@@ -143,6 +152,8 @@ class _Unpickler(pickle.Unpickler):
         self._structure.globals.add(full)
         if full in _STAND_INS:
             return _STAND_INS[full]
+        if full in _OTHER_TENSORS:
+            return partial(_other_tensor, _OTHER_TENSORS[full])
         if module.startswith("torch") and name.endswith("Storage"):
             return type(name, (Opaque,), {"dtype": _STORAGE_DTYPES.get(name), "__module__": module})
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -181,6 +192,21 @@ def _checked(storage: StorageRef, dtype: torch.dtype, start: int, shape: tuple[i
     return TensorRef(storage, dtype, start, shape, stride)
 
 
+def _other_tensor(kind: str, *arguments: Any) -> OtherTensor:
+    return OtherTensor(kind, _size_in(arguments))
+
+
+def _size_in(arguments: tuple[Any, ...]) -> tuple[int, ...]:
+    """The first tuple of numbers: in all of ``_OTHER_TENSORS`` that is the size."""
+    for value in arguments:
+        if isinstance(value, tuple):
+            if value and all(isinstance(number, int) and number >= 0 for number in value):
+                return value
+            if size := _size_in(value):
+                return size
+    return ()
+
+
 def _first(value: Any, *rest: Any) -> Any:
     return value
 
@@ -201,6 +227,14 @@ _STAND_INS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
     "torch._tensor._rebuild_from_type_v2": _from_type,
+}
+
+_OTHER_TENSORS = {
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
+    "torch._utils._rebuild_sparse_csr_tensor": "a sparse tensor",
+    "torch._utils._rebuild_nested_tensor": "a nested tensor",
+    "torch._utils._rebuild_qtensor": "a quantised tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a meta tensor, without values",
 }
 
 _STORAGE_DTYPES = {
@@ -254,11 +288,13 @@ def _is_plain(name: str) -> bool:
 
 # ── finding the model's state dict ────────────────────────────────────────────────────────────────────────────────────
 
+AnyTensor: TypeAlias = TensorRef | OtherTensor
+
 _MODEL_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights")
 _TRAINING_STATE = ("optim", "sched", "scaler", "loss_fn", "grad")
 
 
-def state_dicts(root: Any) -> list[tuple[str, dict[str, TensorRef]]]:
+def state_dicts(root: Any) -> list[tuple[str, dict[str, AnyTensor]]]:
     """The model state dicts in ``root``: (path, tensors by name), the model's own first, under the path "".
 
     That is ``root`` itself if it holds tensors by name, else the first of ``state_dict``, ``model`` … that does. Others
@@ -281,7 +317,7 @@ def _preference(path: str) -> int:
     return len(_MODEL_KEYS) + any("ema" in part.lower() for part in parts)
 
 
-def _walk(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, dict[str, TensorRef]]]:
+def _walk(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, dict[str, AnyTensor]]]:
     """``seen`` are the ids of what was met before: a dict may hold itself, and what is there twice is one state dict."""
     if id(value) in seen:
         return
@@ -293,7 +329,7 @@ def _walk(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, dict[str
         return
     if not isinstance(value, dict):
         return
-    tensors = {key: item for key, item in value.items() if isinstance(key, str) and isinstance(item, TensorRef)}
+    tensors = {key: item for key, item in value.items() if isinstance(key, str) and isinstance(item, AnyTensor)}
     if tensors:
         yield path, tensors
     for key, item in value.items():
@@ -301,7 +337,7 @@ def _walk(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, dict[str
             yield from _walk(item, f"{path}/{key}" if path else key, seen)
 
 
-def _module_tensors(module: Opaque, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, TensorRef]]:
+def _module_tensors(module: Opaque, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, AnyTensor]]:
     """The parameters and buffers of a pickled nn.Module or a TorchScript object, under the names of its state dict.
 
     ``above`` are the ids of the objects that hold it, for it may hold one of them; a module that is there twice has two names.
@@ -313,13 +349,13 @@ def _module_tensors(module: Opaque, prefix: str, above: tuple[int, ...]) -> Iter
     transient = state.get("_non_persistent_buffers_set", ())
     for part in parts or [state]:
         for name, value in part.items():
-            if isinstance(value, TensorRef) and name not in transient:
+            if isinstance(value, AnyTensor) and name not in transient:
                 yield f"{prefix}{name}", value
             elif isinstance(value, Opaque) and id(value) not in above:
                 yield from _module_tensors(value, f"{prefix}{name}.", (*above, id(value)))
 
 
-def _without_prefix(tensors: dict[str, TensorRef]) -> dict[str, TensorRef]:
+def _without_prefix(tensors: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
     """Names as the bare module has them, without ``module.`` of DataParallel and ``_orig_mod.`` of torch.compile."""
     names = {name: name.replace("_orig_mod.", "") for name in tensors}
     if all(name.startswith("module.") for name in names.values()):

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from nmconvert.checkpoint.base import Edits, FileCheckpoint, link_shared, manifest_from_bytes
 from nmconvert.checkpoint.pickles import Structure, TensorRef, read_pickle, require_trust
 from nmconvert.checkpoint.stream import edited_slots, pieces, pump
-from nmconvert.checkpoint.torch_zip import describe, make_slots
+from nmconvert.checkpoint.torch_zip import describe, make_slots, model_tensors, unread
 from nmconvert.errors import CheckpointError
 from nmconvert.manifest import MANIFEST
 
@@ -46,7 +46,8 @@ def open_torch_legacy(path: Path, *, trust: bool) -> FileCheckpoint:
     def locate(ref: TensorRef) -> tuple[int, int, None]:
         return offsets[ref.storage.key], ref.storage.nbytes, None
 
-    slots = link_shared(make_slots(path, structure, locate))
+    tensors = model_tensors(path, structure)
+    slots = link_shared(make_slots(tensors, locate))
 
     def rewrite(source: BinaryIO, target: BinaryIO, edits: Edits, text: Callable[[], str] | None) -> None:
         pump(source, target, pieces([(0, end)], edited_slots(slots, edits)))
@@ -54,7 +55,7 @@ def open_torch_legacy(path: Path, *, trust: bool) -> FileCheckpoint:
             data = text().encode()
             target.write(_TRAILER + struct.pack("<Q", len(data)) + data)
 
-    return FileCheckpoint(path, kind, slots, manifest, rewrite)
+    return FileCheckpoint(path, kind, slots, manifest, rewrite, unread(tensors))
 
 
 def _storages(file: BinaryIO, structure: Structure, keys: Any, path: Path) -> tuple[dict[str, int], int]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
 from nmconvert.checkpoint.base import Edits, FileCheckpoint, Rewrite, Slot, link_shared, manifest_from_bytes
-from nmconvert.checkpoint.pickles import Structure, TensorRef, read_pickle, require_trust, state_dicts
+from nmconvert.checkpoint.pickles import AnyTensor, OtherTensor, Structure, TensorRef, read_pickle, require_trust, state_dicts
 from nmconvert.checkpoint.stream import edited_slots
 from nmconvert.checkpoint.zip_records import Archive, Record, rewrite_archive
 from nmconvert.errors import CheckpointError
@@ -38,11 +39,12 @@ def open_torch_zip(archive: Archive, prefix: str, *, trust: bool) -> FileCheckpo
     if kind == "torch zip" and structure.foreign:
         require_trust(path, describe(structure), trust=trust)
         kind = "pickled module"
-    slots = link_shared(make_slots(path, structure, lambda ref: _locate(archive, prefix, ref)))
+    tensors = model_tensors(path, structure)
+    slots = link_shared(make_slots(tensors, lambda ref: _locate(archive, prefix, ref)))
     name = f"{prefix}{MANIFEST}"
     manifest = manifest_from_bytes(archive.read(name), path) if name in records else None
 
-    return FileCheckpoint(path, kind, slots, manifest, rewriter(archive, slots, name))
+    return FileCheckpoint(path, kind, slots, manifest, rewriter(archive, slots, name), unread(tensors))
 
 
 def rewriter(archive: Archive, slots: Mapping[str, Slot], manifest: str) -> Rewrite:
@@ -61,8 +63,8 @@ def describe(structure: Structure) -> str:
     return f"holds pickled Python objects ({names[0]}{more})"
 
 
-def make_slots(path: Path, structure: Structure, locate: Callable[[TensorRef], tuple[int, int, int | None]]) -> Sequence[Slot]:
-    """The slots of all state dicts of a pickle; ``locate`` gives offset, size and checksum of a tensor's storage.
+def model_tensors(path: Path, structure: Structure) -> list[tuple[TensorInfo, AnyTensor]]:
+    """The tensors of all state dicts of a pickle, each with what is known of it.
 
     Raises:
         CheckpointError: there is no state dict, or objects lie too deep within each other to look for it.
@@ -73,13 +75,43 @@ def make_slots(path: Path, structure: Structure, locate: Callable[[TensorRef], t
         raise CheckpointError(f"{path}: its objects are nested too deeply; save the model's state_dict() alone") from error
     if not found:
         raise CheckpointError(f"{path}: holds no state dict with tensors; save the model's state_dict() in it")
+    return [
+        (_info(f"{where}/{name}" if where else name, ref, secondary=number > 0), ref)
+        for number, (where, tensors) in enumerate(found)
+        for name, ref in tensors.items()
+    ]
+
+
+def _info(name: str, ref: AnyTensor, *, secondary: bool) -> TensorInfo:
+    if isinstance(ref, OtherTensor):
+        reason = f"{ref.kind}: only dense ones are pruned"
+        return TensorInfo(name, ref.shape, "uint8", secondary=secondary, reason=reason, unread=True)
+    shared = "its entries share memory (expanded): save it .contiguous() to have it pruned" if _overlaps(ref) else None
+    return TensorInfo(name, ref.shape, dtype_name(ref.dtype), secondary=secondary, reason=shared)
+
+
+def _overlaps(ref: TensorRef) -> bool:
+    """Whether two entries lie in one place, so that they cannot be changed apart."""
+    steps = [(size, step) for size, step in zip(ref.shape, ref.stride, strict=True) if size > 1]
+    extent = 1 + sum((size - 1) * step for size, step in steps)
+    return any(step == 0 for _, step in steps) or prod(ref.shape) > extent
+
+
+def make_slots(
+    tensors: Sequence[tuple[TensorInfo, AnyTensor]], locate: Callable[[TensorRef], tuple[int, int, int | None]]
+) -> Sequence[Slot]:
+    """The slots of those that are dense; ``locate`` gives offset, size and checksum of a tensor's storage."""
     slots = []
-    for number, (where, tensors) in enumerate(found):
-        for name, ref in tensors.items():
-            info = TensorInfo(f"{where}/{name}" if where else name, ref.shape, dtype_name(ref.dtype), secondary=number > 0)
+    for info, ref in tensors:
+        if isinstance(ref, TensorRef):
             offset, nbytes, crc = locate(ref)
             slots.append(Slot(info, offset, nbytes, ref.start, ref.stride, crc))
     return slots
+
+
+def unread(tensors: Sequence[tuple[TensorInfo, AnyTensor]]) -> tuple[TensorInfo, ...]:
+    """Those that are not dense."""
+    return tuple(info for info, _ in tensors if info.unread)
 
 
 def _locate(archive: Archive, prefix: str, ref: TensorRef) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
 
 import click
@@ -9,8 +10,12 @@ import click
 from nmconvert.cli.common import Printer, model_options, newest_onnx, output_options
 from nmconvert.errors import UsageError, VerificationError
 
+_MOST_THREADS = 1024  # onnxruntime starts as many as it is told to, and hangs where the system has no more
 
-def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+
+def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:
+    if value is None:
+        return []
     try:
         numbers = [int(part) for part in value.split(",")]
     except ValueError:
@@ -18,6 +23,19 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
     if not numbers or min(numbers) < 1:
         raise UsageError(f"--{parameter.name} '{value}' is not a list of positive numbers, for example 1,2")
     return numbers
+
+
+def _threads(ctx: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    numbers = _numbers(ctx, parameter, value)
+    if max(numbers) > _MOST_THREADS:
+        raise UsageError(f"--threads {max(numbers)} are too many: at most {_MOST_THREADS}")
+    return numbers
+
+
+def _finite(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not isfinite(value):
+        raise UsageError(f"--{parameter.name} {value} is not a finite number")
+    return value
 
 
 @click.command("bench")
@@ -33,11 +51,23 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
     type=click.Path(exists=True, path_type=Path),
     help="A dense ONNX file, or a checkpoint, which is exported for that.  [default: MODEL with its weights unpacked]",
 )
-@click.option("--threads", default="1", show_default=True, callback=_numbers, metavar="N,…", help="Threads, one run each.")
-@click.option("--batch", default="1", show_default=True, callback=_numbers, metavar="N,…", help="Batch sizes, one run each.")
+@click.option("--threads", default="1", show_default=True, callback=_threads, metavar="N,…", help="Threads, one run each.")
+@click.option(
+    "--batch",
+    callback=_numbers,
+    metavar="N,…",
+    help="Batch sizes, one run each.  [default: the model's own, or 1]",
+)
 @click.option("--input", "inputs", multiple=True, metavar="[NAME=]SHAPE[:DTYPE]", help="Shape of an input; may be repeated.")
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(3), help="Interleaved rounds.")
-@click.option("--seconds", default=2.0, show_default=True, type=click.FloatRange(0.01), help="Time for each side of a run.")
+@click.option(
+    "--seconds",
+    default=2.0,
+    show_default=True,
+    type=click.FloatRange(0.01),
+    callback=_finite,
+    help="Time for each side of a run.",
+)
 @click.option("--layers/--no-layers", default=True, help="Time each distinct layer as well.  [default: layers]")
 @click.option(
     "--tuned",
@@ -46,7 +76,13 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
     help="Write MODEL into FILE with those layers unpacked that are faster dense here, for programs that register the library "
     "and measure nothing.",
 )
-@click.option("--require", type=float, metavar="RATIO", help="Exit with status 1 unless every run is this much faster.")
+@click.option(
+    "--require",
+    type=float,
+    callback=_finite,
+    metavar="RATIO",
+    help="Exit with status 1 unless every run is this much faster.",
+)
 @model_options
 @output_options
 def command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -11,6 +12,8 @@ import click
 from nmconvert.cli.common import TASKS, key_values, printable
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from nmconvert.calibrate.replay import Batch
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -52,6 +55,15 @@ def calibration_batches(
         inputs = reader.collate([dataset[i] for i in order[low : low + batch_size]]).inputs
         batches.append((inputs,) if isinstance(inputs, list) else inputs)  # a list of images is one argument
     return batches
+
+
+def calibration_data_named(model: nn.Module | None) -> AbstractContextManager[None]:
+    """Where ``model`` cannot take the data, the error is one line about both; a graph (None) names what does not fit itself."""
+    if model is None:
+        return nullcontext()
+    from nmconvert.tasks import misfits_named
+
+    return misfits_named(model)
 
 
 def teller(quiet: bool) -> Callable[[str], None]:

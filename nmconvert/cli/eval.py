@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import click
@@ -37,4 +36,4 @@ def command(
         file, task, settings, data, model=model, model_arguments=model_arguments, trust=trust, batch_size=batch_size,
         workers=workers, limit=limit, device=device, kernels=kernels,
     )  # fmt: skip
-    printer.show(dataclasses.asdict(result), lambda: report.eval_report(result))
+    printer.show(report.eval_json(result), lambda: report.eval_report(result))

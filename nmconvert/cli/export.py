@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from nmconvert.cli.common import Printer, dimensions, model_options, newest_checkpoint, output_options
+from nmconvert.errors import UsageError
 
 
 @click.command("export")
@@ -43,6 +44,8 @@ def command(
     """
     from nmconvert.inputs import InputSpec
 
+    if static and dynamic:
+        raise UsageError("--static fixes every dimension, --dynamic leaves some open: give one of them")
     specs = [InputSpec.parse(text) for text in inputs]
     import torch
 

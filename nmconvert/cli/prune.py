@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nmconvert.cli.calibration import METHODS, calibration_batches, calibration_options, teller
+from nmconvert.cli.calibration import METHODS, calibration_batches, calibration_data_named, calibration_options, teller
 from nmconvert.cli.common import Printer, layer_patterns, model_options, output_options
 from nmconvert.errors import UsageError
 from nmconvert.pattern import AXES, Axis, Pattern
@@ -71,7 +71,7 @@ def command(
         raise UsageError(f"{option} runs the model on its inputs: give --model and --calib (an ONNX file needs {less})")
     if calib is None and criterion not in (None, "magnitude"):
         raise UsageError(f"--criterion {criterion} looks at the inputs of the layers: give --calib DATA")
-    pattern = Pattern.parse(nm or "2:4")
+    pattern = Pattern.parse("2:4" if nm is None else nm)
     from nmconvert import report
     from nmconvert.prune import prune
 
@@ -96,9 +96,10 @@ def command(
         recipe = Recipe(criterion=criterion or "auto", seed=seed)
         calibration = Calibration(batches, recipe, wanted, permute, teller(printer.quiet), Pace)
     said = {"model": model, "model_arguments": model_arguments if model else None, "calib": calib, "budget": budget}
-    result = prune(
-        checkpoint, pattern, axis, output=output, layers=layers, include=include, exclude=exclude, target=target,
-        criterion=criterion or ("auto" if calib else "magnitude"), model=built, calibration=calibration, settings=said,
-        trust=trust,
-    )  # fmt: skip
+    with calibration_data_named(built if calibration else None):
+        result = prune(
+            checkpoint, pattern, axis, output=output, layers=layers, include=include, exclude=exclude, target=target,
+            criterion=criterion or ("auto" if calib else "magnitude"), model=built, calibration=calibration, settings=said,
+            trust=trust,
+        )  # fmt: skip
     printer.show(report.prune_json(result), lambda: report.prune_report(result))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nmconvert.cli.calibration import calibration_batches, calibration_options, teller
+from nmconvert.cli.calibration import calibration_batches, calibration_data_named, calibration_options, teller
 from nmconvert.cli.common import Printer, model_options, output_options
 from nmconvert.errors import UsageError
 from nmconvert.pattern import AXES, Axis, Pattern
@@ -46,13 +46,15 @@ def command(
         raise UsageError("sensitivities are measured on inputs: give --model and --calib (an ONNX file needs --calib alone)")
     from nmconvert.calibrate.stage import sensitivities
     from nmconvert.model import build
-    from nmconvert.prune import plan_for
+    from nmconvert.prune import need_pruned, plan_for
 
     built = None if model is None else build(model, model_arguments, trust=trust)
     opened = open_checkpoint(checkpoint, trust=trust)
     plan = plan_for(opened, chosen[0], axis, built)
+    need_pruned(checkpoint, plan)
     batches = calibration_batches(calib, task, settings, samples, batch_size, seed)
-    found = sensitivities(built, opened, plan, batches, chosen, teller(printer.quiet))
+    with calibration_data_named(built):
+        found = sensitivities(built, opened, plan, batches, chosen, teller(printer.quiet))
     from nmconvert.plot import sensitivities_svg, write_sensitivities
 
     if plot is not None:

@@ -171,11 +171,15 @@ def _from_checkpoint(
     path = checkpoint.path
     spec, arguments = manifest.said_model(path, model, model_arguments)
     if spec is None:
-        raise UsageError(f"{path}: holds weights only; name the module with --model package.module:callable")
+        what = "the module that is pickled in it is not run" if checkpoint.format == "pickled module" else "holds weights only"
+        raise UsageError(f"{path}: {what}; name the module with --model package.module:callable")
     inputs = inputs or [InputSpec.parse(text) for text in manifest.settings.get("input") or []]
     if not inputs:
         example = "input_ids=1,16:int64" if path.is_dir() else "1,3,224,224"
         raise UsageError(f"{path}: an example input is needed; give its shape, for example --input {example}")
+    rank = max(len(said.shape) for said in inputs)
+    if beyond := [axis for axis in dynamic if axis >= rank]:
+        raise UsageError(f"no input has a dimension {beyond[0]} to leave open with --dynamic: the last one is {rank - 1}")
     module = load(spec, path, arguments, trust=trust)
     if dtype is not None:
         module = module.to(dtype)

@@ -19,12 +19,11 @@ from nmconvert.errors import CheckpointError, NmconvertError, WeightError
 from nmconvert.export.functions import FUNCTIONS, GEMM_DEFAULTS
 from nmconvert.manifest import Layer
 from nmconvert.matrix import MatrixView
-from nmconvert.onnx_graph import DENSE, DOMAIN, SCALED, Constants, attribute, graphs, packed_inputs
+from nmconvert.onnx_graph import DENSE, DOMAIN, SCALED, VALUES_SUFFIX, Constants, attribute, graphs, packed_inputs
 from nmconvert.packing import Coding, Packed, coding_for, unpack
 from nmconvert.pattern import AXES, Axis, Pattern
 
 VALUES = 1  # position in a call
-_SUFFIX = ".values"
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def read_call(node: NodeProto, scope: Constants, source: str) -> PackedLayer:
         values, mask, table, *scale = (numpy_helper.to_array(tensor) for tensor in tensors)
     except (KeyError, ValueError, TypeError, IndexError, ZeroDivisionError, NmconvertError) as error:
         raise CheckpointError(f"{source}: node '{node.name}' ({node.op_type}) is malformed: {error}") from error
-    name = tensors[0].name.removesuffix(_SUFFIX)
+    name = tensors[0].name.removesuffix(VALUES_SUFFIX)
     return PackedLayer(node, name, pattern, axis, view, int(parts), values.reshape(-1), mask.reshape(-1), table, *scale)
 
 
@@ -183,7 +182,7 @@ def _columns(node: NodeProto, shape: Sequence[int], split: Sequence[int]) -> int
 
 def values_name(weight: str) -> str:
     """The initialiser that holds the values of ``weight``."""
-    return weight + _SUFFIX
+    return weight + VALUES_SUFFIX
 
 
 def mask_name(weight: str) -> str:

@@ -72,13 +72,12 @@ def tuned(model: str | os.PathLike[str], *, threads: int = 0, inputs: Sequence[I
     """``model`` as :func:`session` would run it here: the weights of layers that are faster dense are unpacked.
 
     For programs in any language that register the library themselves, and so measure nothing. The choice is one for this CPU
-    and this number of ``threads`` (0: all). Where a weight was unpacked the manifest, which is the packed file's, is left out.
+    and this number of ``threads`` (0: all). A weight that is unpacked gets its own name back, and the manifest stays.
 
     Raises:
         KernelsUnavailableError: there are no kernels to measure.
     """
     from nmconvert.checkpoint.onnx_file import read_whole_model
-    from nmconvert.manifest import METADATA_KEY
 
     library()
     options = onnxruntime.SessionOptions()
@@ -87,8 +86,6 @@ def tuned(model: str | os.PathLike[str], *, threads: int = 0, inputs: Sequence[I
     proto = read_whole_model(Path(model))
     if isinstance(chosen, bytes):
         proto.ParseFromString(chosen)
-        for entry in [entry for entry in proto.metadata_props if entry.key == METADATA_KEY]:
-            proto.metadata_props.remove(entry)
     return proto
 
 

@@ -88,27 +88,27 @@ class Settings:
 
     def __post_init__(self) -> None:
         checks = {
-            "epochs": self.epochs >= 1,
-            "batch": self.batch >= 1,
-            "accumulate": self.accumulate >= 1,
-            "optimizer": self.optimizer in (None, *OPTIMIZERS),
-            "precision": self.precision in PRECISIONS,
-            "lr": self.lr is None or 0 < self.lr < inf,
-            "weight_decay": 0 <= self.weight_decay < inf,
-            "warmup": 0 <= self.warmup <= 1,
-            "clip": self.clip is None or self.clip > 0,
-            "ema": self.ema is None or 0 <= self.ema < 1,
-            "distill": 0 <= self.distill <= 1,
-            "decay": self.decay is None or 0 <= self.decay < inf,
-            "freeze_masks": 0 <= self.freeze_masks <= 1,
-            "patience": self.patience is None or self.patience >= 1,
-            "workers": self.workers >= 0,
-            "seed": self.seed >= 0,
-            "save_minutes": self.save_minutes >= 0,
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "batch": (self.batch >= 1, "at least 1"),
+            "accumulate": (self.accumulate >= 1, "at least 1"),
+            "optimizer": (self.optimizer in (None, *OPTIMIZERS), f"one of {', '.join(OPTIMIZERS)}"),
+            "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+            "lr": (self.lr is None or 0 < self.lr < inf, "above 0"),
+            "weight_decay": (0 <= self.weight_decay < inf, "0 or more"),
+            "warmup": (0 <= self.warmup <= 1, "from 0 to 1"),
+            "clip": (self.clip is None or self.clip > 0, "above 0"),
+            "ema": (self.ema is None or 0 <= self.ema < 1, "from 0 to below 1"),
+            "distill": (0 <= self.distill <= 1, "from 0 to 1"),
+            "decay": (self.decay is None or 0 <= self.decay < inf, "0 or more"),
+            "freeze_masks": (0 <= self.freeze_masks <= 1, "from 0 to 1"),
+            "patience": (self.patience is None or self.patience >= 1, "at least 1"),
+            "workers": (self.workers >= 0, "0 or more"),
+            "seed": (self.seed >= 0, "0 or more"),
+            "save_minutes": (self.save_minutes >= 0, "0 or more"),
         }
-        for name, holds in checks.items():
+        for name, (holds, words) in checks.items():
             if not holds:
-                raise UsageError(f"{name.replace('_', '-')} cannot be {getattr(self, name)}; see --help")
+                raise UsageError(f"{name.replace('_', '-')} cannot be {getattr(self, name)}: it has to be {words}")
         if self.ema is not None and self.shard:
             raise UsageError("averaged weights (--ema) cannot be sharded: leave out --ema or --shard")
 
