@@ -5,14 +5,13 @@ What ``prune --budget 'speedup>=…'`` measures with. Speed does not depend on t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import onnxruntime
 import torch
 from onnx import ModelProto, numpy_helper
 from torch import Tensor, nn
 
+from nmconvert.calibrate.budget import Chosen
 from nmconvert.calibrate.onnx_driver import input_types
 from nmconvert.calibrate.replay import Batch, as_call
 from nmconvert.export import raised
@@ -23,11 +22,8 @@ from nmconvert.export.trace import trace
 from nmconvert.inputs import InputSpec, example_feed
 from nmconvert.masks import magnitude, nm_mask
 from nmconvert.onnx_graph import named_tensors, tensor_infos
-from nmconvert.pattern import Axis, Pattern
 from nmconvert.runtime import library, session
 from nmconvert.runtime.choice import Times, met_layers, open_session, race, time_layer
-
-Plan = Mapping[str, tuple[Pattern, Axis]]
 
 _SECONDS, _ROUNDS = 0.5, 15  # for each side of a race of whole models
 
@@ -50,7 +46,7 @@ class Pace:
             self.inputs = _specs(batch)
             self.dense = trace(model, self.inputs, {}).model
 
-    def layers(self, plan: Plan) -> dict[str, tuple[float, float]]:
+    def layers(self, plan: Chosen) -> dict[str, tuple[float, float]]:
         """Seconds of each layer of ``plan``, dense and as it runs: where the kernel is slower it is left dense.
 
         Layers that have no kernel are left out.
@@ -67,7 +63,7 @@ class Pace:
                 found[name] = (dense, min(dense, fast))
         return found
 
-    def speedup(self, plan: Plan) -> float:
+    def speedup(self, plan: Chosen) -> float:
         """Dense time ÷ time of the whole model pruned to ``plan``: the median of interleaved rounds."""
         if not plan:
             return 1.0
@@ -78,7 +74,7 @@ class Pace:
         dense = open_session(self.dense.SerializeToString(), 1)
         return race(dense, sparse, example_feed(self.dense, self.inputs), seconds=_SECONDS, rounds=_ROUNDS).ratio
 
-    def _pruned(self, plan: Plan) -> ModelProto:
+    def _pruned(self, plan: Chosen) -> ModelProto:
         """The compressed model."""
         model = ModelProto()
         model.CopyFrom(self.dense)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nmconvert.calibrate.atoms import Ints, Proof
 from nmconvert.calibrate.axes import Value, Walk
-from nmconvert.calibrate.onnx_ops import Runtime, as_tensor, reads
+from nmconvert.calibrate.onnx_ops import Runtime, constant_values, reads
 from nmconvert.onnx_graph import Constants, attribute, named_tensors, opset
 
 _STANDARD = ("", "ai.onnx")
@@ -31,7 +31,7 @@ def find_channels(model: ModelProto, feeds: Mapping[str, Tensor]) -> Proof:
         ModelError: onnxruntime cannot run one of its nodes.
     """
     tensors = {name: t for name, t in Constants.of(model.graph).tensors.items() if t.data_type != TensorProto.STRING}
-    known = {**{name: as_tensor(tensor) for name, tensor in tensors.items()}, **feeds}
+    known = {**{name: constant_values(tensor) for name, tensor in tensors.items()}, **feeds}
     unique = {name for name, count in Counter(name for name, _ in named_tensors(model)).items() if count == 1}
     graph = _Graph(opset(model), set(tensors), unique)
     runtime = Runtime(model)

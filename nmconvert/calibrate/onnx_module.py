@@ -18,7 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nmconvert.calibrate.onnx_ops import Operator, Runtime, as_tensor, padded, reads, window_pads
+from nmconvert.calibrate.onnx_ops import Operator, Runtime, constant_values, padded, reads, window_pads
 from nmconvert.onnx_graph import Constants, WeightUse, attribute, weight_uses
 
 _LAYERS = 2  # of a part at least, so that there is something to reconstruct
@@ -161,7 +161,7 @@ class _Reader:
     def __init__(self, model: ModelProto, outputs: Sequence[str]) -> None:
         scope = Constants.of(model.graph)
         self.tensors = {name: tensor for name, tensor in scope.tensors.items() if tensor.data_type != TensorProto.STRING}
-        self.constants = {name: as_tensor(tensor) for name, tensor in self.tensors.items()}
+        self.constants = {name: constant_values(tensor) for name, tensor in self.tensors.items()}
         self.inputs = [value.name for value in model.graph.input if value.name not in self.constants]
         self.outputs = list(outputs)
         self.places: dict[str, Place] = {}

@@ -70,7 +70,7 @@ def session(model: ModelProto) -> Any:
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def as_tensor(proto: TensorProto) -> Tensor:
+def constant_values(proto: TensorProto) -> Tensor:
     """The values of a constant; half precision as float32.
 
     Raises:

@@ -11,11 +11,10 @@ from torch import Tensor
 from nmconvert.calibrate.axes_onnx import find_channels
 from nmconvert.calibrate.correct import disagreement
 from nmconvert.calibrate.onnx_driver import chooses, computed, graph_inputs, input_types, tolerance
-from nmconvert.calibrate.onnx_ops import as_tensor
+from nmconvert.calibrate.onnx_ops import constant_values
 from nmconvert.calibrate.permute import Permutation, Reader, reorder
 from nmconvert.calibrate.replay import Batch, as_call
-from nmconvert.detect import as_array
-from nmconvert.detect import as_tensor as as_stored
+from nmconvert.detect import as_array, as_tensor
 from nmconvert.errors import ModelError
 from nmconvert.inputs import example_feed
 from nmconvert.onnx_graph import named_tensors
@@ -33,10 +32,11 @@ def permute_onnx(
         ModelError: onnxruntime cannot run the graph, or the permuted one computes something else.
     """
     tensors = dict(named_tensors(model))
-    orders, done = reorder(find_channels(model, feeds), [_reader(row, as_tensor(tensors[row.name])) for row in rows], seed=seed)
+    readers = [_reader(row, constant_values(tensors[row.name])) for row in rows]
+    orders, done = reorder(find_channels(model, feeds), readers, seed=seed)
     changed: dict[str, Tensor] = {}
     for (name, dim), order in orders.items():
-        tensor = changed[name] if name in changed else as_stored(numpy_helper.to_array(tensors[name]).copy())
+        tensor = changed[name] if name in changed else as_tensor(numpy_helper.to_array(tensors[name]).copy())
         changed[name] = tensor.index_select(dim, order)
     if changed and not chooses(model):
         names = [value.name for value in model.graph.output]
