@@ -129,11 +129,12 @@ def bench(
     if tuned is not None:
         check_apart([(tuned, "--tuned")], [model] if against is None else [model, against])
         check_target(tuned, "--tuned", made="an ONNX file")
-    feeds = [_feed(model, proto, inputs, batch) for batch in batches or (None,)]
+    sizes = batches or (None,)
+    feeds = [_feed(model, proto, inputs, size) for size in sizes]
     rows = []
     with _dense(model, proto, against, module, module_arguments, trust, inputs) as other:
-        for feed in feeds:
-            batch = next(iter(_batches(feed)), 1)
+        for size, feed in zip(sizes, feeds, strict=True):
+            batch = size or next(iter(_batches(feed)), 1)
             rows += [ModelTimes(count, batch, _race(model, other, feed, count, seconds, rounds)) for count in threads]
     specs = _specs(feeds[0])
     layers = _time_layers(proto, path, threads[0], specs) if per_layer else ()

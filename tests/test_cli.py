@@ -100,6 +100,13 @@ def test_the_newest_is_told_by_its_bytes(nm: Any, folder: Path) -> None:
     assert (quiet.status, quiet.out, quiet.err) == (0, "", "")
 
 
+def test_what_cannot_be_read_is_no_newest_file(nm: Any, folder: Path) -> None:
+    nm("prune", "net.pt", "--nm", "2:4")
+    os.mkfifo(folder / "pipe.nm2-4.pt")
+    (folder / "gone.nm2-4.pt").symlink_to(folder / "nowhere.pt")
+    assert "taking net.nm2-4.pt, the newest checkpoint" in nm("export").err
+
+
 def test_an_onnx_file_needs_no_ending(nm: Any, folder: Path) -> None:
     (folder / "a.onnx").rename(folder / "a.bin")
     images = random_weight((6, 8, 6, 6), 0).numpy()

@@ -181,9 +181,9 @@ def _newest(ctx: click.Context, what: str, first: str, wanted: Callable[[bool], 
     """The newest of nmconvert's files here, by its manifest: logs, pages and unfinished work have such names, too."""
     from nmconvert.checkpoint import has_manifest, is_onnx
 
-    named = [path for path in Path().glob("*.nm*") if re.search(r"\.nm\d+-\d+(\.|$)", path.name)]
+    named = [path for path in Path().glob("*.nm*") if re.search(r"\.nm\d+-\d+(\.|$)", path.name) and path.exists()]
     named.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    newest = next((path for path in named if wanted(is_onnx(path)) and has_manifest(path)), None)
+    newest = next((path for path in named if has_manifest(path) and wanted(is_onnx(path))), None)
     if newest is None:
         raise UsageError(f"no {what} was given, and this folder has none of nmconvert's: run {first} first")
     if not ctx.params["quiet"]:

@@ -93,8 +93,8 @@ def export(
 
     Raises:
         UsageError: a model or an input is missing, nothing in ``source`` is sparse, there is no such ``flavour`` or no such
-            ``values``, these need another flavour, or ``output`` is ``source``, a folder, in no folder, or
-            called what it is not.
+            ``values``, these need another flavour, or ``output`` is ``source``, a folder, in no folder, or called what it is
+            not.
         ExportError: the file would not pass its checks; none is left.
     """
     check_choice("flavour", flavour, FLAVOURS)
