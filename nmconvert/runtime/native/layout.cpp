@@ -1,6 +1,9 @@
 #include "layout.h"
 
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -20,6 +23,20 @@ int64_t panel_budget(double density) {
 #endif
   const double share = std::clamp(1.25 - density, 0.75, 1.25);
   return static_cast<int64_t>(share * static_cast<double>(std::clamp<int64_t>(l1, 32 << 10, 64 << 10)));
+}
+
+// Bytes of the pages that a core knows the places of: AMD's say how many (64 on Zen 3, 72 on Zen 4), Intel's servers have 96.
+int64_t mapped_at_once() {
+  constexpr int64_t kPage = 4096;
+  int64_t pages = 96;
+#if defined(__x86_64__)
+  static const unsigned of_amd = [] {
+    unsigned eax, ebx = 0, ecx, edx;
+    return __get_cpuid(0x80000005, &eax, &ebx, &ecx, &edx) ? ebx >> 16 & 0xff : 0;
+  }();
+  if (of_amd) pages = of_amd;
+#endif
+  return pages * kPage;
 }
 
 // The size of chunks that takes the fewest steps, of `channels` that keep `entries` each; a chunk costs a row one step more.
@@ -78,7 +95,7 @@ bool Layout::fits() const {
   constexpr int64_t kLine = 64, kSets = 64;  // bytes, lines: of any L1 cache of today
   if (chunk_lines() * pitch > 0x10000) return false;
   const int64_t bytes = pitch * width * 4;
-  return !in_place() || std::gcd(bytes, kLine * kSets) <= height * width * 4;
+  return !in_place() || (std::gcd(bytes, kLine * kSets) <= height * width * 4 && chunk_lines() * bytes <= mapped_at_once());
 }
 
 std::vector<Layout::Place> Layout::places(const std::vector<uint32_t>& order) const {

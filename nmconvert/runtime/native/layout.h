@@ -47,7 +47,8 @@ struct Layout {
   // Floats of a chunk of a panel that is packed.
   int64_t chunk_size() const { return chunk_lines() * height * width; }
 
-  // Whether offsets of 16 bits reach all of a chunk, and its lines do not displace each other in the L1 cache.
+  // Whether offsets of 16 bits reach all of a chunk, and where it is read in place, its lines do not displace each other in the L1
+  // cache, nor its pages in the first TLB.
   bool fits() const;
 
   struct Place {

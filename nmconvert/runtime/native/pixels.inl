@@ -81,36 +81,55 @@ void gather(const float* from, const int64_t* offsets, int64_t columns, const Se
   }
 }
 
-// Floats from `left` to right - 1, and zeros: the others may not be read.
-template <int Lanes>
-inline typename Part<Lanes>::Floats load_between(const float* p, int left, int right) {
+// The lanes from `left` to right - 1 of every Stride-th float, and zeros: the others may lie beyond the image, and are not read.
+template <int Lanes, int Stride>
+class Between {
+ public:
   typedef typename Part<Lanes>::Floats Floats;
-#if NMC_WIDTH == 16
-  const uint32_t mask = (1u << right) - (1u << left);
-  if constexpr (Lanes == 16) return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
-  if constexpr (Lanes == 8) return _mm256_maskz_loadu_ps(static_cast<__mmask8>(mask), p);
-  if constexpr (Lanes == 4) return _mm_maskz_loadu_ps(static_cast<__mmask8>(mask), p);
-#endif
-  if (left == 0 && right == Lanes) return *reinterpret_cast<const Floats*>(p);
-  Floats v = {};
-  for (int lane = left; lane < right; ++lane) v[lane] = p[lane];
-  return v;
-}
+  typedef typename Part<Lanes>::Indices Indices;
 
-// The same of every second float. Of the last vector one float less is read than it has: what follows may lie beyond the image.
-template <int Lanes>
-inline typename Part<Lanes>::Floats load_second_between(const float* p, int left, int right) {
-  typedef typename Part<Lanes>::Floats Floats;
-  if (left == 0 && right == Lanes) {
-    typename Part<Lanes>::Indices wanted;
-    for (int lane = 0; lane < Lanes; ++lane) wanted[lane] = 2 * lane + (2 * lane < Lanes ? 0 : 1);
-    const Floats low = *reinterpret_cast<const Floats*>(p), high = *reinterpret_cast<const Floats*>(p + Lanes - 1);
-    return __builtin_shuffle(low, high, wanted);
+  Between(int left, int right) {
+    Indices at;
+    for (int i = 0; i < Lanes; ++i) at[i] = i;
+    const auto inside = [&](Indices lane) { return (lane >= left) & (lane < right); };
+    first_ = Stride == 1 ? inside(at) : inside(at >> 1) & ((at & 1) == 0);
+    second_ = inside((at + (Lanes - 1)) >> 1) & ((at & 1) == 1);
   }
-  Floats v = {};
-  for (int lane = left; lane < right; ++lane) v[lane] = p[2 * lane];
-  return v;
-}
+
+  Floats operator()(const float* p) const {
+    return every([&](const float* from, Indices mask) { return masked(from, mask); }, p, first_, second_);
+  }
+  // The same of a vector whose lanes are all inside.
+  static Floats whole(const float* p) {
+    return every([](const float* from, Indices) { return *reinterpret_cast<const Floats*>(from); }, p, Indices{}, Indices{});
+  }
+
+ private:
+  // Of two vectors every second float; the second starts a float early, because what follows it may lie beyond the image.
+  template <typename Read>
+  static Floats every(Read&& read, const float* p, Indices first, Indices second) {
+    if (Stride == 1) return read(p, first);
+    Indices wanted;
+    for (int lane = 0; lane < Lanes; ++lane) wanted[lane] = 2 * lane + (2 * lane < Lanes ? 0 : 1);
+    return __builtin_shuffle(read(p, first), read(p + Lanes - 1, second), wanted);
+  }
+
+  static Floats masked(const float* p, Indices mask) {
+#if NMC_WIDTH == 16
+    if constexpr (Lanes == 16) return _mm512_maskz_loadu_ps(_mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)), p);
+#endif
+#if NMC_WIDTH >= 8
+    if constexpr (Lanes == 8) return _mm256_maskload_ps(p, reinterpret_cast<__m256i>(mask));
+    if constexpr (Lanes == 4) return _mm_maskload_ps(p, reinterpret_cast<__m128i>(mask));
+#endif
+    Floats v = {};
+    for (int lane = 0; lane < Lanes; ++lane)
+      if (mask[lane]) v[lane] = p[lane];
+    return v;
+  }
+
+  Indices first_, second_;  // which floats of one vector are read, or of two
+};
 
 constexpr int kChannelsAhead = 3;  // as kAhead; their first line reads what the others will
 
@@ -130,12 +149,15 @@ void gather_pieces(const StripJob& job) {
         const float* ahead = read + job.offsets[line + kChannelsAhead * job.period] - job.offsets[line];
         for (int64_t row = here.first; row < here.last; ++row, ahead += job.step) __builtin_prefetch(ahead + here.left * Stride);
       }
-      int64_t v = 0;
-      for (; v < here.first; ++v, write += W) *reinterpret_cast<Floats*>(write) = Floats{};
-      for (; v < here.last; ++v, read += job.step, write += W)
-        *reinterpret_cast<Floats*>(write) = Stride == 1 ? load_between<kLanes>(read, here.left, here.right)
-                                                        : load_second_between<kLanes>(read, here.left, here.right);
-      for (; v < job.height; ++v, write += W) *reinterpret_cast<Floats*>(write) = Floats{};
+      const auto zeros = [&](int64_t vectors) {
+        for (; vectors > 0; --vectors, write += W) *reinterpret_cast<Floats*>(write) = Floats{};
+      };
+      const auto fill = [&](auto&& lanes) {
+        for (int64_t v = here.first; v < here.last; ++v, read += job.step, write += W) *reinterpret_cast<Floats*>(write) = lanes(read);
+      };
+      zeros(here.first);
+      here.left == 0 && here.right == kLanes ? fill(Between<kLanes, Stride>::whole) : fill(Between<kLanes, Stride>(here.left, here.right));
+      zeros(job.height - here.last);
     }
     if (++phase == job.period) phase = 0, inside = job.inside;
   }
