@@ -23,7 +23,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("onnx_graph",),
     ("manifest",),
     ("plan", "rules", "targets"),
-    ("tensor", "packing", "detect"),
+    ("tensor", "packing", "detect", "arrays"),
     ("matrix",),
     ("pattern", "inputs", "dist", "extras", "imports", "signature"),
     ("errors",),

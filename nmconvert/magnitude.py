@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from nmconvert.detect import Array
+from nmconvert.arrays import Array
 from nmconvert.pattern import Pattern
 from nmconvert.runtime import magnitude as native_magnitude
 

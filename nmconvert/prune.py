@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nmconvert.checkpoint import Checkpoint, beside, check_copy, open_checkpoint
-from nmconvert.detect import Array, as_array, as_tensor, canonical_bytes, digest
+from nmconvert.checkpoint import Checkpoint, beside, check_copy, has_manifest, open_checkpoint
+from nmconvert.arrays import Array, as_array, as_tensor, canonical_bytes, digest
 from nmconvert.errors import ModelError, UsageError, WeightError
 from nmconvert.magnitude import has_negative_zero, keep_largest
 from nmconvert.manifest import Layer, Manifest
@@ -82,7 +82,7 @@ def prune(
     """
     checkpoint = open_checkpoint(source, trust=trust)
     if output is not None:
-        check_copy(source, output)
+        check_copy(source, output, has_manifest)
     planned = partial(plan_for, checkpoint, axis=axis, model=model, include=include, exclude=exclude, target=target)
     plan = planned(pattern, layers=layers)
     if calibration and calibration.budget:
@@ -91,7 +91,7 @@ def prune(
     need_pruned(source, plan)
     if output is None:
         output = default_output(source, pattern)
-        check_copy(source, output)
+        check_copy(source, output, has_manifest)
     resume = output.with_name(f"{output.name}.calibration")
     changes = calibration.solve(checkpoint, plan, model, resume) if calibration else None
     solved, reordered = (changes.tensors, changes.reordered) if changes else ({}, {})

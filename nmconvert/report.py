@@ -18,6 +18,7 @@ from nmconvert.targets import usable_by
 
 if TYPE_CHECKING:
     from nmconvert.bench import BenchResult
+    from nmconvert.calibrate.budget import Sensitivity
     from nmconvert.calibrate.permute import Permutation
     from nmconvert.evaluate import Evaluation
     from nmconvert.export import ExportResult
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from nmconvert.runtime.choice import Times
     from nmconvert.runtime.doctor import Fact
     from nmconvert.tensor import Row
+    from nmconvert.train import FinetuneResult
     from nmconvert.verify import Verification
 
 
@@ -142,6 +144,56 @@ def _row_json(row: Row, result: PruneResult) -> Mapping[str, Any]:
         "density": density(row),
         "energy_kept": result.layer(row.name).energy,
         "targets": list(usable_by(row)),
+    }
+
+
+def sensitivity_report(found: Sequence[Sensitivity]) -> RenderableType:
+    """One row a layer, one column a pattern, and a bar of the first pattern's loss."""
+    longest = 24  # characters
+    patterns = [str(option.pattern) for option in found[0].options[1:]]
+    shown = new_table("Loss of each layer pruned alone", "tensor", "share", *patterns, patterns[0], right=("share", *patterns))
+    largest = max(max(layer.options[1].loss for layer in found), 1e-12)
+    for layer in found:
+        bar = "█" * round(longest * layer.options[1].loss / largest)
+        losses = (f"{option.loss:.4f}" for option in layer.options[1:])
+        shown.add_row(layer.name, f"{layer.options[0].size:.1%}", *losses, bar)
+    return shown
+
+
+def sensitivity_json(found: Sequence[Sensitivity]) -> Mapping[str, Any]:
+    """The same for machines."""
+
+    def losses(layer: Sensitivity) -> Mapping[str, Any]:
+        return {str(option.pattern): {"loss": option.loss, "size": option.size} for option in layer.options[1:]}
+
+    return {"layers": [{"name": layer.name, "axis": layer.axis, "patterns": losses(layer)} for layer in found]}
+
+
+def finetune_report(result: FinetuneResult) -> RenderableType:
+    """The models that were validated, and where the last is."""
+    from nmconvert.train.log import table
+
+    parts: list[RenderableType] = [table(result.training.rows, result.metric)]
+    if result.training.judged_by_teacher:
+        parts.append(Text("The data has no labels: agreement with the teacher is what was measured."))
+    taught = f"taught by {result.teacher.name}" if result.teacher else "without a teacher"
+    return Group(*parts, Text(f"Wrote {result.output}, {taught}; curves beside it."))
+
+
+def finetune_json(result: FinetuneResult) -> Mapping[str, Any]:
+    """The same for machines."""
+    from nmconvert.train.log import row_json
+
+    return {
+        "source": str(result.source),
+        "output": str(result.output),
+        "log": str(result.log),
+        "teacher": None if result.teacher is None else str(result.teacher),
+        "metric": result.metric,
+        "steps": result.training.steps,
+        "stopped_early": result.training.stopped_early,
+        "judged_by_teacher": result.training.judged_by_teacher,
+        "rows": [row_json(row) for row in result.training.rows],
     }
 
 

@@ -13,7 +13,8 @@ from onnxruntime import InferenceSession
 
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model
-from nmconvert.detect import Array, as_array, digest, satisfies, tightest
+from nmconvert.arrays import Array, as_array, digest
+from nmconvert.detect import satisfies, tightest
 from nmconvert.errors import ExportError, NmconvertError, UsageError
 from nmconvert.export.calls import PackedLayer, inlined_layers, packed_layers
 from nmconvert.export.check import compare, first_line, free_memory, memory_to_fold, run, stock_session

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.checkpoint.atomic import atomic_file, atomic_folder
-from nmconvert.detect import Array
+from nmconvert.arrays import Array
 
 MANIFEST = '{"format": 1, "note": "é"}'
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import ARRAY_TYPES, naive_mask, patterns, sparse_matrix
 
-from nmconvert.detect import as_array, digest, most_in_a_group, satisfies, tightest
+from nmconvert.arrays import as_array, digest
+from nmconvert.detect import most_in_a_group, satisfies, tightest
 from nmconvert.pattern import Pattern
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from containers import sha256
 from numpy.testing import assert_allclose
 from onnx import ModelProto, TensorProto, helper, numpy_helper
@@ -15,7 +16,7 @@ from onnx_models import conv_net, model_of, op_types, random_input, run, session
 from test_onnx_graph import branch, if_model
 
 from nmconvert.checkpoint import onnx_file, open_checkpoint
-from nmconvert.detect import digest
+from nmconvert.arrays import digest
 from nmconvert.errors import ExportError, UsageError
 from nmconvert.export import ExportResult, default_output, export
 from nmconvert.export.calls import inlined_layers, packed_layers
@@ -321,6 +322,14 @@ def test_a_compressed_file_is_not_compressed_again(tmp_path: Path) -> None:
     first = exported(conv_net(), tmp_path).output
     with pytest.raises(UsageError, match="is compressed already"):
         export(first, output=tmp_path / "again.onnx")
+
+
+@pytest.mark.parametrize("said", [{"dynamic": {}}, {"dynamic": {0: "batch"}}, {"dtype": torch.float16}])
+def test_what_is_traced_already_keeps_its_dimensions(tmp_path: Path, said: dict[str, Any]) -> None:
+    dense = exported(conv_net(), tmp_path, "dense").output
+    with pytest.raises(UsageError, match="is traced already, so that dimensions and types stay as they are"):
+        export(dense, output=tmp_path / "again.onnx", **said)
+    assert not (tmp_path / "again.onnx").exists()
 
 
 @pytest.mark.parametrize("flavour", ["compressed", "dense", "inlined"])

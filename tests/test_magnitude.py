@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import DTYPES, patterns, random_weight
 from torch import Tensor
 
-from nmconvert.detect import as_array
+from nmconvert.arrays import as_array
 from nmconvert.magnitude import as_integers, has_negative_zero, keep_largest
 from nmconvert.masks import magnitude, nm_mask
 from nmconvert.pattern import Pattern

@@ -20,7 +20,7 @@ from strategies import DTYPES, naive_mask, patterns, random_weight
 from torch import Tensor, nn
 
 from nmconvert.checkpoint import open_checkpoint, stream
-from nmconvert.detect import as_array, digest
+from nmconvert.arrays import as_array, digest
 from nmconvert.errors import ModelError, PatternError, UsageError, WeightError
 from nmconvert.manifest import Manifest
 from nmconvert.matrix import MatrixView
@@ -154,6 +154,16 @@ def test_the_current_folder_is_no_name_for_a_copy(tmp_path: Path, monkeypatch: p
     for output in ("", ".", ".."):
         with pytest.raises(UsageError, match="give"):
             prune(tmp_path / "a.pt", Pattern(2, 4), output=Path(output))
+
+
+def test_a_folder_of_somebody_else_is_refused_before_the_work(tmp_path: Path) -> None:
+    source, home = tmp_path / "model", tmp_path / "home"
+    source.mkdir()
+    safetensors.torch.save_file({"layer.weight": torch.full((8, 8), torch.nan)}, source / "model.safetensors")
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="home: exists and was not written by nmconvert"):  # not: a weight is NaN
+        prune(source, Pattern(2, 4), output=home)
 
 
 def test_nothing_to_prune_says_the_commonest_reason(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from nmconvert.calibrate.onnx_driver import chooses, computed, graph_inputs, inp
 from nmconvert.calibrate.onnx_ops import constant_values
 from nmconvert.calibrate.permute import Permutation, Reader, reorder
 from nmconvert.calibrate.replay import Batch, as_call
-from nmconvert.detect import as_array, as_tensor
+from nmconvert.arrays import as_array, as_tensor
 from nmconvert.errors import ModelError
 from nmconvert.inputs import example_feed
 from nmconvert.onnx_graph import named_tensors

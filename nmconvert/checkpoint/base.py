@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias
 import numpy as np
 
 from nmconvert.checkpoint.atomic import atomic_file
-from nmconvert.detect import Array, as_array
+from nmconvert.arrays import Array, as_array
 from nmconvert.errors import CheckpointError
 from nmconvert.tensor import TensorInfo
 

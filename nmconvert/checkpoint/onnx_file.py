@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nmconvert.checkpoint.atomic import atomic_file
 from nmconvert.checkpoint.base import Edits, apply_whole
-from nmconvert.detect import as_tensor
+from nmconvert.arrays import as_tensor
 from nmconvert.errors import CheckpointError, UsageError
 from nmconvert.manifest import METADATA_KEY
 from nmconvert.onnx_graph import DOMAIN, graphs, named_tensors, tensor_infos, used_names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from nmconvert.errors import UsageError
@@ -72,8 +72,10 @@ def check_target(output: Path, option: str = "--output", *, made: str | None = N
         raise UsageError(f"{output}: will be {made}, and is called {called}; give a name with another ending with {option}")
 
 
-def check_copy(source: Path, output: Path) -> None:
+def check_copy(source: Path, output: Path, replaceable: Callable[[Path], bool]) -> None:
     """Raise where a copy of ``source`` would replace it, would be called what it is not, or cannot be there.
+
+    Of a folder's copy ``replaceable`` says whether it may take the place of a folder that holds something.
 
     Raises:
         UsageError: with the remedy.
@@ -87,3 +89,5 @@ def check_copy(source: Path, output: Path) -> None:
         raise UsageError(f"{output}: is no name for a copy; give one with --output")
     if not (source.is_dir() and output.is_dir()):
         check_target(output)
+    elif any(output.iterdir()) and not replaceable(output):
+        raise UsageError(f"{output}: exists and was not written by nmconvert; give another name with --output")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from nmconvert.checkpoint.base import Edit, Edits, Slot
 from nmconvert.checkpoint.direct import Appender
-from nmconvert.detect import as_array
+from nmconvert.arrays import as_array
 from nmconvert.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -50,11 +50,11 @@ def command(
     import torch
 
     from nmconvert import report
-    from nmconvert.export import DYNAMIC_BATCH, export
+    from nmconvert.export import export
 
     result = export(
         checkpoint, output=output, flavour=flavour, model=model, model_arguments=model_arguments or None, inputs=specs,
-        dynamic={} if static else dynamic or DYNAMIC_BATCH, dtype=getattr(torch, dtype) if dtype else None, values=values,
+        dynamic={} if static else dynamic or None, dtype=getattr(torch, dtype) if dtype else None, values=values,
         trust=trust,
     )  # fmt: skip
     printer.show(report.export_json(result), lambda: report.export_report(result))

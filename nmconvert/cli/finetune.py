@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from nmconvert.cli.common import F, Printer, model_options, newest_checkpoint, output_options, task_options
 from nmconvert.errors import UsageError
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from nmconvert.train import FinetuneResult
 
 SETTINGS: tuple[Callable[[F], F], ...] = (
     click.option("--epochs", type=int, help="Passes over the training data.  [default: 3]"),
@@ -83,36 +78,7 @@ def command(
         from_dense=from_dense, output=output, resume=resume, device=device, trust=trust, display=not printer.silent,
     )  # fmt: skip
     from nmconvert import dist
+    from nmconvert.report import finetune_json, finetune_report
 
     if dist.started_rank() == 0:
-        printer.show(_json(result), lambda: _report(result), lambda: [result.curves.read_text("utf-8")])
-
-
-def _json(result: FinetuneResult) -> dict[str, Any]:
-    from nmconvert.train.log import row_json
-
-    return {
-        "source": str(result.source),
-        "output": str(result.output),
-        "log": str(result.log),
-        "teacher": None if result.teacher is None else str(result.teacher),
-        "metric": result.metric,
-        "steps": result.training.steps,
-        "stopped_early": result.training.stopped_early,
-        "judged_by_teacher": result.training.judged_by_teacher,
-        "rows": [row_json(row) for row in result.training.rows],
-    }
-
-
-def _report(result: FinetuneResult) -> RenderableType:
-    from rich.console import Group
-    from rich.text import Text
-
-    from nmconvert.train.log import table
-
-    taught = f"taught by {result.teacher.name}" if result.teacher else "without a teacher"
-    judged = "The data has no labels: agreement with the teacher is what was measured.\n"
-    wrote = f"Wrote {result.output}, {taught}; curves beside it."
-    return Group(
-        table(result.training.rows, result.metric), Text((judged if result.training.judged_by_teacher else "") + wrote)
-    )
+        printer.show(finetune_json(result), lambda: finetune_report(result), lambda: [result.curves.read_text("utf-8")])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,13 +10,6 @@ from nmconvert.cli.calibration import calibration_batches, calibration_data_name
 from nmconvert.cli.common import Printer, model_options, output_options
 from nmconvert.errors import UsageError
 from nmconvert.pattern import AXES, Axis, Pattern
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from nmconvert.calibrate.budget import Sensitivity
-
-_BAR = 24  # characters
 
 
 @click.command("sensitivity")
@@ -56,26 +48,8 @@ def command(
     with calibration_data_named(built):
         found = sensitivities(built, opened, plan, batches, chosen, teller(printer.quiet))
     from nmconvert.plot import sensitivities_svg, write_sensitivities
+    from nmconvert.report import sensitivity_json, sensitivity_report
 
     if plot is not None:
         write_sensitivities(plot, found)
-    printer.show({"layers": [as_dict(s) for s in found]}, lambda: table(found), lambda: [sensitivities_svg(found)])
-
-
-def as_dict(found: Sensitivity) -> dict[str, Any]:
-    """One layer for machines."""
-    losses = {str(o.pattern): {"loss": o.loss, "size": o.size} for o in found.options[1:]}
-    return {"name": found.name, "axis": found.axis, "patterns": losses}
-
-
-def table(found: list[Sensitivity]) -> RenderableType:
-    """One row a layer, one column a pattern, and a bar of the first pattern's loss."""
-    from nmconvert.report import new_table
-
-    patterns = [str(option.pattern) for option in found[0].options[1:]]
-    shown = new_table("Loss of each layer pruned alone", "tensor", "share", *patterns, patterns[0], right=("share", *patterns))
-    largest = max(max(s.options[1].loss for s in found), 1e-12)
-    for s in found:
-        bar = "█" * round(_BAR * s.options[1].loss / largest)
-        shown.add_row(s.name, f"{s.options[0].size:.1%}", *(f"{o.loss:.4f}" for o in s.options[1:]), bar)
-    return shown
+    printer.show(sensitivity_json(found), lambda: sensitivity_report(found), lambda: [sensitivities_svg(found)])

@@ -78,7 +78,7 @@ def export(
     model: str | None = None,
     model_arguments: Mapping[str, str] | None = None,
     inputs: Sequence[InputSpec] = (),
-    dynamic: Mapping[int, str] = DYNAMIC_BATCH,
+    dynamic: Mapping[int, str] | None = None,
     dtype: torch.dtype | None = None,
     values: str | None = None,
     trust: bool = False,
@@ -86,14 +86,14 @@ def export(
     """Write ``source`` as ONNX, check it, and only then give it its name.
 
     ``model`` and ``inputs`` (needed for state dicts) are taken from the manifest where they are not given. ``dynamic``
-    names the dimensions of the inputs that stay open. ``dtype`` converts the module first. ``values`` (float16, bfloat16, or
+    names the dimensions of the inputs that stay open (the first, if it says nothing). ``dtype`` converts the module first. ``values`` (float16, bfloat16, or
     int8 with a scale for each output channel) rounds the kept weights of float32 layers and stores them so; the model still
     computes in float32. Its outputs are then held against those of the rounded weights, and a note says how far they are from
     the model's.
 
     Raises:
         UsageError: a model or an input is missing, nothing in ``source`` is sparse, there is no such ``flavour`` or no such
-            ``values``, these need another flavour, or ``output`` is ``source``, a folder, in no folder, or called what it is
+            ``values``, these need another flavour, ``dynamic`` or ``dtype`` are given for what is traced already, or ``output`` is ``source``, a folder, in no folder, or called what it is
             not.
         ExportError: the file would not pass its checks; none is left.
     """
@@ -106,6 +106,11 @@ def export(
         )
     checkpoint = open_checkpoint(source, trust=trust)
     manifest = Manifest.of(checkpoint) or Manifest()
+    traced_before = isinstance(checkpoint, OnnxCheckpoint) or checkpoint.format == "exported program"
+    if traced_before and not (dynamic is None and dtype is None):
+        raise UsageError(
+            f"{source}: is traced already, so that dimensions and types stay as they are: leave out --dynamic, --static and --dtype"
+        )
     output = output or default_output(source, flavour)
     check_target(output, made="an ONNX file")
     check_apart([(output, "--output")], [source])
@@ -116,8 +121,9 @@ def export(
         loaded = _Source(traced.model, traced.feed, traced.outputs, manifest, None, traced.notes)
     else:
         loaded = _from_checkpoint(
-            checkpoint, manifest, model, model_arguments, inputs, dynamic=dynamic, dtype=dtype, trust=trust
-        )
+            checkpoint, manifest, model, model_arguments, inputs,
+            dynamic=DYNAMIC_BATCH if dynamic is None else dynamic, dtype=dtype, trust=trust,
+        )  # fmt: skip
     return _write(source, output, flavour, loaded, values)
 
 

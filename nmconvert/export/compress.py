@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from nmconvert.detect import digest, satisfies
+from nmconvert.arrays import digest
+from nmconvert.detect import satisfies
 from nmconvert.errors import WeightError
 from nmconvert.export.calls import call_node, initializer, mask_name, scale_name, table_name, values_name
 from nmconvert.export.find import sparsest_first

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from onnx import ModelProto, numpy_helper
 
-from nmconvert.detect import Array, digest, satisfies, tightest
+from nmconvert.arrays import Array, digest
+from nmconvert.detect import satisfies, tightest
 from nmconvert.manifest import Layer
 from nmconvert.onnx_graph import named_tensors, tensor_infos
 from nmconvert.pattern import AXES, Axis, Pattern

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from onnx import ModelProto, helper, numpy_helper
 
-from nmconvert.detect import Array, as_array
+from nmconvert.arrays import Array, as_array
 from nmconvert.onnx_graph import graphs
 
 _SMALLEST = 64  # entries; what is smaller may be equal by chance

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from nmconvert import dist
-from nmconvert.checkpoint import Checkpoint, beside, check_apart, check_copy, is_onnx, open_checkpoint
-from nmconvert.detect import as_array, digest
+from nmconvert.checkpoint import Checkpoint, beside, check_apart, check_copy, has_manifest, is_onnx, open_checkpoint
+from nmconvert.arrays import as_array, digest
 from nmconvert.errors import UsageError
 from nmconvert.imports import file_of
 from nmconvert.inputs import InputSpec
@@ -67,7 +67,7 @@ class Files:
             UsageError: the output would replace it, is called what it is not, or has no folder.
         """
         output = output or default_output(source)
-        check_copy(source, output)
+        check_copy(source, output, has_manifest)
         stem = output.name if source.is_dir() else output.stem
         return cls(output, output.with_name(f"{stem}.jsonl"), output.with_name(f"{output.name}.state"))
 
