@@ -1,6 +1,6 @@
 """Whole models, node by node: the sum of the least times of their nodes, dense onnxruntime and the kernels in turn.
 
-    python -m benchmarks.kernels_nodes --models resnet50,minilm --patterns 2:4 --threads 1 --library build/old.so --keep /tmp/models
+    python -m benchmarks.kernels_nodes --models resnet50,minilm --patterns 2:4 --library build/old.so --keep /tmp/models
 
 For machines that neighbours never leave alone for as long as a model takes: a node is short, and of a hundred runs one meets it
 undisturbed. Times are those of onnxruntime's profiler; what lies between nodes, some microseconds each, is in none of them. All
@@ -65,6 +65,7 @@ def race(sessions: Sequence[onnxruntime.InferenceSession], feed: dict[str, Any],
 
 
 def main() -> None:
+    """One row a model and pattern."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--patterns", default="2:4,1:4,1:16")
@@ -91,8 +92,9 @@ def main() -> None:
             ]
             found, turns = race(sessions, example_feed(onnx.load(dense), []), given.seconds)
             whole = [sum(least.values()) for least in found]
-            cells = [f"{ms:.2f} | **{whole[0] / ms:.2f}**" for ms in whole[1:]]
-            print(f"| {name} | {pattern} | {given.batch} | {given.threads} | {turns} | {whole[0]:.2f} |", " | ".join(cells), "|", flush=True)
+            cells = [name, pattern, given.batch, given.threads, turns, f"{whole[0]:.2f}"]
+            cells += [f"{ms:.2f} | **{whole[0] / ms:.2f}**" for ms in whole[1:]]
+            print("|", " | ".join(map(str, cells)), "|", flush=True)
             for node, ms in found[1].items() if given.layers else ():
                 if ms > whole[1] / 100:
                     print(f"    {node}: " + ", ".join(f"{least.get(node, float('nan')):.3f}" for least in found[1:]))

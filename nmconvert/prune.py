@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nmconvert.checkpoint import Checkpoint, beside, check_copy, has_manifest, open_checkpoint
 from nmconvert.arrays import Array, as_array, as_tensor, canonical_bytes, digest
+from nmconvert.checkpoint import Checkpoint, beside, check_copy, has_manifest, open_checkpoint
 from nmconvert.errors import ModelError, UsageError, WeightError
 from nmconvert.magnitude import has_negative_zero, keep_largest
 from nmconvert.manifest import Layer, Manifest

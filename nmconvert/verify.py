@@ -11,9 +11,9 @@ import onnx
 import torch
 from onnxruntime import InferenceSession
 
+from nmconvert.arrays import Array, as_array, digest
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model
-from nmconvert.arrays import Array, as_array, digest
 from nmconvert.detect import satisfies, tightest
 from nmconvert.errors import ExportError, NmconvertError, UsageError
 from nmconvert.export.calls import PackedLayer, inlined_layers, packed_layers

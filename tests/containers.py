@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from nmconvert.arrays import Array
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.checkpoint.atomic import atomic_file, atomic_folder
-from nmconvert.arrays import Array
 
 MANIFEST = '{"format": 1, "note": "é"}'
 

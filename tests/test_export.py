@@ -15,8 +15,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx_models import conv_net, model_of, op_types, random_input, run, session, sparse_weight, value
 from test_onnx_graph import branch, if_model
 
-from nmconvert.checkpoint import onnx_file, open_checkpoint
 from nmconvert.arrays import digest
+from nmconvert.checkpoint import onnx_file, open_checkpoint
 from nmconvert.errors import ExportError, UsageError
 from nmconvert.export import ExportResult, default_output, export
 from nmconvert.export.calls import inlined_layers, packed_layers

@@ -19,8 +19,8 @@ from onnx_models import conv_net, model_of, random_input, run
 from strategies import DTYPES, naive_mask, patterns, random_weight
 from torch import Tensor, nn
 
-from nmconvert.checkpoint import open_checkpoint, stream
 from nmconvert.arrays import as_array, digest
+from nmconvert.checkpoint import open_checkpoint, stream
 from nmconvert.errors import ModelError, PatternError, UsageError, WeightError
 from nmconvert.manifest import Manifest
 from nmconvert.matrix import MatrixView

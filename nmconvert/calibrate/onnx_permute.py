@@ -8,13 +8,13 @@ import torch
 from onnx import ModelProto, numpy_helper
 from torch import Tensor
 
+from nmconvert.arrays import as_array, as_tensor
 from nmconvert.calibrate.axes_onnx import find_channels
 from nmconvert.calibrate.correct import disagreement
 from nmconvert.calibrate.onnx_driver import chooses, computed, graph_inputs, input_types, tolerance
 from nmconvert.calibrate.onnx_ops import constant_values
 from nmconvert.calibrate.permute import Permutation, Reader, reorder
 from nmconvert.calibrate.replay import Batch, as_call
-from nmconvert.arrays import as_array, as_tensor
 from nmconvert.errors import ModelError
 from nmconvert.inputs import example_feed
 from nmconvert.onnx_graph import named_tensors

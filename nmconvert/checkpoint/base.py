@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias
 
 import numpy as np
 
-from nmconvert.checkpoint.atomic import atomic_file
 from nmconvert.arrays import Array, as_array
+from nmconvert.checkpoint.atomic import atomic_file
 from nmconvert.errors import CheckpointError
 from nmconvert.tensor import TensorInfo
 

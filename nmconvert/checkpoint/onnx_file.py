@@ -19,9 +19,9 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 from torch import Tensor
 
+from nmconvert.arrays import as_tensor
 from nmconvert.checkpoint.atomic import atomic_file
 from nmconvert.checkpoint.base import Edits, apply_whole
-from nmconvert.arrays import as_tensor
 from nmconvert.errors import CheckpointError, UsageError
 from nmconvert.manifest import METADATA_KEY
 from nmconvert.onnx_graph import DOMAIN, graphs, named_tensors, tensor_infos, used_names

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO
 
+from nmconvert.arrays import as_array
 from nmconvert.checkpoint.base import Edit, Edits, Slot
 from nmconvert.checkpoint.direct import Appender
-from nmconvert.arrays import as_array
 from nmconvert.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -85,16 +85,16 @@ def export(
 ) -> ExportResult:
     """Write ``source`` as ONNX, check it, and only then give it its name.
 
-    ``model`` and ``inputs`` (needed for state dicts) are taken from the manifest where they are not given. ``dynamic``
-    names the dimensions of the inputs that stay open (the first, if it says nothing). ``dtype`` converts the module first. ``values`` (float16, bfloat16, or
-    int8 with a scale for each output channel) rounds the kept weights of float32 layers and stores them so; the model still
-    computes in float32. Its outputs are then held against those of the rounded weights, and a note says how far they are from
-    the model's.
+    ``model`` and ``inputs`` (needed for state dicts) are taken from the manifest where they are not given. ``dynamic`` names
+    the dimensions of the inputs that stay open, by default the first; ``dtype`` converts the module before it is traced.
+    ``values`` (float16, bfloat16, or int8 with a scale for each output channel) rounds the kept weights of float32 layers and
+    stores them so; the model still computes in float32. Its outputs are then held against those of the rounded weights, and a
+    note says how far they are from the model's.
 
     Raises:
         UsageError: a model or an input is missing, nothing in ``source`` is sparse, there is no such ``flavour`` or no such
-            ``values``, these need another flavour, ``dynamic`` or ``dtype`` are given for what is traced already, or ``output`` is ``source``, a folder, in no folder, or called what it is
-            not.
+            ``values``, these need another flavour, ``source`` is traced already and has its dimensions and types, or
+            ``output`` is ``source``, a folder, in no folder, or called what it is not.
         ExportError: the file would not pass its checks; none is left.
     """
     check_choice("flavour", flavour, FLAVOURS)
@@ -109,7 +109,8 @@ def export(
     traced_before = isinstance(checkpoint, OnnxCheckpoint) or checkpoint.format == "exported program"
     if traced_before and not (dynamic is None and dtype is None):
         raise UsageError(
-            f"{source}: is traced already, so that dimensions and types stay as they are: leave out --dynamic, --static and --dtype"
+            f"{source}: is traced already, so that dimensions and types stay as they are; "
+            "leave out --dynamic, --static and --dtype"
         )
     output = output or default_output(source, flavour)
     check_target(output, made="an ONNX file")

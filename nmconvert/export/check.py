@@ -14,8 +14,8 @@ import onnx
 import onnxruntime
 from onnx import ModelProto
 
-from nmconvert.checkpoint.onnx_file import read_model, read_whole_model
 from nmconvert.arrays import digest
+from nmconvert.checkpoint.onnx_file import read_model, read_whole_model
 from nmconvert.errors import ExportError, NmconvertError
 from nmconvert.export.calls import packed_layers, values_name
 from nmconvert.manifest import Layer

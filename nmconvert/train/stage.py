@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from nmconvert import dist
-from nmconvert.checkpoint import Checkpoint, beside, check_apart, check_copy, has_manifest, is_onnx, open_checkpoint
 from nmconvert.arrays import as_array, digest
+from nmconvert.checkpoint import Checkpoint, beside, check_apart, check_copy, has_manifest, is_onnx, open_checkpoint
 from nmconvert.errors import UsageError
 from nmconvert.imports import file_of
 from nmconvert.inputs import InputSpec
