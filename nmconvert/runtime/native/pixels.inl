@@ -89,8 +89,7 @@ class Between {
   typedef typename Part<Lanes>::Indices Indices;
 
   Between(int left, int right) {
-    Indices at;
-    for (int i = 0; i < Lanes; ++i) at[i] = i;
+    const Indices at = numbers();
     const auto inside = [&](Indices lane) { return (lane >= left) & (lane < right); };
     first_ = Stride == 1 ? inside(at) : inside(at >> 1) & ((at & 1) == 0);
     second_ = inside((at + (Lanes - 1)) >> 1) & ((at & 1) == 1);
@@ -109,9 +108,15 @@ class Between {
   template <typename Read>
   static Floats every(Read&& read, const float* p, Indices first, Indices second) {
     if (Stride == 1) return read(p, first);
-    Indices wanted;
-    for (int lane = 0; lane < Lanes; ++lane) wanted[lane] = 2 * lane + (2 * lane < Lanes ? 0 : 1);
-    return __builtin_shuffle(read(p, first), read(p + Lanes - 1, second), wanted);
+    const Indices twice = 2 * numbers();
+    return __builtin_shuffle(read(p, first), read(p + Lanes - 1, second), twice + ((twice >= Lanes) & 1));
+  }
+
+  static Indices numbers() {
+    constexpr int32_t kNumbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Indices numbers;
+    __builtin_memcpy(&numbers, kNumbers, sizeof numbers);
+    return numbers;
   }
 
   static Floats masked(const float* p, Indices mask) {
