@@ -26,7 +26,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(eq=False)
-class Axis:
+class AxisAtoms:
     """A row of positions: the atom that stands at each, and its tag; both [n]."""
 
     atoms: Ints
@@ -37,7 +37,7 @@ class Axis:
 class Cells:
     """Positions ``cells`` in ``axis``, in any shape."""
 
-    axis: Axis
+    axis: AxisAtoms
     cells: Ints
 
     @property
@@ -92,7 +92,7 @@ class Atoms:
         self._count = 0
         self._parent, self._why = np.arange(0), np.zeros(0, np.int64)
         self._reasons: list[str] = [""]
-        self._axes: list[Axis] = []
+        self._axes: list[AxisAtoms] = []
         self._relations: list[tuple[Cells, Cells]] = []
 
     # -------------------------------------------------------------------------------------------------- union-find
@@ -139,7 +139,7 @@ class Atoms:
         return self._axis(self._new(size), np.zeros(size, np.int64))
 
     def _axis(self, atoms: Ints, tags: Ints) -> Cells:
-        axis = Axis(atoms.ravel(), tags.ravel())
+        axis = AxisAtoms(atoms.ravel(), tags.ravel())
         self._axes.append(axis)
         return Cells(axis, np.arange(atoms.size).reshape(atoms.shape))
 
@@ -209,7 +209,7 @@ class Atoms:
                     members.setdefault(kind, []).append(Member(name, dim, positions))
         return Proof([Channels(tuple(found)) for _, found in sorted(members.items())], reasons)
 
-    def _repeated(self, axis: Axis) -> Ints:
+    def _repeated(self, axis: AxisAtoms) -> Ints:
         """The atoms that stand twice in an axis, where no tag says which is which."""
         width = int(axis.tags.max(initial=0)) + 1
         pairs, count = np.unique(self.find(axis.atoms) * width + axis.tags, return_counts=True)
@@ -227,14 +227,14 @@ class Atoms:
         while changed:
             changed = sum(self.tag(to, by.tags) for to, by in pairs) > 0
 
-    def _tagged_relations(self) -> Iterator[Axis]:
+    def _tagged_relations(self) -> Iterator[AxisAtoms]:
         """Each relation in which tags matter as an axis of its own: atoms of a class have the same pairs of tags there."""
         for one, other in self._relations:
             tags, others = one.tags, other.tags
             if tags.any() or others.any():
-                yield Axis(one.atoms.ravel(), (tags * (int(others.max(initial=0)) + 1) + others).ravel())
+                yield AxisAtoms(one.atoms.ravel(), (tags * (int(others.max(initial=0)) + 1) + others).ravel())
 
-    def _kinds(self, axes: Sequence[Axis]) -> Ints:
+    def _kinds(self, axes: Sequence[AxisAtoms]) -> Ints:
         """For each root the number of its class: equal for those that are in the same axes at the same tags; −1: frozen."""
         kinds = np.where(self._why[: self._count] > 0, -1, 0)
         following = 1
