@@ -2,10 +2,11 @@
 
     python -m benchmarks.kernels_nodes --models resnet50,minilm --patterns 2:4 --library build/old.so --keep /tmp/models
 
-For machines that neighbours never leave alone for as long as a model takes: a node is short, and of a hundred runs one meets it
-undisturbed. Times are those of onnxruntime's profiler; what lies between nodes, some microseconds each, is in none of them. All
-packed layers run on the kernels. Each --library is another build of them, which takes turns, too. Prints the rows of a Markdown
-table; with --layers also every node that takes the kernels more than a hundredth of the whole.
+For machines that neighbours never leave alone for as long as a model takes: a node is short, and in ten seconds of turns most
+are met undisturbed once (two are too few). Times are those of onnxruntime's profiler; what lies between nodes, some
+microseconds each, is in none of them. All packed layers run on the kernels. Each --library is another build of them, which
+takes turns, too. Prints the rows of a Markdown table; with --layers also every node that takes the kernels more than a
+hundredth of the whole.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def main() -> None:
                 open_profiled(path, library, given.threads, Path(scratch) / f"profile{number}")
                 for number, (path, library) in enumerate(files)
             ]
-            found, turns = race(sessions, example_feed(onnx.load(dense), []), given.seconds)
+            found, turns = race(sessions, example_feed(onnx.load(dense)), given.seconds)
             whole = [sum(least.values()) for least in found]
             cells = [name, pattern, given.batch, given.threads, turns, f"{whole[0]:.2f}"]
             cells += [f"{ms:.2f} | **{whole[0] / ms:.2f}**" for ms in whole[1:]]
