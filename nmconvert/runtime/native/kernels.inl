@@ -112,7 +112,7 @@ inline void accumulate(Vector (*sum)[N], const char* panel, const Vector (&value
 // One step of R rows. Rows inside entries, so that a sum is not needed again at once, where the registers suffice.
 template <int Reads, int N, int R>
 inline void step(Vector (&sum)[R][N], const char* panel, const float* values, const uint16_t* offsets) {
-  constexpr int kTogether = (N + 1) * R + 5 <= NMC_REGISTERS ? R : Reads;
+  constexpr int kTogether = (N + 1) * R + 4 <= NMC_REGISTERS ? R : Reads;
   constexpr bool kTight = Reads > 1 && NMC_REGISTERS <= 16;
 #pragma GCC unroll 8
   for (int first = 0; first < R; first += kTogether) {
@@ -365,25 +365,25 @@ void rows(const RowJob& job) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Transposes between [tokens][columns] and panels [columns][tokens].
 
-// W rows of W: log2(W) rounds of interleaving row i with row i + W/2.
-inline void transpose(Vector (&v)[W]) {
+// W rows of W: rounds that swap blocks of 1, 2, 4 … lanes between rows as far apart, so that only the last ones cross the halves of a
+// vector.
+template <int Lanes>
+inline void swap_blocks(Vector (&v)[W]) {
   Ints low, high;
   for (int i = 0; i < W; ++i) {
-    low[i] = i / 2 + (i % 2) * W;
-    high[i] = low[i] + W / 2;
+    low[i] = i & Lanes ? W + i - Lanes : i;
+    high[i] = low[i] + Lanes;
   }
-#pragma GCC unroll 4
-  for (int round = 1; round < W; round *= 2) {
-    Vector next[W];
 #pragma GCC unroll 16
-    for (int i = 0; i < W / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(v[i], v[i + W / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(v[i], v[i + W / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) v[i] = next[i];
+  for (int i = 0; i < W; ++i) {
+    if (i & Lanes) continue;
+    const Vector above = v[i], below = v[i + Lanes];
+    v[i] = __builtin_shuffle(above, below, low);
+    v[i + Lanes] = __builtin_shuffle(above, below, high);
   }
+  if constexpr (2 * Lanes < W) swap_blocks<2 * Lanes>(v);
 }
+inline void transpose(Vector (&v)[W]) { swap_blocks<1>(v); }
 
 void pack_tokens(const float* x, int64_t x_stride, int64_t tokens, int64_t columns, float* panel, int64_t panel_width) {
   for (int64_t token = 0; token < panel_width; token += W) {
@@ -436,15 +436,25 @@ void unpack_tokens(const float* panel, int64_t panel_width, int64_t rows, int64_
 
 #include "activations.inl"
 
-void activate(float* y, int64_t count, Activation activation) {
-  if (!activates(activation)) return;
+template <typename Function>
+inline void each(float* y, int64_t count, Function function) {
   int64_t i = 0;
-  for (; i + W <= count; i += W) store(y + i, activated(load(y + i), activation));
+  for (; i + W <= count; i += W) store(y + i, function(load(y + i)));
   if (i == count) return;
   float rest[W] = {};
   for (int64_t j = 0; j < count - i; ++j) rest[j] = y[i + j];
-  store(rest, activated(load(rest), activation));
+  store(rest, function(load(rest)));
   for (int64_t j = 0; j < count - i; ++j) y[i + j] = rest[j];
+}
+
+// A loop for each: with the choice inside it, its constants are fetched for every vector.
+void activate(float* y, int64_t count, Activation activation) {
+  switch (activation) {
+    case Activation::kSilu: return each(y, count, [](Vector x) { return activated(x, Activation::kSilu); });
+    case Activation::kGelu: return each(y, count, [](Vector x) { return activated(x, Activation::kGelu); });
+    case Activation::kGeluTanh: return each(y, count, [](Vector x) { return activated(x, Activation::kGeluTanh); });
+    default: return;
+  }
 }
 
 #include "pixels.inl"
