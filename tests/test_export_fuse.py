@@ -113,6 +113,7 @@ def test_bodies_without_a_gelu_operator_compute_the_same(name: str) -> None:
     np.testing.assert_allclose(run(proto, feed), expected, atol=2e-6)
 
 
+CUBED = ["Pow x three c", "Mul bend c b", "Add x b a", "Mul a slope g", "Tanh g t", "Add t one p"]
 SPELLINGS = {
     "x · (½ · (1 + erf(x / √2)))": (["Div x r s", "Erf s e", "Add e one p", "Mul half p m", "Mul x m y"], True),
     "(x · (1 + erf(x · √½))) · ½": (["Mul r2 x s", "Erf s e", "Add one e p", "Mul x p m", "Mul m half y"], True),
@@ -121,6 +122,40 @@ SPELLINGS = {
     "1 · x · (1 + erf(x / √2))": (["Div x r s", "Erf s e", "Add e one p", "Mul one p m", "Mul x m y"], False),
     "erf(√2 / x)": (["Div r x s", "Erf s e", "Add e one p", "Mul half p m", "Mul x m y"], False),
     "½ + erf": (["Div x r s", "Erf s e", "Add e half p", "Mul half p m", "Mul x m y"], False),
+    "x · (½ · (1 + tanh(c · (x + b · x³))))": ([*CUBED, "Mul half p m", "Mul x m y"], True),
+    "(½ · x) · (1 + tanh(c · (x + b · x³)))": (["Mul half x h0", *CUBED, "Mul h0 p y"], True),
+    "x · (1 + b · x · x) in tanh": (
+        [
+            "Mul x x q",
+            "Mul q bend b",
+            "Add b one a",
+            "Mul slope x d",
+            "Mul a d g",
+            "Tanh g t",
+            "Add one t p",
+            "Mul p half m",
+            "Mul m x y",
+        ],
+        True,
+    ),
+    "x · x · x in tanh": (
+        [
+            "Mul x x q",
+            "Mul q x c",
+            "Mul c bend b",
+            "Add b x a",
+            "Mul a slope g",
+            "Tanh g t",
+            "Add t one p",
+            "Mul x p m",
+            "Mul m half y",
+        ],
+        True,
+    ),
+    "x² in tanh": (["Pow x two c", *CUBED[1:], "Mul half p m", "Mul x m y"], False),
+    "erf of the cubic": ([*CUBED[:4], "Erf g t", CUBED[5], "Mul half p m", "Mul x m y"], False),
+    "tanh(x / √2)": (["Div x r s", "Tanh s e", "Add e one p", "Mul half p m", "Mul x m y"], False),
+    "the cube read twice": ([*CUBED, "Mul half p m", "Mul x m n", "Add n c y"], False),
 }
 
 
@@ -134,11 +169,13 @@ def test_a_gelu_that_is_spelt_out_is_found_and_nothing_else(spelling: str) -> No
     ]
     del proto.graph.node[1:]
     proto.graph.node.extend(nodes)
-    constants = {"r": 2**0.5, "r2": 0.5**0.5, "one": 1.0, "half": 0.5}
+    constants = {"r": 2**0.5, "r2": 0.5**0.5, "one": 1.0, "half": 0.5, "two": 2.0, "three": 3.0}
+    constants |= {"bend": 0.044715, "slope": (2 / np.pi) ** 0.5}
     proto.graph.initializer.extend(tensor(name, np.float32(number)) for name, number in constants.items())
     expected = run(proto, feed)
     assert fuse(proto) == (len(lines) if is_gelu else 0)
-    assert proto.graph.node[0].op_type == ("LinearGelu" if is_gelu else "Linear")
+    name = "LinearGeluTanh" if any(line.startswith("Tanh") for line in lines) else "LinearGelu"
+    assert proto.graph.node[0].op_type == (name if is_gelu else "Linear")
     np.testing.assert_allclose(run(proto, feed), expected, atol=2e-6)
 
 

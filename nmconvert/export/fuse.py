@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from nmconvert.export.functions import FUNCTIONS, function_proto
+from nmconvert.export.spelt import spelt_gelu
 from nmconvert.onnx_graph import DOMAIN, Constants, attribute, graphs, opset, remove_unused_constants, used_names
 
 _INFINITY = float("inf")
-_ROOT_HALF = 0.707107  # √½, as far as _factor() reads
 
 
 def fuse(model: ModelProto) -> int:
@@ -100,7 +100,7 @@ class _Fuser:
                 return "Silu", [gate, product], {}
         gelu = self._spelt_gelu(value)
         if gelu is not None:
-            return "Gelu", gelu, {}
+            return *gelu, {}
         node = self._only_reader(value)
         if node is None:
             return None
@@ -111,49 +111,22 @@ class _Fuser:
         limits = self._limits(node)
         return None if limits is None else ("Clip", [node], limits)
 
-    def _spelt_gelu(self, value: str) -> list[NodeProto] | None:
-        """The nodes of x · (1 + erf(x / √2)) · ½, the products in any order: what exporters write below opset 20."""
-        readers = self.readers.get(value, [])
-        if len(readers) != 2 or self.reads.get(value) != 2 or any(node.domain for node in readers):
+    def _spelt_gelu(self, value: str) -> tuple[str, list[NodeProto]] | None:
+        """What `spelt_gelu` finds after ``value``, where nothing else reads what lies in between."""
+        found = spelt_gelu(value, self.readers, self._number)
+        if found is None:
             return None
-        scaled, other = sorted(readers, key=lambda node: self._factor(node, value) != _ROOT_HALF)
-        erf = self._only_reader(scaled.output[0])
-        plus = None if erf is None or erf.op_type != "Erf" else self._only_reader(erf.output[0])
-        if self._factor(scaled, value) != _ROOT_HALF or erf is None or plus is None:
-            return None
-        if plus.op_type != "Add" or self._constant(plus, erf.output[0]) != 1:
-            return None
-        nodes = [scaled, erf, plus]
-        if self._factor(other, value) == 0.5:  # the half is taken of x first
-            last = self._only_reader(other.output[0])
-            if last is None or last.op_type != "Mul" or set(last.input) != {other.output[0], plus.output[0]}:
-                return None
-            return [*nodes, other, last] if self._only_reader(plus.output[0]) is last else None
-        left: set[str | float] = {value, 0.5}
-        while left:
-            product = self._only_reader(nodes[-1].output[0])
-            if product is None or product.op_type != "Mul":
-                return None
-            factor: str | float | None = value if value in product.input else self._factor(product, nodes[-1].output[0])
-            if factor not in left:
-                return None
-            left.remove(factor)
-            nodes.append(product)
-        return nodes
+        nodes = found[1]
+        inside = [name for node in nodes for name in node.input]
+        names = [value, *(node.output[0] for node in nodes[:-1])]
+        alone = all(self.reads.get(name) == inside.count(name) for name in names)
+        return found if alone and not any(id(node) in self.gone for node in nodes) else None
 
-    def _factor(self, node: NodeProto, value: str) -> float | None:
-        """The constant that ``node`` multiplies ``value`` by, to six digits."""
-        constant = self._constant(node, value)
-        if constant is None or node.op_type not in ("Mul", "Div") or (node.op_type == "Div" and node.input[0] != value):
+    def _number(self, name: str) -> float | None:
+        """The one number that the constant ``name`` holds, if it is one."""
+        if name not in self.scope.tensors:
             return None
-        return float(f"{constant if node.op_type == 'Mul' or constant == 0 else 1 / constant:.6g}")
-
-    def _constant(self, node: NodeProto, value: str) -> float | None:
-        """The other operand of ``node``, where it is one constant number."""
-        others = [name for name in node.input if name != value]
-        if len(others) != 1 or len(node.input) != 2 or others[0] not in self.scope.tensors:
-            return None
-        found = numpy_helper.to_array(self.scope.tensors[others[0]])
+        found = numpy_helper.to_array(self.scope.tensors[name])
         return float(found.reshape(())) if found.size == 1 and found.ndim <= 1 else None
 
     def _limits(self, node: NodeProto) -> dict[str, float] | None:

@@ -48,18 +48,21 @@ struct Tile {
 };
 constexpr int kTileCount = 6;
 
-// Few tokens: lanes are output rows. Positions are nibbles, eight kept entries to a 32-bit lane.
+// Entries whose positions in their column block share 32 bits: two bits for each where a block has four columns, else four.
+constexpr int entries_of_word(int block) { return block == 4 ? 16 : 8; }
+
+// Few tokens: lanes are output rows.
 struct RowJob {
-  const void* values;         // [row block][word][8][width]
+  const void* values;         // [row block][word][its entries][width]
   Storage storage;
   const float* scales;        // [row block][width]: what the sums are multiplied by, or null
   const uint32_t* positions;  // [row block][word][width]
   int64_t words;              // words of a row block
   int64_t first_block, last_block;
   int64_t rows;
-  int blocks_per_word;  // 1, 2, 4, 8: column blocks that one word serves
+  int block;            // columns of a column block: 4, the width, or 16
+  int blocks_per_word;  // 1, 2, 4, 8, 16: column blocks that one word serves
   int64_t words_per_block;  // where one block needs several words
-  bool wide;            // a column block is 16 wide even where vectors are 8
   const float* x;       // [tokens][x_stride], zero-padded to whole column blocks
   int64_t x_stride;
   int tokens;           // 1 to 4

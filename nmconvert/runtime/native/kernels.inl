@@ -224,10 +224,22 @@ inline Vector permute(Vector x, Ints position) {
 #endif
 }
 
-// The floats of x at `position`, modulo the block: W wide, or 16 wide where Wide.
-template <bool Wide>
+// The floats at `position`, modulo 4, of the four that `x` repeats.
+inline Vector permute_four(Vector x, Ints position) {
+#if NMC_WIDTH == 16
+  return _mm512_permutevar_ps(x, reinterpret_cast<__m512i>(position));
+#elif NMC_WIDTH == 8
+  return _mm256_permutevar_ps(x, reinterpret_cast<__m256i>(position));
+#else
+  return permute(x, position);
+#endif
+}
+
+// The floats of x at `position`, modulo the block, which has 4, W or 16.
+template <int Block>
 inline Vector select(const float* x, Ints position) {
-  if (!Wide) return permute(load(x), position);
+  if (Block == 4) return permute_four(four(x), position);
+  if (Block == W) return permute(load(x), position);
 #if NMC_WIDTH == 8
   const Vector below = permute(load(x), position), above = permute(load(x + 8), position);
   return _mm256_blendv_ps(below, above, reinterpret_cast<__m256>(position << 28));  // bit 3 is the sign
@@ -274,42 +286,36 @@ inline Vector stored_values(const void* values, int64_t index) {
 
 constexpr int bytes_of(Storage stored) { return stored == Storage::kFloats ? 4 : stored == Storage::kBytes ? 1 : 2; }
 
-// One word's values and positions, some words ahead.
-template <Storage Stored>
-inline void prefetch_word(const void* values, int64_t index, const uint32_t* positions) {
-  constexpr int kAheadWords = 6, kWord = bytes_of(Stored) * 8 * W;
-  const char* from = static_cast<const char*>(values) + index * bytes_of(Stored) + kAheadWords * kWord;
-  for (int i = 0; i < kWord; i += 64) __builtin_prefetch(from + i);
-  __builtin_prefetch(positions + kAheadWords * W);
-}
+// Entries of a lane that are prefetched ahead. On Zen 3 further ahead is slower, and slower than nothing.
+constexpr int kAheadInLane = W == 8 ? 16 : 48;
 
-template <int Tokens, int BlocksPerWord, bool Wide, Storage Stored>
+template <int Tokens, int BlocksPerWord, int Block, Storage Stored>
 void row_blocks(const RowJob& job) {
-  constexpr int kSums = Tokens == 1 ? 8 : Tokens == 2 ? 4 : 2;
-  constexpr int kBlock = Wide ? 16 : W;
+  constexpr int kSums = Tokens == 1 ? 8 : Tokens == 2 ? 4 : 2, kEntries = entries_of_word(Block), kBytes = bytes_of(Stored) * W;
   for (int64_t block = job.first_block; block < job.last_block; ++block) {
-    int64_t values = block * job.words * 8 * W;
+    int64_t values = block * job.words * kEntries * W;
     const uint32_t* positions = job.positions + block * job.words * W;
     Vector sum[Tokens][kSums] = {};
     const float* x = job.x;
     int64_t left_in_block = job.words_per_block;
     for (int64_t word = 0; word < job.words; ++word) {
       Ints position = *reinterpret_cast<const LooseInts*>(positions);
-      prefetch_word<Stored>(job.values, values, positions);
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
+      __builtin_prefetch(positions + kAheadInLane / kEntries * W);
+#pragma GCC unroll 16
+      for (int i = 0; i < kEntries; ++i) {
+        if (i * kBytes % 64 == 0) __builtin_prefetch(static_cast<const char*>(job.values) + (values / W + i + kAheadInLane) * kBytes);
         const Vector value = stored_values<Stored>(job.values, values + i * W);
 #pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) {
-          const float* from = x + t * job.x_stride + (i * BlocksPerWord / 8) * kBlock;
-          sum[t][i % kSums] += value * select<Wide>(from, position);
+          const float* from = x + t * job.x_stride + (i * BlocksPerWord / kEntries) * Block;
+          sum[t][i % kSums] += value * select<Block>(from, position);
         }
-        position = position >> 4;
+        position = position >> 32 / kEntries;
       }
-      values += 8 * W;
+      values += kEntries * W;
       positions += W;
       if (BlocksPerWord > 1 || --left_in_block == 0) {
-        x += BlocksPerWord * kBlock;
+        x += BlocksPerWord * Block;
         left_in_block = job.words_per_block;
       }
     }
@@ -331,19 +337,21 @@ void row_blocks(const RowJob& job) {
   }
 }
 
-template <int Tokens, bool Wide, Storage Stored>
+template <int Tokens, int Block, Storage Stored>
 void rows_of(const RowJob& job) {
+  constexpr int kMost = entries_of_word(Block);
   switch (job.blocks_per_word) {
-    case 1: return row_blocks<Tokens, 1, Wide, Stored>(job);
-    case 2: return row_blocks<Tokens, 2, Wide, Stored>(job);
-    case 4: return row_blocks<Tokens, 4, Wide, Stored>(job);
-    default: return row_blocks<Tokens, 8, Wide, Stored>(job);
+    case kMost: return row_blocks<Tokens, kMost, Block, Stored>(job);
+    case kMost / 2: return row_blocks<Tokens, kMost / 2, Block, Stored>(job);
+    case kMost / 4: return row_blocks<Tokens, kMost / 4, Block, Stored>(job);
+    default: return row_blocks<Tokens, 1, Block, Stored>(job);  // of more entries than four: whole words
   }
 }
 
 template <int Tokens, Storage Stored>
 void rows_stored(const RowJob& job) {
-  return job.wide && W != 16 ? rows_of<Tokens, W != 16, Stored>(job) : rows_of<Tokens, false, Stored>(job);
+  if (job.block == 4) return rows_of<Tokens, 4, Stored>(job);
+  return job.block == W ? rows_of<Tokens, W, Stored>(job) : rows_of<Tokens, 16, Stored>(job);
 }
 
 template <int Tokens>

@@ -22,13 +22,13 @@ void run_few(const Isa* isa, const RowPlan& plan, int64_t rows, int64_t columns,
     }
     x = padded;
   }
-  const int64_t work = plan.words * 8 * isa->width * tokens.tokens;
+  const int64_t work = plan.entries() * isa->width * tokens.tokens;
   const int64_t per_task = std::max({ceil_div(plan.blocks, parallel.parts()), ceil_div(kSmallestTask, work), int64_t{1}});
   parallel(ceil_div(plan.blocks, per_task), [&](int64_t task) {
     RowJob job{};
     job.first_block = task * per_task;
     job.last_block = std::min(plan.blocks, job.first_block + per_task);
-    job.values = plan.values(group * plan.blocks * plan.words * 8 * isa->width);
+    job.values = plan.values(group * plan.blocks * plan.entries() * isa->width);
     job.storage = plan.storage;
     job.scales = plan.scaled ? plan.scales.data() + group * plan.blocks * isa->width : nullptr;
     job.positions = plan.positions.data() + group * plan.blocks * plan.words * isa->width;
@@ -36,7 +36,7 @@ void run_few(const Isa* isa, const RowPlan& plan, int64_t rows, int64_t columns,
     job.rows = rows;
     job.blocks_per_word = plan.blocks_per_word;
     job.words_per_block = plan.words_per_block;
-    job.wide = plan.wide;
+    job.block = plan.block;
     job.x_stride = plan.padded_columns;
     job.bias = tokens.bias;
     job.out_stride = rows;

@@ -181,33 +181,33 @@ Storage storage_of(const Constant& values) {
 
 }  // namespace
 
-// A power of two below a word, else whole words.
-int64_t padded_entries(int64_t entries) {
-  if (entries > 4) return ceil_div(entries, 8) * 8;
-  return entries > 2 ? 4 : entries;
+RowBlocks row_blocks(int64_t columns, int width, const std::function<int64_t(int)>& most) {
+  RowBlocks best{};
+  double least = 0;
+  for (int size : {4, width, 16}) {
+    const int64_t entries = most(size);  // a power of two below a word, else whole words
+    RowBlocks blocks{size, entries > 4 ? ceil_div(entries, 8) * 8 : entries > 2 ? 4 : entries, 0};
+    blocks.count = ceil_div(ceil_div(columns, size), blocks.per_word()) * blocks.per_word();
+    const double cost = (size > width ? 1.5 : 1) * static_cast<double>(blocks.count * blocks.entries);  // two permutes and a blend
+    if (least == 0 || cost < least) least = cost, best = blocks;
+  }
+  return best;
 }
 
 RowPlan plan_rows(const SparseRows& matrix, const Constant& values, const RowScales& scales, int64_t groups, int width) {
   RowPlan plan;
   plan.storage = storage_of(values);
-  const int64_t narrow = padded_entries(most_in_block(matrix, width));
-  int64_t entries = narrow, size = width;
-  if (width < 16) {
-    const int64_t wide = padded_entries(most_in_block(matrix, 16));
-    plan.wide = 3 * wide * width <= 2 * narrow * 16;  // two permutes and a blend cost half as much again
-    if (plan.wide) entries = wide, size = 16;
-  }
-  const int64_t rows = matrix.rows / groups;
-  int64_t column_blocks = ceil_div(matrix.columns, size);
-  plan.blocks_per_word = entries < 8 ? static_cast<int>(8 / entries) : 1;
-  plan.words_per_block = entries < 8 ? 1 : entries / 8;
-  column_blocks = ceil_div(column_blocks, plan.blocks_per_word) * plan.blocks_per_word;
-  plan.padded_columns = column_blocks * size;
-  plan.words = column_blocks * entries / 8;
+  const RowBlocks blocks = row_blocks(matrix.columns, width, [&](int size) { return most_in_block(matrix, size); });
+  const int64_t size = blocks.columns, of_word = entries_of_word(blocks.columns), rows = matrix.rows / groups;
+  plan.block = blocks.columns;
+  plan.blocks_per_word = static_cast<int>(blocks.per_word());
+  plan.words_per_block = std::max<int64_t>(1, blocks.entries / of_word);
+  plan.padded_columns = blocks.count * size;
+  plan.words = blocks.count * blocks.entries / of_word;
   plan.blocks = ceil_div(rows, width);
 
-  const int64_t size_of_all = groups * plan.blocks * plan.words * 8 * width;
-  uint32_t* positions = plan.positions.at_least(size_of_all / 8);
+  const int64_t size_of_all = groups * plan.blocks * plan.entries() * width;
+  uint32_t* positions = plan.positions.at_least(size_of_all / of_word);
   // Calls visit(block, first row, rows) for every row block.
   const auto each_block = [&](auto visit) {
     for (int64_t block = 0; block < groups * plan.blocks; ++block) {
@@ -217,20 +217,20 @@ RowPlan plan_rows(const SparseRows& matrix, const Constant& values, const RowSca
   };
   // What a row keeps in a column block, from place `next` of its lane on; returns the entry after it.
   const auto place_block = [&](auto* out, auto value, int64_t row, int64_t lane, int64_t column, int64_t next, uint32_t entry) {
-    uint32_t word = 0;  // positions of up to eight entries
+    uint32_t word = 0;
     for (uint64_t left = matrix.piece(row, column, std::min(size, matrix.columns - column)); left; left &= left - 1, ++entry) {
       out[next * width + lane] = value(row, matrix.value_index(entry));
-      word |= static_cast<uint32_t>(__builtin_ctzll(left)) << (4 * (next % 8));
-      if (++next % 8 == 0) positions[(next / 8 - 1) * width + lane] |= word, word = 0;
+      word |= static_cast<uint32_t>(__builtin_ctzll(left)) << (32 / of_word * (next % of_word));
+      if (++next % of_word == 0) positions[(next / of_word - 1) * width + lane] |= word, word = 0;
     }
-    if (word) positions[next / 8 * width + lane] |= word;
+    if (word) positions[next / of_word * width + lane] |= word;
     return entry;
   };
   const auto place_all = [&](auto* out, auto value) {
     std::vector<uint32_t> next_entries(width);
     each_block([&](int64_t block, int64_t first, int64_t count) {
       std::copy_n(matrix.starts.begin() + first, count, next_entries.begin());
-      for (int64_t column = 0, start = block * plan.words * 8; column < matrix.columns; column += size, start += entries)
+      for (int64_t column = 0, start = block * plan.entries(); column < matrix.columns; column += size, start += blocks.entries)
         for (int64_t lane = 0; lane < count; ++lane)
           next_entries[lane] = place_block(out, value, first + lane, lane, column, start, next_entries[lane]);
     });

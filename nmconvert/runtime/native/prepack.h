@@ -1,7 +1,9 @@
 // Kept entries in the order in which the inner loops read them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "isa.h"
@@ -37,7 +39,7 @@ struct RowPlan {
   int64_t words = 0;
   int64_t words_per_block = 1;
   int blocks_per_word = 1;
-  bool wide = false;
+  int block = 4;  // columns of a column block
   int64_t padded_columns = 0;
   Storage storage = Storage::kFloats;
   Buffer<float> floats;
@@ -47,6 +49,8 @@ struct RowPlan {
   Buffer<float> scales;     // [row block][width]
   Buffer<uint32_t> positions;
 
+  // Of a lane.
+  int64_t entries() const { return words * entries_of_word(block); }
   // The values from `index` on.
   const void* values(int64_t index) const {
     if (storage == Storage::kFloats) return floats.data() + index;
@@ -56,8 +60,14 @@ struct RowPlan {
 
 StreamPlan plan_stream(const SparseRows& matrix, const float* values, const RowScales& scales, int64_t groups, int tile_rows,
                        const Layout& layout);
-// Of the entries that a column block keeps, how many it takes up in a row plan.
-int64_t padded_entries(int64_t entries);
+// The column blocks of a row plan: how many columns and entries each has, and how many there are.
+struct RowBlocks {
+  int columns;
+  int64_t entries, count;
+  int64_t per_word() const { return std::max<int64_t>(1, entries_of_word(columns) / entries); }
+};
+// Those of 4, `width` or 16 columns that take the least, where a row keeps at most most(size) of so many.
+RowBlocks row_blocks(int64_t columns, int width, const std::function<int64_t(int)>& most);
 RowPlan plan_rows(const SparseRows& matrix, const Constant& values, const RowScales& scales, int64_t groups, int width);
 
 }  // namespace nmconvert

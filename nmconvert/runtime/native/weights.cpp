@@ -125,14 +125,18 @@ double stream_cycles(const TileChoice& choice, const Weights& weights, int64_t t
 
 }  // namespace
 
-// As measured on Zen 5, with vectors of 8 floats on Zen 3, where a permutation delays the product as well: a vector of weights is read
-// once for up to four tokens, and permuted for each.
+// As measured on Zen 5, with vectors of 8 floats on Zen 3, where a permutation across the halves delays the product as well: a vector of
+// weights is read once for up to four tokens, and permuted for each.
 double row_cycles(const Isa& isa, const Weights& weights, int64_t tokens) {
-  const bool wide = weights.hint().m > isa.width;
-  const int64_t block = wide ? 16 : isa.width;
-  const int64_t kept = padded_entries(static_cast<int64_t>(std::ceil(static_cast<double>(block) * weights.density() - 1e-9)));
-  const double vectors = static_cast<double>(ceil_div(weights.rows(), isa.width) * ceil_div(weights.columns(), block) * kept);
-  const double once = isa.width == 16 ? 1.5 : 0.6, each = (isa.width == 8 ? 1.9 : 0.65) * (wide ? 3 : 1);
+  const double density = weights.density();
+  const RowBlocks blocks = row_blocks(weights.columns(), isa.width, [&](int size) {
+    const double of = std::max<double>(size, static_cast<double>(weights.hint().m)) * density;  // any of a group may lie in a block
+    return std::clamp<int64_t>(static_cast<int64_t>(std::ceil(of - 1e-9)), 1, size);
+  });
+  const double vectors = static_cast<double>(ceil_div(weights.rows(), isa.width) * blocks.count * blocks.entries);
+  const bool halves = blocks.columns > isa.width;
+  const double once = isa.width == 16 ? 1.5 : 0.6;
+  const double each = (isa.width == 8 ? (blocks.columns > 4 ? 1.9 : 1.2) : 0.65) * (halves ? 3 : 1);
   const int64_t passes = tokens / 4 + (tokens % 4 ? (tokens % 4 == 3 ? 2 : 1) : 0);
   return vectors * (once * static_cast<double>(passes) + each * static_cast<double>(tokens));
 }
