@@ -213,6 +213,15 @@ def test_map_distance_is_nothing_between_equals():
         map_distance({"logits": maps["logits"]}, maps)
 
 
+def test_classes_of_a_softmax_are_compared_as_distributions():
+    maps = {"logits": torch.randn(2, 1, 4, 4), "classes": torch.randn(2, 5, 4, 4)}
+    ours = torch.randn(2, 5, 4, 4)
+    assert map_distance(maps | {"classes": maps["classes"] + 3}, maps).abs() < 1e-5  # the same after a softmax
+    theirs, weight = maps["classes"].softmax(1), maps["logits"].sigmoid()
+    divergence = (theirs * (theirs / ours.softmax(1)).log()).sum(1, keepdim=True)
+    torch.testing.assert_close(map_distance(maps | {"classes": ours}, maps), (weight * divergence).sum() / weight.sum())
+
+
 class Maps(nn.Module):
     """Two raw maps of a convolution, asked for by keyword."""
 

@@ -157,6 +157,17 @@ def test_adamw_and_averaged_weights_learn(dense):
     assert int((matrix != 0).sum(1).max()) == 2
 
 
+def test_norms_of_averaged_weights_are_estimated_with_them():
+    """Not taken from the last weights, which spread further: the averaged ones are run on the data, and its mean is theirs."""
+    model = network()
+    weights = run(Settings(epochs=2, batch=16, lr=0.5, ema=0.95), model=model, data=samples()).weights
+    images = torch.stack([TASK.collate([sample]).inputs[0] for sample in samples()])
+    inputs = nn.functional.conv2d(images, weights["0.weight"], weights["0.bias"], padding=1)
+    torch.testing.assert_close(weights["1.running_mean"], inputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert weights["1.num_batches_tracked"] == 12  # as without an average
+    assert model[1].momentum == 0.1
+
+
 def test_accumulation_gives_the_same_weights():
     """To rounding, in a network without batch norm or dropout."""
     results = []

@@ -143,11 +143,11 @@ class FastestDet(nn.Module):
         targets: Sequence[dict[str, Tensor]] | None = None,
         raw: bool = False,
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """RGB images of any size → losses, detections in their pixels, or with ``raw`` the maps (classes as probabilities)."""
+        """RGB images of any size → losses, detections in their pixels, or with ``raw`` the maps."""
         resized = [F.interpolate(i[None], (SIDE, SIDE), mode="bilinear", align_corners=False) for i in images]
         found = self.maps(torch.cat(resized).flip(1))
         if raw:
-            return found | {"classes": found["classes"].softmax(1) * found["classes"].shape[1]}
+            return found
         if self.training:
             assert targets is not None, "FastestDet in training mode needs targets"
             return self.losses(found, targets, [i.shape[-2:] for i in images])

@@ -11,7 +11,8 @@ An ONNX file gets one float [B, 3, H, W] and has outputs named ``boxes`` [B, D, 
 one tensor may return the same as a dict of tensors, which is how it is exported.
 
 For distillation, the forward of a model may take ``raw=True`` and return its raw maps as a dict of tensors [B, ?, h, w]:
-``logits`` are compared as probabilities, all others by distance where the teacher sees something. Without it the
+``logits`` are compared as probabilities of each class by itself, ``classes``, if there are any, as those of one class for
+each place (logits before a softmax), all others by distance; these where the teacher sees something. Without it the
 teacher's own detections are the targets.
 """
 
@@ -173,11 +174,12 @@ class Detection:
 
 
 def map_distance(ours: dict[str, Tensor], goal: dict[str, Tensor]) -> Tensor:
-    """Binary cross entropy of the probabilities, and the L1 distance of all other maps weighted by the teacher's.
+    """Binary cross entropy of the probabilities, and how far all other maps are, weighted by the teacher's.
 
     ``logits`` are [B, classes, h, w], other maps [B, ?, h, w]; maps of another size are compared everywhere. The cross
-    entropy has that of the teacher with itself taken off, so that the distance between equals is zero. All is a mean per
-    object that the teacher sees.
+    entropy has that of the teacher with itself taken off, so that the distance between equals is zero. Of ``classes``, whose
+    softmax over the channels says which one it is, the divergence from the teacher's is taken, of all others
+    the L1 distance. All is a mean per object that the teacher sees.
     """
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in goal.items()}:
         raise DataError("teacher and model disagree on their raw maps: is the teacher the same architecture?")
@@ -187,12 +189,19 @@ def map_distance(ours: dict[str, Tensor], goal: dict[str, Tensor]) -> Tensor:
     weight = theirs.amax(1, keepdim=True)
     total = excess.sum()
     for name in ours.keys() - {"logits"}:
-        distance = (ours[name].float() - goal[name].float()).abs()
+        distance = _distance(name, ours[name].float(), goal[name].float())
         if distance.shape[2:] == weight.shape[2:]:
-            total = total + (weight * distance).sum() / distance.shape[1]
+            total = total + (weight * distance).sum()
         else:
             total = total + weight.sum() * distance.mean()
     return total / weight.sum().clamp(min=1)
+
+
+def _distance(name: str, ours: Tensor, goal: Tensor) -> Tensor:
+    """[B, 1, h, w] of maps [B, ?, h, w]."""
+    if name == "classes":
+        return F.kl_div(ours.log_softmax(1), goal.log_softmax(1), reduction="none", log_target=True).sum(1, keepdim=True)
+    return (ours - goal).abs().mean(1, keepdim=True)
 
 
 def _gives_maps(model: Any) -> bool:

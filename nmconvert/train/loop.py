@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from math import isfinite
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -23,10 +24,12 @@ from nmconvert.train import state
 from nmconvert.train.batches import Batches, validation_loader
 from nmconvert.train.diagnose import first_bad_layer, out_of_memory_named
 from nmconvert.train.log import Display, Log, Reporter, Row
+from nmconvert.train.norms import renew_norms
 from nmconvert.train.settings import Settings, seed_step
 
 MAY_CHANGE = {"epochs", "workers", "save_minutes", "shard", "accumulate", "patience"}
 """Settings that a resumed run may give anew. Others would make it another run."""
+_NORM_STEPS = 32  # whose batches the norms of averaged weights are estimated on
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,9 @@ class Run:
 
     def validate_epoch(self, epoch: int) -> Row:
         """The row of an epoch that ends."""
+        if self.average is not None:
+            first = chain.from_iterable(islice(self.batches.epoch(0), _NORM_STEPS))
+            renew_norms(self.average, self.task.predictor(self.average), first)
         statistics = self.sparse.statistics()
         row = Row(
             str(epoch),
