@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kSmallestTask = 1 << 14;  // multiplications
 constexpr int64_t kFew = 4;                 // tokens, that are never streamed
+constexpr int64_t kRowsAtOnce = 12 * kRowUnit;  // whose sums stay in the L1 cache on their way out
 
 // Few tokens: lanes are output rows, and every weight is read once.
 void run_few(const Isa* isa, const RowPlan& plan, int64_t rows, int64_t columns, int64_t group, const Tokens& tokens,
@@ -55,26 +56,24 @@ void run_few(const Isa* isa, const RowPlan& plan, int64_t rows, int64_t columns,
 }
 
 // Many tokens: panels of tokens as columns, through which the weights stream.
-void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group, const Tokens& tokens, const Epilogue& epilogue,
-                double density, const Parallel& parallel) {
-  const Isa* isa = choice.isa;
-  const int64_t width = choice.panel_width(), columns = choice.layout.columns, rows = plan.rows;
-  const int64_t panels = ceil_div(tokens.tokens, width);
-  float* packed = Scratch::mine().shared_input.at_least(panels * columns * width);
-  const int64_t part = std::max<int64_t>(64, ceil_div(ceil_div(kSmallestTask, width), 16) * 16);
-  const int64_t parts = ceil_div(columns, part);
-  parallel(panels * parts, [&](int64_t task) {
-    const int64_t panel = task / parts, column = task % parts * part;
-    isa->pack_tokens(tokens.x + panel * width * columns + column, columns, std::min(width, tokens.tokens - panel * width),
-                     std::min(part, columns - column), packed + (panel * columns + column) * width, width);
-  });
+struct Stream {
+  const TileChoice& choice;
+  const StreamPlan& plan;
+  int64_t group;
+  const Tokens& tokens;
+  const Epilogue& epilogue;
 
-  const double row_work = static_cast<double>(columns * width) * density;
-  int64_t per_task = std::max(ceil_div(rows * panels, parallel.parts()), static_cast<int64_t>(kSmallestTask / row_work));
-  per_task = std::max<int64_t>(kRowUnit, ceil_div(std::min(per_task, rows), kRowUnit) * kRowUnit);
-  const int64_t splits = ceil_div(rows, per_task);
-  parallel(panels * splits, [&](int64_t task) {
-    const int64_t panel = task / splits, row = task % splits * per_task, count = std::min(per_task, rows - row);
+  int64_t valid(int64_t panel) const { return std::min(choice.panel_width(), tokens.tokens - panel * choice.panel_width()); }
+
+  // Columns `first` … of a panel, which starts at `to`.
+  void pack(int64_t panel, int64_t first, int64_t count, float* to) const {
+    const int64_t width = choice.panel_width(), columns = choice.layout.columns;
+    choice.isa->pack_tokens(tokens.x + panel * width * columns + first, columns, valid(panel), count, to + first * width, width);
+  }
+
+  // `count` rows from `row` on, of what is packed.
+  void multiply(int64_t panel, const float* packed, int64_t row, int64_t count) const {
+    const int64_t width = choice.panel_width(), at = panel * width * plan.rows + row;
     float* sums = Scratch::mine().own_sums.at_least(count * width);
     StreamJob job{};
     job.values = plan.values.data();
@@ -84,19 +83,49 @@ void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group,
     job.out = sums;
     job.low = -__builtin_inff();
     job.high = __builtin_inff();
-    const int64_t token = panel * width, valid = std::min(width, tokens.tokens - token), at = token * rows + row;
-    const Tile& tile = choice.narrowed(ceil_div(valid, isa->width));
+    const Tile& tile = choice.narrowed(ceil_div(valid(panel), choice.isa->width));
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
       job.blocks = plan.start(group, chunk, row / choice.shape().rows);
       job.order = plan.order(group, chunk, row);
-      job.panel = packed + (panel * columns + chunk * choice.layout.chunk) * width;
+      job.panel = packed + chunk * choice.layout.chunk * width;
       job.in = chunk ? sums : nullptr;
       job.bias = chunk || !tokens.bias ? nullptr : tokens.bias + row;
       tile.stream(job);
     }
-    isa->unpack_tokens(sums, width, count, valid, tokens.residual ? tokens.residual + at : nullptr, tokens.y + at, rows, epilogue.low,
-                       epilogue.high);
-    for (int64_t t = 0; t < valid; ++t) isa->activate(tokens.y + at + t * rows, count, epilogue.activation);
+    choice.isa->unpack_tokens(sums, width, count, valid(panel), tokens.residual ? tokens.residual + at : nullptr, tokens.y + at, plan.rows,
+                              epilogue.low, epilogue.high);
+    for (int64_t t = 0; t < valid(panel); ++t) choice.isa->activate(tokens.y + at + t * plan.rows, count, epilogue.activation);
+  }
+};
+
+void run_stream(const TileChoice& choice, const StreamPlan& plan, int64_t group, const Tokens& tokens, const Epilogue& epilogue,
+                double density, const Parallel& parallel) {
+  const Stream stream{choice, plan, group, tokens, epilogue};
+  const int64_t width = choice.panel_width(), columns = choice.layout.columns, rows = plan.rows;
+  const int64_t panels = ceil_div(tokens.tokens, width);
+  if (panels >= parallel.parts()) {  // enough for all threads: each fills its own, and nobody waits for it
+    parallel(panels, [&](int64_t panel) {
+      float* packed = Scratch::mine().own_panel.at_least(columns * width);
+      stream.pack(panel, 0, columns, packed);
+      for (int64_t row = 0; row < rows; row += kRowsAtOnce) stream.multiply(panel, packed, row, std::min(kRowsAtOnce, rows - row));
+    });
+    return;
+  }
+  float* packed = Scratch::mine().shared_input.at_least(panels * columns * width);
+  const int64_t part = std::max<int64_t>(64, ceil_div(ceil_div(kSmallestTask, width), 16) * 16);
+  const int64_t parts = ceil_div(columns, part);
+  parallel(panels * parts, [&](int64_t task) {
+    const int64_t panel = task / parts, column = task % parts * part;
+    stream.pack(panel, column, std::min(part, columns - column), packed + panel * columns * width);
+  });
+
+  const double row_work = static_cast<double>(columns * width) * density;
+  int64_t per_task = std::max(ceil_div(rows * panels, parallel.parts()), static_cast<int64_t>(kSmallestTask / row_work));
+  per_task = std::max<int64_t>(kRowUnit, ceil_div(std::min(per_task, rows), kRowUnit) * kRowUnit);
+  const int64_t splits = ceil_div(rows, per_task);
+  parallel(panels * splits, [&](int64_t task) {
+    const int64_t panel = task / splits, row = task % splits * per_task;
+    stream.multiply(panel, packed + panel * columns * width, row, std::min(per_task, rows - row));
   });
 }
 
