@@ -49,7 +49,8 @@ class Settings:
         warmup: share of the steps over which the learning rate rises; then it falls to 0 along half a cosine.
         clip: the largest norm of the gradient of all weights.
         precision: of the forward pass (autocast); weights stay as they are. fp16 scales the loss.
-        ema: decay per step of the averaged weights, which are then validated and kept.
+        ema: decay per step of the averaged weights, which are then validated and kept, with batch norms estimated anew after
+            each epoch (see `nmconvert.train.norms`).
         distill: share of the distillation loss where there is a teacher; the rest is the task's own loss.
         method: ``sr-ste``, ``ste`` or ``fixed-mask``.
         decay: λ of SR-STE; left out: 0.1 for sgd, 10 for adamw. The paper's 2e-4 is for a hundred epochs from scratch; within

@@ -286,12 +286,13 @@ inline Vector stored_values(const void* values, int64_t index) {
 
 constexpr int bytes_of(Storage stored) { return stored == Storage::kFloats ? 4 : stored == Storage::kBytes ? 1 : 2; }
 
-// Entries of a lane that are prefetched ahead. On Zen 3 further ahead is slower, and slower than nothing.
-constexpr int kAheadInLane = W == 8 ? 16 : 48;
+// Entries of a lane that are prefetched ahead. On Zen 3 further ahead is slower than nothing, but where two permutations take their time.
+constexpr int ahead_in_lane(int block) { return W == 8 && block <= W ? 32 : 48; }
 
 template <int Tokens, int BlocksPerWord, int Block, Storage Stored>
 void row_blocks(const RowJob& job) {
-  constexpr int kSums = Tokens == 1 ? 8 : Tokens == 2 ? 4 : 2, kEntries = entries_of_word(Block), kBytes = bytes_of(Stored) * W;
+  constexpr int kSums = Tokens == 1 ? 8 : Tokens == 2 ? 4 : 2, kEntries = entries_of_word(Block);
+  constexpr int kAhead = ahead_in_lane(Block), kBytes = bytes_of(Stored) * W;
   for (int64_t block = job.first_block; block < job.last_block; ++block) {
     int64_t values = block * job.words * kEntries * W;
     const uint32_t* positions = job.positions + block * job.words * W;
@@ -300,10 +301,10 @@ void row_blocks(const RowJob& job) {
     int64_t left_in_block = job.words_per_block;
     for (int64_t word = 0; word < job.words; ++word) {
       Ints position = *reinterpret_cast<const LooseInts*>(positions);
-      __builtin_prefetch(positions + kAheadInLane / kEntries * W);
+      __builtin_prefetch(positions + kAhead / kEntries * W);
 #pragma GCC unroll 16
       for (int i = 0; i < kEntries; ++i) {
-        if (i * kBytes % 64 == 0) __builtin_prefetch(static_cast<const char*>(job.values) + (values / W + i + kAheadInLane) * kBytes);
+        if (i * kBytes % 64 == 0) __builtin_prefetch(static_cast<const char*>(job.values) + (values / W + i + kAhead) * kBytes);
         const Vector value = stored_values<Stored>(job.values, values + i * W);
 #pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) {
