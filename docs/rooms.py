@@ -18,7 +18,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("solvers",),
     ("masks", "magnitude"),
     ("runtime", "onnx_model"),
-    ("model",),
+    ("model", "norms"),
     ("checkpoint",),
     ("onnx_graph",),
     ("manifest",),

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from nmconvert.calibrate.answers import Answer
 from nmconvert.calibrate.replay import Call, outputs_of
 from nmconvert.calibrate.together import Loss, Together
+from nmconvert.norms import estimated_anew, norms
 
 _RISE = 0.1  # of the steps: Adam's first ones are as large as the rate, whatever the gradients are
 _USUAL = 0.5  # size of a tensor at which a relative rate is the absolute one; with 0.1 the fit of FastestDet ran away
@@ -68,11 +69,6 @@ def keep_if_better(module: nn.Module, change: Callable[[], None], error: Callabl
     return before, after
 
 
-def norms(module: nn.Module) -> list[_BatchNorm]:
-    """The batch norms of ``module`` that keep running statistics."""
-    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-
-
 def reestimate_norms(
     module: nn.Module, dense: nn.Module, calls: Sequence[Sequence[Call]], calls_dense: Sequence[Sequence[Call]]
 ) -> None:
@@ -102,19 +98,10 @@ def batch_statistics(module: nn.Module, calls: Sequence[Sequence[Call]]) -> list
     """Mean and variance of what each batch norm of ``module`` gets, each norm using those of its batch on the way."""
     found = norms(module)
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    momenta = [norm.momentum for norm in found]
-    for norm in found:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over batches
-        norm.train()
-    for batch in calls:
-        outputs_of(module, [batch])
-    statistics = []
-    for norm, momentum in zip(found, momenta, strict=True):
-        mean, variance = _running(norm)
-        statistics.append((mean.clone(), variance.clone()))
-        norm.momentum = momentum
-        norm.eval()
+    with estimated_anew(found):
+        for batch in calls:
+            outputs_of(module, [batch])
+    statistics = [(mean.clone(), variance.clone()) for mean, variance in map(_running, found)]
     module.load_state_dict(state)
     return statistics
 

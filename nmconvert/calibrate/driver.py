@@ -22,7 +22,6 @@ from nmconvert.calibrate.correct import (
     Measure,
     held_out_error,
     keep_if_better,
-    norms,
     output_error,
     reconstruct,
     reestimate_norms,
@@ -36,6 +35,7 @@ from nmconvert.calibrate.store import LIMIT, Store
 from nmconvert.calibrate.together import Loss
 from nmconvert.errors import DataError, ModelError, WeightError
 from nmconvert.matrix import MatrixView
+from nmconvert.norms import norms
 from nmconvert.pattern import Axis, Pattern
 
 _IMAGES = 16  # of a step of reconstruction at least: gradients of few are noisy

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from nmconvert.export.functions import FUNCTIONS, function_proto
-from nmconvert.export.spelt import spelt_gelu
+from nmconvert.export.gelu import spelt_gelu
 from nmconvert.onnx_graph import DOMAIN, Constants, attribute, graphs, opset, remove_unused_constants, used_names
 
 _INFINITY = float("inf")

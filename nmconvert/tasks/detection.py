@@ -178,8 +178,8 @@ def map_distance(ours: dict[str, Tensor], goal: dict[str, Tensor]) -> Tensor:
 
     ``logits`` are [B, classes, h, w], other maps [B, ?, h, w]; maps of another size are compared everywhere. The cross
     entropy has that of the teacher with itself taken off, so that the distance between equals is zero. Of ``classes``, whose
-    softmax over the channels says which one it is, the divergence from the teacher's is taken, of all others
-    the L1 distance. All is a mean per object that the teacher sees.
+    softmax over the channels says which one it is, the divergence from the teacher's is taken, of all others the L1
+    distance. All is a mean per object that the teacher sees.
     """
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in goal.items()}:
         raise DataError("teacher and model disagree on their raw maps: is the teacher the same architecture?")

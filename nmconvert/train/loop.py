@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nmconvert import dist
 from nmconvert.errors import DataError, NmconvertError, UsageError
+from nmconvert.norms import estimated_anew, norms
 from nmconvert.plan import Plan
 from nmconvert.srste import plain_state_dict, sparsify_plan
 from nmconvert.tasks import Batch, Predict, Task, misfits_named
@@ -24,7 +25,6 @@ from nmconvert.train import state
 from nmconvert.train.batches import Batches, validation_loader
 from nmconvert.train.diagnose import first_bad_layer, out_of_memory_named
 from nmconvert.train.log import Display, Log, Reporter, Row
-from nmconvert.train.norms import renew_norms
 from nmconvert.train.settings import Settings, seed_step
 
 MAY_CHANGE = {"epochs", "workers", "save_minutes", "shard", "accumulate", "patience"}
@@ -236,8 +236,7 @@ class Run:
     def validate_epoch(self, epoch: int) -> Row:
         """The row of an epoch that ends."""
         if self.average is not None:
-            first = chain.from_iterable(islice(self.batches.epoch(0), _NORM_STEPS))
-            renew_norms(self.average, self.task.predictor(self.average), first)
+            self._renew_norms(self.average)
         statistics = self.sparse.statistics()
         row = Row(
             str(epoch),
@@ -256,6 +255,20 @@ class Run:
         else:
             self.waited += 1
         return row
+
+    @torch.no_grad()
+    def _renew_norms(self, average: nn.Module) -> None:
+        """Averaged weights have norms of their own: those that the last weights leave are of weights that spread further.
+
+        Source: Izmailov et al., "Averaging weights leads to wider optima and better generalization", UAI 2018, section 3.2.
+        """
+        found = norms(average)
+        predict = self.task.predictor(average.eval())
+        with estimated_anew(found):
+            for parts in islice(self.batches.epoch(0), _NORM_STEPS if found else 0):
+                for batch in parts:
+                    if batch.size:
+                        predict(batch.inputs)
 
     def _metrics(self, model: nn.Module) -> dict[str, float]:
         dist.broadcast_buffers(model)

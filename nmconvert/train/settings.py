@@ -50,7 +50,7 @@ class Settings:
         clip: the largest norm of the gradient of all weights.
         precision: of the forward pass (autocast); weights stay as they are. fp16 scales the loss.
         ema: decay per step of the averaged weights, which are then validated and kept, with batch norms estimated anew after
-            each epoch (see `nmconvert.train.norms`).
+            each epoch.
         distill: share of the distillation loss where there is a teacher; the rest is the task's own loss.
         method: ``sr-ste``, ``ste`` or ``fixed-mask``.
         decay: λ of SR-STE; left out: 0.1 for sgd, 10 for adamw. The paper's 2e-4 is for a hundred epochs from scratch; within
