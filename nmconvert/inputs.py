@@ -86,13 +86,15 @@ def example_feed(
 
 
 def _check_fit(spec: InputSpec, value: ValueInfoProto, dtype: np.dtype[Any]) -> None:
-    """A floating type fits any: float32 is also what is meant where no type was given, and export computes all in float32."""
+    """float32, meant where no type was given, fits any; other floating types fit each other: export computes in float32."""
     tensor = value.type.tensor_type
     dims = [dim.dim_value or dim.dim_param or "?" for dim in tensor.shape.dim]
     fixed = [size for size in dims if isinstance(size, int)]
     there = [size for size, dim in zip(spec.shape, dims, strict=False) if isinstance(dim, int)]
     shape_fits = not tensor.HasField("shape") or (len(spec.shape) == len(dims) and there == fixed)
-    if not shape_fits or not (spec.dtype == dtype.name or spec.dtype.startswith(("float", "bfloat"))):
+    floating = ("float", "bfloat")
+    both_floating = spec.dtype.startswith(floating) and dtype.name.startswith(floating)
+    if not shape_fits or not (spec.dtype in (dtype.name, "float32") or both_floating):
         said = f"{','.join(map(str, dims))}:{dtype.name}"
         raise UsageError(f"--input {spec} does not fit the model, whose input '{value.name}' is {said}")
 

@@ -411,6 +411,10 @@ def test_what_is_not_finite_is_named_with_the_sample_that_brings_it():
     first = "body.0.conv1.weight"
     inputs = f"{first}: its inputs hold NaN or infinite values"
     assert refused(small_net(), batches) == f"{inputs}, as sample 5 of calibration batch 2 does; repair it or leave it out"
+    batches = images()
+    batches[-1][2, 0, 0, 0] = torch.nan  # held out: no layer is solved on it, and it judges all corrections
+    with pytest.raises(WeightError, match=rf"NaN for sample 3 of calibration batch {len(batches)}, which holds such values"):
+        prune_model(small_net(), batches, plan_for(small_net()), Recipe(block_steps=0, model_steps=0))
     model = small_net()
     model.stem.weight.data[0] = 3e38
     assert refused(model, images()).startswith(f"{inputs}, which no calibration sample does; look for what makes them")

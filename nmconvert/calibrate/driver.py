@@ -7,6 +7,7 @@ the outputs that it had in the dense model; then the unit is corrected (:mod:`nm
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -28,7 +29,16 @@ from nmconvert.calibrate.correct import (
 )
 from nmconvert.calibrate.distance import Distance, Said
 from nmconvert.calibrate.images import augment, image_count, is_images, scenes
-from nmconvert.calibrate.moments import Moments, Site, find_followers, find_sites, inputs_seen, not_finite, solve_rows
+from nmconvert.calibrate.moments import (
+    Moments,
+    Site,
+    find_followers,
+    find_sites,
+    inputs_seen,
+    not_finite,
+    not_finite_sample,
+    solve_rows,
+)
 from nmconvert.calibrate.replay import Batch, Call, Replay, as_call, find_units, outputs_of, trace
 from nmconvert.calibrate.resume import Done, fingerprint, read, write
 from nmconvert.calibrate.store import LIMIT, Store
@@ -299,7 +309,7 @@ class _Run:
         try:
             solved = solve_rows(matrix, moments, site.pattern, method, damping, centred=mean is not None)
         except WeightError as error:
-            raise not_finite(site.name, matrix, [*self.fresh, *self.batches[self.train :]]) from error
+            raise not_finite(site.name, matrix, self._given()) from error
         with torch.no_grad():
             parameter.copy_(view.from_matrix(solved.weight).to(parameter.dtype))
             if mean is not None:
@@ -333,8 +343,16 @@ class _Run:
             return held_out_error(self._answer(unit), inputs, targets, distance)
 
         before, after = keep_if_better(self.model.get_submodule(unit), change, error)
+        if math.isnan(before) and (where := not_finite_sample(self._given())):
+            raise WeightError(
+                f"{unit or 'model'}: its outputs are NaN for {where}, which holds such values; repair it or leave it out"
+            )
         self.result.corrections.append(Correction(unit, what, before, after))
         self.progress(f"{unit or 'model'}: {what}  {before:.4f} -> {after:.4f}")
+
+    def _given(self) -> list[Batch]:
+        """The calibration data, in its order."""
+        return [*self.fresh, *self.batches[self.train :]]
 
     def _answer(self, unit: str) -> Answer:
         return self.model.get_submodule(unit) if unit else self.answer

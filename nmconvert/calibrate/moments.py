@@ -144,12 +144,18 @@ def not_finite(name: str, weight: Tensor, batches: Sequence[Batch]) -> WeightErr
     """What to say, and where to look, when the weight ``name`` cannot be solved on ``batches``."""
     if not weight.isfinite().all():
         return WeightError(f"{name}: holds NaN or infinite weights; repair the checkpoint or --exclude the tensor")
-    for number, batch in enumerate(batches, 1):
-        if (sample := next((n for n, values in _samples(batch) if not values.isfinite().all()), None)) is not None:
-            where = f"sample {sample} of calibration batch {number}"
-            return WeightError(f"{name}: its inputs hold NaN or infinite values, as {where} does; repair it or leave it out")
+    if where := not_finite_sample(batches):
+        return WeightError(f"{name}: its inputs hold NaN or infinite values, as {where} does; repair it or leave it out")
     made = "its inputs hold NaN or infinite values, which no calibration sample does"
     return WeightError(f"{name}: {made}; look for what makes them in the layers before, or --exclude the tensor")
+
+
+def not_finite_sample(batches: Sequence[Batch]) -> str | None:
+    """The first sample that holds NaN or infinite values, in words."""
+    for number, batch in enumerate(batches, 1):
+        if (sample := next((n for n, values in _samples(batch) if not values.isfinite().all()), None)) is not None:
+            return f"sample {sample} of calibration batch {number}"
+    return None
 
 
 def _samples(batch: Batch) -> Iterator[tuple[int, Tensor]]:

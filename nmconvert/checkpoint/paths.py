@@ -13,8 +13,13 @@ _CALLED = {
     ".safetensors": "a safetensors file",
     ".npz": "a file of arrays",
     ".py": "a program",
+    ".html": "a page",
+    ".svg": "an SVG picture",
     **dict.fromkeys((".pt", ".pth", ".th", ".ckpt"), "a PyTorch file"),
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"), "an image"),
+    **dict.fromkeys((".txt", ".json", ".xml"), "a text"),
 }
+"""What files are, by their endings: an output that is called otherwise is refused, and takes the place of no file of data."""
 
 
 def beside(source: Path, tag: str, suffix: str | None = None) -> Path:
@@ -67,7 +72,7 @@ def check_target(output: Path, option: str = "--output", *, made: str | None = N
         raise UsageError(f"{output}: is a device or a pipe, which no file can replace; give another name with {option}")
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent}: there is no such folder for {option}; make it first")
-    called = _CALLED.get(output.suffix)
+    called = _CALLED.get(output.suffix.lower())
     if made and called not in (None, made):
         raise UsageError(f"{output}: will be {made}, and is called {called}; give a name with another ending with {option}")
 
@@ -81,7 +86,7 @@ def check_copy(source: Path, output: Path, replaceable: Callable[[Path], bool]) 
         UsageError: with the remedy.
     """
     check_apart([(output, "--output")], [source])
-    is_now, wanted = _CALLED.get(source.suffix), _CALLED.get(output.suffix)
+    is_now, wanted = _CALLED.get(source.suffix.lower()), _CALLED.get(output.suffix.lower())
     if is_now and wanted and is_now != wanted:
         remedy = "nmconvert export writes ONNX" if output.suffix == ".onnx" else "give a name with the same ending"
         raise UsageError(f"{output}: {source.name} is {is_now}, and its copy will be one, not {wanted}; {remedy}")

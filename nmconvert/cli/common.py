@@ -29,7 +29,7 @@ TASKS = ("classification", "detection", "segmentation", "translation", "language
 _READ = ("checkpoint", "file", "teacher", "against", "calib", "data", "model")
 """Parameters of commands that name a file or a folder that is read; settings of a task and arguments of a model can, too."""
 
-_MADE = {"html": "a page", "plot": "a picture", "tuned": "an ONNX file"}
+_MADE = {"html": "a page", "plot": "an SVG picture", "tuned": "an ONNX file"}
 """Options that name a file that is written, and what it is. An ``output`` is of the kind of what it is made from."""
 
 _VISIBLE = {

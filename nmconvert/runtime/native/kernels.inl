@@ -66,6 +66,10 @@ inline void keep_in_register([[maybe_unused]] Vector& v) {
 // loop what then has no register in it.
 inline void in_order() { asm volatile("" ::: "memory"); }
 
+// What is prefetched before this is not prefetched together with what follows, as GCC has it: of many at once some wait, and all that
+// comes after them.
+inline void apart() { asm volatile(""); }
+
 // NaN in `v` survives both, as in the standard operators.
 inline Vector clip(Vector v, Vector low, Vector high) {
 #if NMC_WIDTH == 16
@@ -224,34 +228,43 @@ inline Vector permute(Vector x, Ints position) {
 #endif
 }
 
-// The floats at `position`, modulo 4, of the four that `x` repeats.
-inline Vector permute_four(Vector x, Ints position) {
-#if NMC_WIDTH == 16
-  return _mm512_permutevar_ps(x, reinterpret_cast<__m512i>(position));
-#elif NMC_WIDTH == 8
-  return _mm256_permutevar_ps(x, reinterpret_cast<__m256i>(position));
-#else
-  return permute(x, position);
-#endif
-}
+// A block of 4, W or 16 columns of x, in registers; or where Shared W of them, which are several blocks: on Zen 4 repeating four floats
+// through 16 lanes takes slots that products need, while a token alone waits for the weights.
+template <int Block, bool Shared>
+struct Columns {
+  static constexpr int kBlocks = Shared ? W / Block : 1;  // that share them
+  static constexpr int kParts = Block > W ? Block / W : 1;
+  Vector part[kParts];
 
-// The floats of x at `position`, modulo the block, which has 4, W or 16.
-template <int Block>
-inline Vector select(const float* x, Ints position) {
-  if (Block == 4) return permute_four(four(x), position);
-  if (Block == W) return permute(load(x), position);
-#if NMC_WIDTH == 8
-  const Vector below = permute(load(x), position), above = permute(load(x + 8), position);
-  return _mm256_blendv_ps(below, above, reinterpret_cast<__m256>(position << 28));  // bit 3 is the sign
-#else
-  Vector chosen = {};
-  for (int part = 0; part < 16 / W; ++part) {
-    const Ints here = ((position & 15) / W) == part;
-    chosen = here ? permute(load(x + part * W), position) : chosen;
+  // Of the block `number` from x on.
+  static Columns from(const float* x, int number) {
+    Columns columns;
+    if (kBlocks > 1) return {{load(x + number / kBlocks * W)}};
+    if (Block == 4) return {{four(x + number * 4)}};
+    for (int i = 0; i < kParts; ++i) columns.part[i] = load(x + number * Block + i * W);
+    return columns;
   }
-  return chosen;
+  // Where `position`, modulo the block, is among these columns.
+  static Ints within(Ints position, int number) {
+    return kBlocks > 1 ? (position & (Block - 1)) | number % kBlocks * Block : position;
+  }
+  Vector at(Ints position) const {
+#if NMC_WIDTH == 16
+    if (Block == 4 && !Shared) return _mm512_permutevar_ps(part[0], reinterpret_cast<__m512i>(position));
+#elif NMC_WIDTH == 8
+    if (Block == 4) return _mm256_permutevar_ps(part[0], reinterpret_cast<__m256i>(position));
 #endif
-}
+    if (kParts == 1) return permute(part[0], position);
+#if NMC_WIDTH == 8
+    const Vector below = permute(part[0], position), above = permute(part[kParts - 1], position);
+    return _mm256_blendv_ps(below, above, reinterpret_cast<__m256>(position << 28));  // bit 3 is the sign
+#else
+    Vector chosen = {};
+    for (int i = 0; i < kParts; ++i) chosen = ((position & 15) / W) == i ? permute(part[i], position) : chosen;
+    return chosen;
+#endif
+  }
+};
 
 // W values as floats; those of 16 bits are finite. A half's bits, moved into place, are its value over 2^112.
 typedef int16_t Shorts __attribute__((vector_size(2 * W), aligned(2), may_alias));
@@ -293,6 +306,7 @@ template <int Tokens, int BlocksPerWord, int Block, Storage Stored>
 void row_blocks(const RowJob& job) {
   constexpr int kSums = Tokens == 1 ? 8 : Tokens == 2 ? 4 : 2, kEntries = entries_of_word(Block);
   constexpr int kAhead = ahead_in_lane(Block), kBytes = bytes_of(Stored) * W;
+  using Some = Columns<Block, W == 16 && Block == 4 && (Tokens > 1)>;
   for (int64_t block = job.first_block; block < job.last_block; ++block) {
     int64_t values = block * job.words * kEntries * W;
     const uint32_t* positions = job.positions + block * job.words * W;
@@ -301,17 +315,21 @@ void row_blocks(const RowJob& job) {
     int64_t left_in_block = job.words_per_block;
     for (int64_t word = 0; word < job.words; ++word) {
       Ints position = *reinterpret_cast<const LooseInts*>(positions);
+      Some columns[Tokens];
       __builtin_prefetch(positions + kAhead / kEntries * W);
 #pragma GCC unroll 16
       for (int i = 0; i < kEntries; ++i) {
         if (i * kBytes % 64 == 0) __builtin_prefetch(static_cast<const char*>(job.values) + (values / W + i + kAhead) * kBytes);
         const Vector value = stored_values<Stored>(job.values, values + i * W);
+        const int number = i * BlocksPerWord / kEntries;
+        const Ints place = Some::within(position, number);
 #pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) {
-          const float* from = x + t * job.x_stride + (i * BlocksPerWord / kEntries) * Block;
-          sum[t][i % kSums] += value * select<Block>(from, position);
+          if (i * BlocksPerWord % (kEntries * Some::kBlocks) == 0) columns[t] = Some::from(x + t * job.x_stride, number);
+          sum[t][i % kSums] += value * columns[t].at(place);
         }
         position = position >> 32 / kEntries;
+        apart();
       }
       values += kEntries * W;
       positions += W;
