@@ -73,6 +73,16 @@ def test_what_does_not_fit_the_model(text: str) -> None:
         example_feed(conv_net(), [InputSpec.parse(text)])
 
 
+def test_floating_types_fit_each_other_and_only_the_default_fits_integers() -> None:
+    model = conv_net()
+    assert example_feed(model, [InputSpec.parse("1,8,6,6:float16")])["X"].dtype == np.float32
+    model.graph.input.append(helper.make_tensor_value_info("ids", TensorProto.INT64, [None, "n"]))
+    assert example_feed(model, [InputSpec.parse("ids=1,4")])["ids"].dtype == np.int64
+    for dtype in ("float16", "bfloat16", "float64"):
+        with pytest.raises(UsageError, match=rf"ids=1,4:{dtype} does not fit the model, whose input 'ids' is \?,n:int64"):
+            example_feed(model, [InputSpec.parse(f"ids=1,4:{dtype}")])
+
+
 def test_initialisers_among_the_inputs_are_no_inputs() -> None:
     model = conv_net()
     model.graph.input.append(value("head.bias", [10]))
