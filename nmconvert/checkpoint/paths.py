@@ -8,6 +8,9 @@ from pathlib import Path
 
 from nmconvert.errors import UsageError
 
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+"""The endings of images, in small letters."""
+
 _CALLED = {
     ".onnx": "an ONNX file",
     ".safetensors": "a safetensors file",
@@ -16,7 +19,7 @@ _CALLED = {
     ".html": "a page",
     ".svg": "an SVG picture",
     **dict.fromkeys((".pt", ".pth", ".th", ".ckpt"), "a PyTorch file"),
-    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"), "an image"),
+    **dict.fromkeys(IMAGES, "an image"),
     **dict.fromkeys((".txt", ".json", ".xml"), "a text"),
 }
 """What files are, by their endings: an output that is called otherwise is refused, and takes the place of no file of data."""
@@ -88,7 +91,7 @@ def check_copy(source: Path, output: Path, replaceable: Callable[[Path], bool]) 
     check_apart([(output, "--output")], [source])
     is_now, wanted = _CALLED.get(source.suffix.lower()), _CALLED.get(output.suffix.lower())
     if is_now and wanted and is_now != wanted:
-        remedy = "nmconvert export writes ONNX" if output.suffix == ".onnx" else "give a name with the same ending"
+        remedy = "nmconvert export writes ONNX" if wanted == _CALLED[".onnx"] else "give a name with the same ending"
         raise UsageError(f"{output}: {source.name} is {is_now}, and its copy will be one, not {wanted}; {remedy}")
     if output.name in ("", ".."):
         raise UsageError(f"{output}: is no name for a copy; give one with --output")

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from nmconvert.checkpoint.paths import IMAGES
 from nmconvert.errors import DataError
 from nmconvert.extras import require
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 Image = NDArray[np.uint8]
 
 
@@ -33,7 +33,7 @@ def read_image(path: Path, *, keep_gray: bool = False) -> Image:
 
 def find_images(folder: Path) -> list[Path]:
     """The image files below ``folder``, sorted by path."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and not p.name.startswith("."))
 
 
 def resize(image: Image, height: int, width: int) -> Image:

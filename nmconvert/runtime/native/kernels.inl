@@ -306,7 +306,7 @@ template <int Tokens, int BlocksPerWord, int Block, Storage Stored>
 void row_blocks(const RowJob& job) {
   constexpr int kSums = Tokens == 1 ? 8 : Tokens == 2 ? 4 : 2, kEntries = entries_of_word(Block);
   constexpr int kAhead = ahead_in_lane(Block), kBytes = bytes_of(Stored) * W;
-  using Some = Columns<Block, W == 16 && Block == 4 && (Tokens > 1)>;
+  using Held = Columns<Block, W == 16 && Block == 4 && (Tokens > 1)>;
   for (int64_t block = job.first_block; block < job.last_block; ++block) {
     int64_t values = block * job.words * kEntries * W;
     const uint32_t* positions = job.positions + block * job.words * W;
@@ -315,17 +315,17 @@ void row_blocks(const RowJob& job) {
     int64_t left_in_block = job.words_per_block;
     for (int64_t word = 0; word < job.words; ++word) {
       Ints position = *reinterpret_cast<const LooseInts*>(positions);
-      Some columns[Tokens];
+      Held columns[Tokens];
       __builtin_prefetch(positions + kAhead / kEntries * W);
 #pragma GCC unroll 16
       for (int i = 0; i < kEntries; ++i) {
         if (i * kBytes % 64 == 0) __builtin_prefetch(static_cast<const char*>(job.values) + (values / W + i + kAhead) * kBytes);
         const Vector value = stored_values<Stored>(job.values, values + i * W);
         const int number = i * BlocksPerWord / kEntries;
-        const Ints place = Some::within(position, number);
+        const Ints place = Held::within(position, number);
 #pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) {
-          if (i * BlocksPerWord % (kEntries * Some::kBlocks) == 0) columns[t] = Some::from(x + t * job.x_stride, number);
+          if (i * BlocksPerWord % (kEntries * Held::kBlocks) == 0) columns[t] = Held::from(x + t * job.x_stride, number);
           sum[t][i % kSums] += value * columns[t].at(place);
         }
         position = position >> 32 / kEntries;
