@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -136,6 +137,58 @@ def test_the_library_registers_nothing_on_a_cpu_that_it_does_not_know(monkeypatc
     session = onnxruntime.InferenceSession(layer("MatMul", weight, ["t", 32]).SerializeToString(), options)
     x = np.ones((3, 32), np.float32)
     np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weight.dense, rtol=1e-5, atol=1e-6)
+
+
+class FullOnnxruntime(ctypes.Structure):
+    """What the library calls to register itself, as onnxruntime's C ABI has it, of one that takes ``room`` operators."""
+
+    _fields_ = (("get_api", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)), ("version", ctypes.CFUNCTYPE(ctypes.c_void_p)))
+
+    def __init__(self, room: float) -> None:
+        self.room, self.made, self.released, self.taken = room, 0, 0, 0
+        step = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+        make = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p))
+        release = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+        slots = {26: make(self._make), 27: step(self._add), 28: step(self._take), 101: release(self._release)}
+        self.functions = [*slots.values()]  # not to be freed while they may be called
+        self.table = (ctypes.c_void_p * 300)()
+        for slot, function in slots.items():
+            self.table[slot] = ctypes.cast(function, ctypes.c_void_p)
+        self.name = ctypes.create_string_buffer(b"1.32.0")
+        (_, get_api), (_, version) = self._fields_
+        super().__init__(get_api(lambda asked: ctypes.addressof(self.table)), version(lambda: ctypes.addressof(self.name)))
+
+    def _make(self, name: bytes, domain: Any) -> None:
+        self.made += 1
+        domain[0] = self.made
+
+    def _add(self, domain: int, operator: int) -> int | None:
+        self.room -= 1
+        return 1 if self.room < 0 else None  # an OrtStatus is an error
+
+    def _take(self, options: int, domain: int) -> None:
+        self.taken += 1
+
+    def _release(self, domain: int) -> None:
+        self.released += 1
+
+
+@pytest.mark.skipif(not runtime.kernels().usable, reason=f"no native kernels: {runtime.kernels().reason}")
+def test_a_domain_that_onnxruntime_does_not_take_is_released(tmp_path: Path) -> None:
+    """Each attempt makes one of its own; the first that is taken whole serves all later sessions."""
+    of_its_own = tmp_path / "libnmconvert.so"  # with nothing registered yet
+    shutil.copy(str(runtime.kernels().path), of_its_own)
+    register = ctypes.CDLL(str(of_its_own)).RegisterCustomOps
+    register.restype, register.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.POINTER(FullOnnxruntime))
+    program = FullOnnxruntime(room=3)
+    for attempt in (1, 2):
+        program.room = 3
+        assert register(None, program) == 1
+        assert (program.made, program.released, program.taken) == (attempt, attempt, 0)
+    program.room = float("inf")
+    for session in (1, 2):
+        assert register(None, program) is None
+        assert (program.made, program.released, program.taken) == (3, 2, session)
 
 
 @pytest.mark.skipif(find_spec("scikit_build_core") is None, reason="building needs scikit-build-core: pip install it")
