@@ -18,7 +18,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("solvers",),
     ("masks", "magnitude"),
     ("runtime", "onnx_model"),
-    ("model", "norms"),
+    ("model", "hugging_face", "norms"),
     ("checkpoint",),
     ("onnx_graph",),
     ("manifest",),

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nmconvert import hugging_face
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.errors import ModelError, UsageError
-from nmconvert.extras import require
 from nmconvert.imports import ImportPath, brief
 from nmconvert.matrix import Kind
 
@@ -89,7 +87,7 @@ def build(spec: str, arguments: Mapping[str, str] | None = None, *, trust: bool 
     path = Path(spec)
     if path.is_dir():
         _no_arguments(spec, keywords)
-        return _build_hf(path)
+        return _build_folder(path)
     if path.suffix != ".py" and path.is_file():
         _no_arguments(spec, keywords)
         return _load_program(path, trust=trust)
@@ -114,7 +112,7 @@ def load(spec: str, checkpoint: Path, arguments: Mapping[str, str] | None = None
     """
     if checkpoint.is_dir() and (checkpoint / "config.json").is_file():
         _no_arguments(spec, arguments or {})
-        return _load_hf(checkpoint).eval()
+        return _load_folder(checkpoint).eval()
     model = build(spec, arguments, trust=trust)
     fill(model, open_checkpoint(checkpoint, trust=trust))
     return model.eval()
@@ -127,8 +125,11 @@ def fill(model: nn.Module, checkpoint: Checkpoint) -> None:
         ModelError: names or shapes differ.
     """
     own = model.state_dict(keep_vars=True)
+    if hugging_face.is_model(model) and (loaded := _same_model(model, checkpoint.path)):
+        model.to(next(loaded.parameters()).dtype).load_state_dict(loaded.state_dict())
+        return
     infos = [info for info in checkpoint.tensors() if not info.secondary and not info.unread]
-    names = matched_names([info.name for info in infos], own)
+    names = matched_names([info.name for info in infos], model)
     shapes = {names[info.name]: info.shape for info in infos}
     for name, shape in shapes.items():
         if name in own and tuple(own[name].shape) != shape:
@@ -193,46 +194,26 @@ def _no_arguments(spec: str, keywords: Mapping[str, Any]) -> None:
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _build_hf(folder: Path) -> nn.Module:
-    with _hf_errors(folder) as transformers:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        model: nn.Module = _hf_class(transformers, config)._from_config(config)
-        return model
+def _build_folder(folder: Path) -> nn.Module:
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"--model {folder}: a folder without config.json, so no Hugging Face model; {_FORM}")
+    return hugging_face.build(folder)
 
 
-def _load_hf(folder: Path) -> nn.Module:
-    with _hf_errors(folder) as transformers:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        made = _hf_class(transformers, config).from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, dtype="auto"
-        )
-    model: nn.Module = made[0]
-    missing, mismatched = sorted(made[1]["missing_keys"]), [str(key) for key in made[1]["mismatched_keys"]]
-    if missing or mismatched:
-        raise ModelError(f"{folder}: its weights do not fit its config.json: {_differences([*missing, *mismatched], [])}")
+def _load_folder(folder: Path) -> nn.Module:
+    model, missing = hugging_face.load(folder)
+    if missing:
+        raise ModelError(f"{folder}: its weights do not fit its config.json: {_differences(missing, [])}")
     return model
 
 
-def _hf_class(transformers: ModuleType, config: Any) -> Any:
-    names = config.architectures or []
-    for name in names:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    raise ModelError(f"its architecture {', '.join(names) or '(none)'} is not in transformers {transformers.__version__}")
-
-
-@contextmanager
-def _hf_errors(folder: Path) -> Iterator[ModuleType]:
-    """transformers, whose errors become one line; folders of code (``trust_remote_code``) are never run."""
+def _same_model(model: nn.Module, folder: Path) -> nn.Module | None:
+    """The model that a Hugging Face folder holds, if it is of the class and the shapes of ``model``."""
     if not (folder / "config.json").is_file():
-        raise UsageError(f"--model {folder}: a folder without config.json, so no Hugging Face model; {_FORM}")
-    transformers = require("transformers", "hf")
-    transformers.utils.logging.set_verbosity_error()  # its advice and progress bars are not ours to print
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield transformers
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, ModelError) as error:
-        raise ModelError(f"{folder}: transformers cannot build it: {brief(error)}") from error
+        return None
+    loaded = _load_folder(folder)
+    shapes, own = ({name: value.shape for name, value in m.state_dict().items()} for m in (loaded, model))
+    return loaded if type(loaded) is type(model) and shapes == own else None
 
 
 def _load_program(path: Path, *, trust: bool) -> nn.Module:
@@ -268,14 +249,19 @@ def _first_module(value: Any) -> nn.Module:
 # ── names ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def matched_names(names: list[str], own: Mapping[str, Tensor]) -> dict[str, str]:
-    """Each name of a checkpoint → its name in the model: the same, or without a first part that all of them have."""
+def matched_names(names: Sequence[str], model: nn.Module) -> dict[str, str]:
+    """Each name of a checkpoint → its name in the model: the same, without the first part that all have, or transformers'."""
+    own = model.state_dict(keep_vars=True)
+    matched = {name: name for name in names}
     first = {name.partition(".")[0] for name in names}
     if len(first) == 1 and not any(name in own for name in names):
         shorter = {name: name.partition(".")[2] for name in names}
         if any(name in own for name in shorter.values()):
-            return shorter
-    return {name: name for name in names}
+            matched = shorter
+    if hugging_face.is_model(model):
+        renamed = hugging_face.own_names(model, list(matched.values()))
+        matched = {name: renamed[inner] for name, inner in matched.items()}
+    return matched
 
 
 def _differences(missing: list[str], unexpected: list[str]) -> str:

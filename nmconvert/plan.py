@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from nmconvert.errors import UsageError, check_choice
 from nmconvert.pattern import AXES, Axis, Pattern
-from nmconvert.rules import guess_kind, output_matrix, rule_against
+from nmconvert.rules import guess_kind, output_layers, rule_against
 from nmconvert.targets import TARGETS
 from nmconvert.tensor import PRUNABLE_DTYPES, Row, TensorInfo
 
@@ -55,8 +55,8 @@ def make_plan(
     for glob in [*(g for g, _ in layers), *include, *exclude]:
         if not any(fnmatchcase(name, glob) for name in names):
             raise UsageError(f"'{glob}' matches no tensor of the checkpoint; `nmconvert inspect` lists their names")
-    last = output_matrix([(info.name, info.shape) for info in tensors if not info.secondary and info.reason is None])
-    choices = _Choices(pattern, axis, tuple(layers), tuple(include), tuple(exclude), target, last)
+    outputs = output_layers([(info.name, info.shape) for info in tensors if not info.secondary and info.reason is None])
+    choices = _Choices(pattern, axis, tuple(layers), tuple(include), tuple(exclude), target, outputs)
     rows: dict[str, Row] = {}
     for info in tensors:
         rows[info.name] = _decide(info, choices, rows)
@@ -71,7 +71,7 @@ class _Choices:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     target: str
-    last: str | None
+    outputs: frozenset[str]
 
 
 def _decide(info: TensorInfo, choices: _Choices, decided: dict[str, Row]) -> Row:
@@ -91,7 +91,7 @@ def _decide(info: TensorInfo, choices: _Choices, decided: dict[str, Row]) -> Row
     if choices.include and not included:
         return Row(info, reason="not included")
     assumed = info.kind is None
-    is_output = info.output or info.own_name == choices.last
+    is_output = info.output or info.own_name in choices.outputs
     against = rule_against(info.name, info.shape, info.kind, groups=info.groups, is_output=is_output)
     if against is not None and not included:
         return Row(info, reason=against)

@@ -21,7 +21,7 @@ from nmconvert.manifest import Layer, Manifest
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.plan import Plan, make_plan
-from nmconvert.rules import is_embedding
+from nmconvert.rules import is_embedding, unready
 from nmconvert.tensor import Row, TensorInfo
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ def prune(
     checkpoint = open_checkpoint(source, trust=trust)
     if output is not None:
         check_copy(source, output, has_manifest)
-    planned = partial(plan_for, checkpoint, axis=axis, model=model, include=include, exclude=exclude, target=target)
+    planned = partial(
+        plan_for, checkpoint, axis=axis, model=model, include=include, exclude=exclude, target=target, solved=bool(calibration)
+    )
     plan = planned(pattern, layers=layers)
     if calibration and calibration.budget:
         plan = planned(pattern, layers=[*layers, *calibration.choose(checkpoint, plan, model)])
@@ -128,17 +130,22 @@ def plan_for(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     target: str = "generic",
+    solved: bool = False,
 ) -> Plan:
     """The plan for a checkpoint: what its container knows, what ``model`` knows, and equal copies of embeddings.
 
+    With ``solved`` weights are to be calibrated: what ``model`` holds in another form stays dense.
+
     Raises:
-        UsageError: as :func:`nmconvert.plan.make_plan`.
+        UsageError: as :func:`nmconvert.plan.make_plan`, or the checkpoint is quantised, or an adapter.
         ModelError: no tensor is a weight of ``model``.
         CheckpointError: a tensor cannot be read.
     """
     tensors = checkpoint.tensors()
+    if checkpoint.format != "ONNX" and (reason := unready(info.name for info in tensors)):
+        raise UsageError(f"{checkpoint.path}: {reason}")
     if model is not None:
-        tensors = _with_kinds(checkpoint, tensors, model)
+        tensors = _with_kinds(checkpoint, tensors, model, solved=solved)
     tensors = _mark_copies(checkpoint, tensors)
     return make_plan(tensors, pattern, axis, layers=layers, include=include, exclude=exclude, target=target)
 
@@ -245,25 +252,34 @@ def _replace(new: Tensor, old: Tensor) -> Tensor:
     return new.to(old.dtype).reshape(old.shape)
 
 
-def _with_kinds(checkpoint: Checkpoint, tensors: Sequence[TensorInfo], model: torch.nn.Module) -> list[TensorInfo]:
+def _with_kinds(
+    checkpoint: Checkpoint, tensors: Sequence[TensorInfo], model: torch.nn.Module, *, solved: bool
+) -> list[TensorInfo]:
     """``tensors`` with the kind and groups that the model's layers give them; the others are no layer's weight.
+
+    What transformers merges into another parameter, such as a mixture's experts, is told by its name; ``solved`` says that
+    weights are to be calibrated, which these cannot be.
 
     Raises:
         ModelError: no tensor is a layer's weight: it is another model.
     """
+    from nmconvert.hugging_face import is_model
     from nmconvert.model import layers, matched_names
 
-    known = {layer.tensor: layer for layer in layers(model)}
-    names = matched_names([info.own_name for info in tensors], model.state_dict(keep_vars=True))
+    known, own = {layer.tensor: layer for layer in layers(model)}, model.state_dict(keep_vars=True)
+    names = matched_names([info.own_name for info in tensors], model)
     result = []
     for info in tensors:
-        layer = known.get(names[info.own_name])
+        layer, reason = known.get(names[info.own_name]), None
         if layer is not None:
-            result.append(replace(info, kind=layer.kind, groups=layer.groups))
-        elif len(info.shape) > 1 and info.reason is None:
-            result.append(replace(info, reason="not the weight of a convolution or a linear layer"))
-        else:
-            result.append(info)
+            info = replace(info, kind=layer.kind, groups=layer.groups)
+        elif names[info.own_name] in own:
+            reason = "not the weight of a convolution or a linear layer"
+        elif not is_model(model):
+            reason = "the model has no such weight"
+        elif solved:
+            reason = "merged with others in the model: pruned without --calib alone"
+        result.append(replace(info, reason=reason) if reason and len(info.shape) > 1 and info.reason is None else info)
     if not any(info.kind for info in result):
         raise ModelError(f"{checkpoint.path}: none of its tensors is a weight of the model; name the right one with --model")
     return result

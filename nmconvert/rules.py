@@ -7,7 +7,7 @@ Hugging Face transformers and llama-style checkpoints use.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nmconvert.matrix import Kind
 
@@ -22,8 +22,20 @@ _RECURRENT = re.compile(r"(^|\.)weight_[ih]h_l\d+(_reverse)?$")  # torch's RNN, 
 _OUTPUT = re.compile(
     r"^(fc|linear|classifier|head|heads|lm_head|output|out|score|logits|predictions|cls|qa_outputs|proj_out|final)$"
 )
+_ANSWERS = re.compile(r"^(cls_score|bbox_pred|\w+_logits|class_labels_classifier|logits_proj|head_dist)$")  # of several outputs
+_HIDDEN = re.compile(r"(^|\.)(transform|dense)\.")  # inside of a head
+_ROUTER = re.compile(r"(^|\.)(router(\.(layer|classifier))?|\w*(moe|mlp|ffn|feed_forward)\.gate)\.weight$")
+_EXPERTS = re.compile(r"(^|\.)experts?\.|_(proj|linear)(\.weight)?$")
+_NO_WEIGHT = re.compile(r"(^|[._])(bias|a_log)$")
+_QUANTISED = re.compile(r"\.(qweight|qzeros|scb|absmax|quant_map|weight_scale(_inv)?|weight_format)$")
+_ADAPTER = re.compile(r"(^|\.)lora_(a|b|embedding_a|embedding_b)(\.|$)")
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")  # Hugging Face Conv1D (GPT-2) stores [I, O]
-_TRANSPOSED = re.compile(r"deconv|upconv|conv_?transpose|convtranspose|transposed?_conv|(^|[._])up(_?sample)?\d*([._]|$)")
+_TRANSPOSED = re.compile(
+    r"deconv|upconv|conv_?transpose|convtranspose|transposed?_conv|(^|[._])up(_?sample)?\d*([._](?!proj)|$)"
+)
+
+
+_WIDE = 16  # places of a kernel: a convolution in one dimension rarely has as many
 
 
 def guess_kind(name: str, shape: Sequence[int]) -> Kind:
@@ -38,22 +50,25 @@ def is_embedding(name: str) -> bool:
     return _EMBEDDING.search(name.lower()) is not None
 
 
-def output_matrix(tensors: Sequence[tuple[str, Sequence[int]]]) -> str | None:
-    """The name of the network's output layer: the last matrix, if one part of its name says that it is one.
+def output_layers(tensors: Sequence[tuple[str, Sequence[int]]]) -> frozenset[str]:
+    """The names of the network's output layers, as far as one part of a name says that it is one.
 
-    A listing in alphabetical order (safetensors) does not say what is last: there it is the one whose first part says so.
-    Embeddings and recurrent layers are none, wherever they stand.
+    Of matrices that is the last; where the listing does not say what is last (in alphabetical order, in shards), the one whose
+    first part says so; embeddings and recurrent layers are none, wherever they stand. What detectors call theirs are outputs,
+    too, be they matrices or 1×1 convolutions.
     """
     found = [name for name, shape in tensors if len(shape) == 2 and not (is_embedding(name) or _RECURRENT.search(name))]
     matrices = [(name, _own_parts(name, tensors)) for name in found]
-    if not matrices:
-        return None
-    last, parts = matrices[-1]
-    if _OUTPUT.match(parts[0]) or _OUTPUT.match(".".join(parts[-2:-1])):
-        return last
-    if [name for name, _ in matrices] != sorted(name for name, _ in matrices):
-        return None
-    return next((name for name, parts in reversed(matrices) if _OUTPUT.match(parts[0])), None)
+    answers = {
+        name for name, shape in tensors if len(shape) > 1 and _ANSWERS.match(name.lower().rpartition(".")[0].rpartition(".")[2])
+    }
+    if matrices:
+        last, parts = matrices[-1]
+        if not (_OUTPUT.match(parts[0]) or _OUTPUT.match(".".join(parts[-2:-1]))) or _HIDDEN.search(last):
+            named = (name for name, parts in reversed(matrices) if _OUTPUT.match(parts[0]) and not _HIDDEN.search(name))
+            last = next(named, "")
+        answers.add(last)
+    return frozenset(answers - {""})
 
 
 def _own_parts(name: str, tensors: Sequence[tuple[str, Sequence[int]]]) -> list[str]:
@@ -63,18 +78,34 @@ def _own_parts(name: str, tensors: Sequence[tuple[str, Sequence[int]]]) -> list[
     return parts[1:] if len(parts) > 2 and all(other.startswith(f"{first}.") for other, _ in tensors) else parts
 
 
+def unready(names: Iterable[str]) -> str | None:
+    """Why a checkpoint is not one to prune, by what its tensors are called, with the remedy; or None."""
+    for name in names:
+        if _QUANTISED.search(name.lower()):
+            return f"'{name}' is of quantised weights: prune the checkpoint that was quantised"
+        if _ADAPTER.search(name.lower()):
+            return f"'{name}' is of a LoRA adapter: merge it into its model first (peft: merge_and_unload)"
+    return None
+
+
 def rule_against(name: str, shape: Sequence[int], kind: Kind | None, *, groups: int = 1, is_output: bool) -> str | None:
     """Why a weight should stay dense unless somebody asks for it, or None.
 
     ``kind`` is None where it is not known; a known kind is not second-guessed from the name. A convolution in ``groups`` reads
     few channels in each, wherever it stands.
     """
+    lower = name.lower()
+    if _ROUTER.search(lower) and len(shape) == 2 and shape[0] < shape[1]:
+        return "a router of experts, by its name: what it gets wrong, no expert makes good"
     if kind is None:
-        lower = name.lower()
-        if _POSITION.search(lower):
+        if _NO_WEIGHT.search(lower):
+            return "no weight, by its name"
+        if _POSITION.search(lower) and not lower.endswith("_proj.weight"):
             return "a position table, by its name"
-        if is_embedding(name):
+        if is_embedding(name) and not (len(shape) > 2 and lower.endswith(".weight")):
             return "an embedding, by its name"
+        if len(shape) == 3 and shape[2] >= _WIDE and _EXPERTS.search(lower):
+            return "several matrices in one tensor, by its name: which way they are read is not known"
         if _NORM.search(lower):
             return "a norm, by its name"
         if _RECURRENT.search(lower):
@@ -85,7 +116,8 @@ def rule_against(name: str, shape: Sequence[int], kind: Kind | None, *, groups: 
         if shape[1] == 1:
             return "depthwise, or a first layer: one input channel" if shape[0] > 1 else "a single filter"
         if kind != "conv_transpose" and groups == 1 and shape[1] <= 4:
-            return f"the first layer: {shape[1]} input channels"
+            first = "the first layer: " if max(shape[2:]) > 1 else "too few to gain from: "
+            return f"{first}{shape[1]} input channels"
     if is_output:
         return "the output layer; --include prunes it"
     return None

@@ -250,6 +250,22 @@ def test_a_call_in_a_branch_is_left_as_it_is(cache: Path, tmp_path: Path) -> Non
     np.testing.assert_array_equal(session.run(None, {"x": x})[0], x)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_residual_is_measured_with_a_bias_and_without(cache: Path, tmp_path: Path, bias: bool) -> None:
+    """What is left out among the inputs is left out of a profile as well."""
+    weight = random_weight(np.random.default_rng(0), "matmul", (32, 32), "2:4")
+    proto = layer("GemmAdd", weight, ["t", 32], {"B": np.ones(32, np.float32)} if bias else None)
+    proto.graph.node[0].input.append("residual")
+    proto.graph.node.insert(0, helper.make_node("Relu", ["x"], ["residual"]))
+    session = runtime.session(file(proto, tmp_path), inputs=[InputSpec("x", (4, 32))])
+    x = np.random.default_rng(1).standard_normal((4, 32)).astype(np.float32)
+    expected = x @ weight.dense + bias + np.maximum(x, 0)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, rtol=1e-4, atol=1e-4)
+    ((_, known),) = json.loads(cache.read_text("utf-8")).items()
+    met = [json.loads(key) for key in known if key.startswith("[")]
+    assert [shapes for name, shapes, _ in met if name == "GemmAdd"] in ([[[4, 32], [32] if bias else [], [4, 32]]], [])
+
+
 def test_bench_measures_models_and_layers(cache: Path, tmp_path: Path) -> None:
     path = file(two_layers(), tmp_path)
     arguments = [str(path), "--threads", "1,2", "--batch", "1,3", "--seconds", "0.02", "--rounds", "3", "--json"]

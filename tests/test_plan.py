@@ -11,6 +11,7 @@ from nmconvert.errors import UsageError
 from nmconvert.matrix import Kind
 from nmconvert.pattern import Pattern
 from nmconvert.plan import Plan, make_plan
+from nmconvert.rules import unready
 from nmconvert.targets import TARGETS, usable_by
 from nmconvert.tensor import TensorInfo
 
@@ -63,13 +64,13 @@ MODELS: dict[str, dict[str, tuple[tuple[int, ...], str | None]]] = {
     "timm vit": {
         "cls_token": ((1, 1, 192), "an embedding"),
         "pos_embed": ((1, 197, 192), "a position table"),
-        "patch_embed.proj.weight": ((192, 3, 16, 16), "an embedding"),
+        "patch_embed.proj.weight": ((192, 3, 16, 16), "the first layer"),
         "blocks.0.attn.qkv.weight": ((576, 192), None),
         "blocks.0.mlp.fc2.weight": ((192, 768), None),
         "head.weight": ((1000, 192), "the output layer"),
     },
     "timm swin": {
-        "patch_embed.proj.weight": ((96, 3, 4, 4), "an embedding"),
+        "patch_embed.proj.weight": ((96, 3, 4, 4), "the first layer"),
         "layers.0.blocks.0.attn.relative_position_bias_table": ((169, 3), "a position table"),
         "layers.0.blocks.0.attn.qkv.weight": ((288, 96), None),
         "layers.0.downsample.reduction.weight": ((192, 384), None),
@@ -128,6 +129,74 @@ MODELS: dict[str, dict[str, tuple[tuple[int, ...], str | None]]] = {
         "encoder.block.0.layer.1.DenseReluDense.wi.weight": ((2048, 512), None),
         "lm_head.weight": ((32128, 512), "the output layer"),
     },
+    "HF bert, masked words": {
+        "bert.encoder.layer.0.output.dense.weight": ((768, 3072), None),
+        "cls.predictions.transform.dense.weight": ((768, 768), None),
+        "cls.predictions.decoder.weight": ((30522, 768), "the output layer"),
+    },
+    "HF segformer": {
+        "segformer.encoder.patch_embeddings.0.proj.weight": ((32, 3, 7, 7), "the first layer"),
+        "segformer.encoder.patch_embeddings.1.proj.weight": ((64, 32, 3, 3), None),
+    },
+    "HF resnet": {
+        "resnet.embedder.embedder.convolution.weight": ((64, 3, 7, 7), "the first layer"),
+        "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight": ((64, 64, 1, 1), None),
+        "classifier.1.weight": ((1000, 2048), "the output layer"),
+    },
+    "HF deberta": {
+        "deberta.encoder.layer.0.attention.self.pos_key_proj.weight": ((768, 768), None),
+        "deberta.encoder.rel_embeddings.weight": ((512, 768), "an embedding"),
+    },
+    "HF mixtral": {
+        "lm_head.weight": ((32000, 4096), "the output layer"),
+        "model.layers.0.block_sparse_moe.experts.0.w1.weight": ((14336, 4096), None),
+        "model.layers.0.block_sparse_moe.gate.weight": ((8, 4096), "a router of experts"),
+        "model.layers.0.mlp.gate_proj.weight": ((14336, 4096), None),
+    },
+    "HF gpt-oss": {
+        "model.layers.0.mlp.experts.gate_up_proj": ((32, 2880, 5760), "several matrices in one tensor"),
+        "model.layers.0.mlp.experts.gate_up_proj_bias": ((32, 5760), "no weight"),
+        "model.layers.0.mlp.experts.down_proj": ((32, 2880, 2880), "several matrices in one tensor"),
+        "model.layers.0.mlp.router.weight": ((32, 2880), "a router of experts"),
+        "model.layers.0.self_attn.q_proj.weight": ((4096, 2880), None),
+    },
+    "HF granite": {
+        "model.layers.0.block_sparse_moe.input_linear.weight": ((32, 1024, 1536), "several matrices in one tensor"),
+        "model.layers.0.block_sparse_moe.router.layer.weight": ((32, 1536), "a router of experts"),
+    },
+    "HF mamba": {
+        "backbone.layers.0.mixer.A_log": ((1536, 16), "no weight"),
+        "backbone.layers.0.mixer.in_proj.weight": ((3072, 768), None),
+        "backbone.layers.0.mixer.conv1d.weight": ((1536, 1, 4), "depthwise"),
+    },
+    "HF xlnet": {
+        "transformer.layer.0.rel_attn.r_w_bias": ((12, 64), "no weight"),
+        "transformer.layer.0.ff.layer_1.weight": ((3072, 768), None),
+        "logits_proj.weight": ((2, 768), "the output layer"),
+    },
+    "HF detr": {
+        "class_labels_classifier.weight": ((92, 256), "the output layer"),
+        "model.decoder.layers.0.fc1.weight": ((2048, 256), None),
+    },
+    "torchvision detectors": {
+        "backbone.body.conv1.weight": ((64, 3, 7, 7), "the first layer"),
+        "rpn.head.conv.0.0.weight": ((256, 256, 3, 3), None),
+        "rpn.head.cls_logits.weight": ((3, 256, 1, 1), "the output layer"),
+        "rpn.head.bbox_pred.weight": ((12, 256, 1, 1), "the output layer"),
+        "roi_heads.box_head.fc6.weight": ((1024, 12544), None),
+        "roi_heads.box_predictor.cls_score.weight": ((91, 1024), "the output layer"),
+        "roi_heads.box_predictor.bbox_pred.weight": ((364, 1024), "the output layer"),
+        "roi_heads.mask_predictor.mask_fcn_logits.weight": ((91, 256, 1, 1), "the output layer"),
+    },
+    "timm deit, distilled": {
+        "head.weight": ((1000, 192), "the output layer"),
+        "head_dist.weight": ((1000, 192), "the output layer"),
+        "blocks.0.mlp.fc2.weight": ((192, 768), None),
+    },
+    "torchvision efficientnet": {
+        "features.1.0.block.1.fc1.weight": ((8, 32, 1, 1), None),
+        "features.1.0.block.1.fc2.weight": ((96, 4, 1, 1), "too few to gain from: 4 input channels"),
+    },
     "g2p": {
         "fc.weight": ((74, 256), "the output layer"),
         "encoder.embedding.weight": ((29, 256), "an embedding"),
@@ -168,6 +237,33 @@ def test_rules_in_alphabetical_order(model: str) -> None:
 def test_with_known_kinds_the_output_layer_is_found_by_name_too() -> None:
     infos = [replace(info, kind="linear") for info in tensors({"a.weight": (8, 8), "fc.weight": (8, 8)})]
     assert reasons(make_plan(infos, Pattern(2, 4)))["fc.weight"] == "the output layer; --include prunes it"
+
+
+def test_shards_do_not_hide_the_output_layer() -> None:
+    """Their tensors come shard after shard: neither in the model's order nor in that of the alphabet."""
+    names = ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"]
+    found = reasons(plan(dict.fromkeys(names, (64, 64))))
+    assert [name for name, why in found.items() if why] == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("model.layers.0.mlp.up_proj.qweight", "is of quantised weights: prune the checkpoint that was quantised"),
+        ("model.layers.0.mlp.up_proj.weight_scale_inv", "is of quantised weights"),
+        ("model.layers.0.mlp.up_proj.SCB", "is of quantised weights"),
+        ("base_model.model.layers.0.q_proj.lora_A.weight", "is of a LoRA adapter: merge it into its model first"),
+        ("model.layers.0.q_proj.lora_B.default.weight", "is of a LoRA adapter"),
+    ],
+)
+def test_what_is_no_checkpoint_to_prune(name: str, says: str) -> None:
+    told = unready(["model.layers.0.mlp.up_proj.weight", name])
+    assert told is not None
+    assert told.startswith(f"'{name}' {says}")
+
+
+def test_a_checkpoint_of_plain_weights_is_ready() -> None:
+    assert unready(name for shapes in MODELS.values() for name in shapes) is None
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model."])

@@ -25,6 +25,7 @@ from nmconvert.calibrate.driver import Recipe, prune_model
 from nmconvert.calibrate.moments import Moments, Site, find_sites, inputs_seen, not_finite, solve_rows
 from nmconvert.calibrate.replay import Batch, as_call, call_model, outputs_of
 from nmconvert.errors import UsageError, WeightError
+from nmconvert.hugging_face import without_caches
 from nmconvert.matrix import MatrixView
 from nmconvert.packing import coding_for
 from nmconvert.pattern import Axis, Pattern
@@ -128,7 +129,7 @@ def measure(
     The model is as it was when this returns. Losses are relative squared errors of the outputs (of the last layers, where
     :mod:`nmconvert.calibrate.answers` takes these) on the last four batches; sizes are those in the file (``stored``).
     """
-    model.eval()
+    without_caches(model.eval())
     sites = find_sites(model, {name: (Pattern(1, 1), axis) for name, axis in axes.items()})
     moments = _moments(model, batches, sites)
     held = [[as_call(batch)] for batch in batches[-_MEASURED:]]

@@ -44,6 +44,7 @@ from nmconvert.calibrate.resume import Done, fingerprint, read, write
 from nmconvert.calibrate.store import LIMIT, Store
 from nmconvert.calibrate.together import Loss
 from nmconvert.errors import DataError, ModelError, WeightError
+from nmconvert.hugging_face import without_caches
 from nmconvert.matrix import MatrixView
 from nmconvert.norms import norms
 from nmconvert.pattern import Axis, Pattern
@@ -131,7 +132,7 @@ def prune_model(
     The corrections also change what stays dense: biases, norms, and (by a little) the layers that are not in the plan.
 
     Args:
-        model: changed in place, left in evaluation mode.
+        model: changed in place, left in evaluation mode (of Hugging Face, without caches).
         batches: each as :data:`nmconvert.calibrate.replay.Batch` says; the last eighth is held out to judge corrections.
         plan: parameter name → pattern and axis.
         recipe: criterion and corrections.
@@ -149,6 +150,7 @@ def prune_model(
     batches = list(batches)
     if len(batches) < 2:
         raise DataError(f"calibration needs at least 2 batches, one of them held out; there are {len(batches)}")
+    without_caches(model)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it computes whole transformer layers past their modules
     try:

@@ -92,4 +92,4 @@ def filled(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> dict[str, st
     """Fill ``model``, in float32; the checkpoint's names → the model's."""
     fill(model, checkpoint)
     model.float()
-    return matched_names([row.name for row in plan.rows if not row.info.secondary], model.state_dict())
+    return matched_names([row.name for row in plan.rows if not row.info.secondary], model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -39,22 +40,40 @@ def calibration_options(function: F) -> F:
 
 
 def calibration_batches(
-    calib: str, task: str, settings: dict[str, str], samples: int, batch_size: int, seed: int
+    calib: str,
+    task: str,
+    settings: dict[str, str],
+    samples: int,
+    batch_size: int,
+    seed: int,
+    folder: Path,
+    dense: Callable[[], Any],
 ) -> list[Batch]:
-    """The inputs of ``samples`` random training samples of ``calib``, in batches."""
+    """The inputs of ``samples`` random training samples of ``calib``, in batches; eight, where all would be in one.
+
+    ``folder`` may have the model's tokenizer; ``dense()`` is the model with its weights, which answers where it reads answers
+    and the data has none.
+    """
     import torch
 
-    from nmconvert.tasks import build_task
+    from nmconvert.tasks import build_task, calibration_inputs
 
-    reader = build_task(task, settings)
+    reader = build_task(task, settings, folder=folder)
     dataset = reader.dataset(calib, split="train", augment=False)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(dataset), generator=generator)[:samples].tolist()
+    if len(order) <= batch_size:
+        batch_size = -(-len(order) // 8)
     batches = []
     for low in range(0, len(order), batch_size):
-        inputs = reader.collate([dataset[i] for i in order[low : low + batch_size]]).inputs
+        inputs = calibration_inputs(reader, reader.collate([dataset[i] for i in order[low : low + batch_size]]), dense)
         batches.append((inputs,) if isinstance(inputs, list) else inputs)  # a list of images is one argument
     return batches
+
+
+def folder_itself(checkpoint: Path) -> str | None:
+    """What builds the model of a Hugging Face folder where no ``--model`` says it: the folder itself."""
+    return str(checkpoint) if (checkpoint / "config.json").is_file() else None
 
 
 def calibration_data_named(model: nn.Module | None) -> AbstractContextManager[None]:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
 
-from nmconvert.cli.calibration import METHODS, calibration_batches, calibration_data_named, calibration_options, teller
+from nmconvert.cli.calibration import (
+    METHODS,
+    calibration_batches,
+    calibration_data_named,
+    calibration_options,
+    folder_itself,
+    teller,
+)
 from nmconvert.cli.common import Printer, layer_patterns, model_options, output_options
 from nmconvert.errors import UsageError
 from nmconvert.pattern import AXES, Axis, Pattern
@@ -19,7 +27,7 @@ from nmconvert.pattern import AXES, Axis, Pattern
     "--budget", metavar="BUDGET",
     help="Instead of --nm, a pattern for each layer: 'size<=0.35' (of the compressed file), 'speedup>=1.5' (measured on this "
     "machine's kernels), or 'top1-drop<=0.5' (points of agreement with the dense model). Needs --model and --calib, for an "
-    "ONNX file --calib alone.",
+    "ONNX file or a Hugging Face folder --calib alone.",
 )  # fmt: skip
 @click.option(
     "--axis", type=click.Choice(AXES), default="channel", show_default=True,
@@ -59,16 +67,20 @@ def command(
     CHECKPOINT is a PyTorch file, a safetensors file, a Hugging Face folder or an ONNX model; the copy is of the same kind.
     Without --model, what a tensor is follows from its name and shape. Without --calib, the weights of largest magnitude are
     kept; with it, layer after layer is solved against the outputs of the dense model, and the kept weights change, too.
-    An ONNX model needs no --model for any of this.
+    An ONNX model or a Hugging Face folder needs no --model for any of this.
     """
     if (nm is None) == (budget is None):
         raise UsageError("say how much is kept: --nm N:M for all layers, or --budget to choose for each")
     from nmconvert.checkpoint import is_onnx
 
     bare = is_onnx(checkpoint)
-    if (budget is not None and calib is None) or ((budget is not None or permute) and not bare and not (model and calib)):
+    builds = model or (folder_itself(checkpoint) if calib else None)
+    if (budget is not None and calib is None) or ((budget is not None or permute) and not bare and not (builds and calib)):
         option, less = ("--permute", "neither") if budget is None else ("--budget", "--calib alone")
-        raise UsageError(f"{option} runs the model on its inputs: give --model and --calib (an ONNX file needs {less})")
+        raise UsageError(
+            f"{option} runs the model on its inputs: give --model and --calib "
+            f"(an ONNX file needs {less}, a Hugging Face folder --calib alone)"
+        )
     if calib is None and criterion not in (None, "magnitude"):
         raise UsageError(f"--criterion {criterion} looks at the inputs of the layers: give --calib DATA")
     pattern = Pattern.parse("2:4" if nm is None else nm)
@@ -81,18 +93,20 @@ def command(
         from nmconvert.calibrate.stage import Calibration
 
         calibration = Calibration((), Recipe(seed=seed), permute=True)
-    if model is not None:
+    if builds is not None:
         from nmconvert.model import build
 
-        built = build(model, model_arguments, trust=trust)
+        built = build(builds, model_arguments, trust=trust)
     if calib is not None:
         from nmconvert.calibrate.budget import Budget
         from nmconvert.calibrate.driver import Recipe
         from nmconvert.calibrate.stage import Calibration
+        from nmconvert.evaluate import load_model
         from nmconvert.pace import Pace
 
+        dense = partial(load_model, checkpoint, builds, model_arguments, trust=trust)
         wanted = None if budget is None else Budget.parse(budget)
-        batches = calibration_batches(calib, task, settings, samples, batch_size, seed)
+        batches = calibration_batches(calib, task, settings, samples, batch_size, seed, Path(builds or checkpoint), dense)
         recipe = Recipe(criterion=criterion or "auto", seed=seed)
         calibration = Calibration(batches, recipe, wanted, permute, teller(printer.quiet), Pace)
     said = {"model": model, "model_arguments": model_arguments if model else None, "calib": calib, "budget": budget}

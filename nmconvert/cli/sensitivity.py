@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
 
-from nmconvert.cli.calibration import calibration_batches, calibration_data_named, calibration_options, teller
+from nmconvert.cli.calibration import calibration_batches, calibration_data_named, calibration_options, folder_itself, teller
 from nmconvert.cli.common import Printer, model_options, output_options
 from nmconvert.errors import UsageError
 from nmconvert.pattern import AXES, Axis, Pattern
@@ -29,14 +30,17 @@ def command(
     """Prune each layer of CHECKPOINT alone, to each pattern, and show what that does to the model's outputs.
 
     The loss is the squared error of the outputs relative to their energy, on calibration data; the bar shows the first
-    pattern's. `nmconvert prune --budget` chooses patterns by these numbers. An ONNX file needs no --model.
+    pattern's. `nmconvert prune --budget` chooses patterns by these numbers. An ONNX file or a Hugging Face folder needs no
+    --model.
     """
     from nmconvert.checkpoint import is_onnx, open_checkpoint
 
     chosen = [Pattern.parse(text) for text in patterns.split(",")]
+    model = model or folder_itself(checkpoint)
     if calib is None or (model is None and not is_onnx(checkpoint)):
         raise UsageError("sensitivities are measured on inputs: give --model and --calib (an ONNX file needs --calib alone)")
     from nmconvert.calibrate.stage import sensitivities
+    from nmconvert.evaluate import load_model
     from nmconvert.model import build
     from nmconvert.prune import need_pruned, plan_for
 
@@ -44,7 +48,8 @@ def command(
     opened = open_checkpoint(checkpoint, trust=trust)
     plan = plan_for(opened, chosen[0], axis, built)
     need_pruned(checkpoint, plan)
-    batches = calibration_batches(calib, task, settings, samples, batch_size, seed)
+    dense = partial(load_model, checkpoint, model, model_arguments, trust=trust)
+    batches = calibration_batches(calib, task, settings, samples, batch_size, seed, Path(model or checkpoint), dense)
     with calibration_data_named(built):
         found = sensitivities(built, opened, plan, batches, chosen, teller(printer.quiet))
     from nmconvert.plot import sensitivities_svg, write_sensitivities

@@ -20,6 +20,7 @@ from torch import nn
 from nmconvert.errors import ExportError, MissingExtraError, UsageError
 from nmconvert.export.functions import IR_VERSION, OPSET
 from nmconvert.export.names import restore_names
+from nmconvert.hugging_face import without_caches
 from nmconvert.inputs import InputSpec, example_array
 
 
@@ -182,9 +183,8 @@ def _computing(module: nn.Module) -> tuple[nn.Module, torch.dtype]:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if dtype == torch.bfloat16:
         module, dtype = module.float(), torch.float32
-    for part in module.modules():  # of Hugging Face; a decoder has a configuration of its own
-        if hasattr(part, "config") and hasattr(part.config, "use_cache"):
-            part.config.use_cache = False
+    without_caches(module)
+    for part in module.modules():
         # Written out, attention is a product, a sum and a softmax. What torch makes of the fused one scales twice and looks for
         # NaN, which is a fifth of a sparse MiniLM's time; and with a bias, as in T5 and Swin, it cannot be exported at all.
         write_out: Any = getattr(part, "set_attn_implementation", None)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -204,7 +204,13 @@ def met_layers(model: ModelProto, library: Path, threads: int, inputs: Iterable[
         node.name = node.name or f"nmconvert_{position}"
     session = open_session(model.SerializeToString(), threads, library, profile=True)
     shapes = met_shapes(session, example_feed(model, inputs))
-    return [Met(node, scope, shapes[node.name]) for node, scope in found if node.name in shapes]
+    return [Met(node, scope, _of_each(node, shapes[node.name])) for node, scope in found if node.name in shapes]
+
+
+def _of_each(node: NodeProto, given: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """The shape of every input of ``node``; a profile tells only of those that are ``given``, one that is left out has none."""
+    told = iter(given)
+    return tuple(next(told, ()) if name else () for name in node.input)
 
 
 def time_layers(

@@ -17,7 +17,7 @@ from nmconvert.errors import ModelError, UsageError, check_choice
 from nmconvert.model import layers
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.plan import Plan, make_plan
-from nmconvert.rules import output_matrix
+from nmconvert.rules import output_layers
 from nmconvert.srste.masked import SparseWeight, mask_weight, masked_weights
 from nmconvert.srste.passes import add_pruned
 from nmconvert.tensor import TensorInfo, dtype_name
@@ -302,7 +302,7 @@ def sparsify_plan(model: nn.Module, plan: Plan, *, method: Method = "sr-ste", de
 def weights_of(model: nn.Module) -> list[TensorInfo]:
     """The weights of ``model`` that could be sparse, once each, for `nmconvert.plan.make_plan`."""
     found = layers(model)
-    last = output_matrix([(layer.tensor, layer.weight.shape) for layer in found])
+    outputs = output_layers([(layer.tensor, layer.weight.shape) for layer in found])
     return [
         TensorInfo(
             layer.tensor,
@@ -310,7 +310,7 @@ def weights_of(model: nn.Module) -> list[TensorInfo]:
             dtype_name(layer.weight.dtype),
             kind=layer.kind,
             groups=layer.groups,
-            output=layer.tensor == last,
+            output=layer.tensor in outputs,
         )
         for layer in found
     ]

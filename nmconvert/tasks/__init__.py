@@ -20,7 +20,18 @@ from nmconvert.tasks.language_model import LanguageModel
 from nmconvert.tasks.segmentation import Segmentation
 from nmconvert.tasks.translation import Translation
 
-__all__ = ["TASKS", "Batch", "Gather", "Predict", "Samples", "Split", "Task", "build_task", "misfits_named"]
+__all__ = [
+    "TASKS",
+    "Batch",
+    "Gather",
+    "Predict",
+    "Samples",
+    "Split",
+    "Task",
+    "build_task",
+    "calibration_inputs",
+    "misfits_named",
+]
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
@@ -66,6 +77,14 @@ def build_task(name: str, settings: Mapping[str, str] | None = None, *, folder: 
             if key in names and values[key] is not None and not holds(values[key]):
                 raise UsageError(f"{key}={text}: has to be {words}")
     return TASKS[name](**values)
+
+
+def calibration_inputs(task: Task, batch: Batch, dense: Callable[[], Any]) -> Any:
+    """What a model is called with to be calibrated: the inputs; of translation the words that a decoder reads, too.
+
+    ``dense()`` is the model, which is asked for a translation where the data has none.
+    """
+    return task.with_answers(dense, batch) if isinstance(task, Translation) else batch.inputs
 
 
 def _parse(text: str, kind: Any) -> Any:

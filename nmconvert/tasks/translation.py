@@ -8,7 +8,8 @@ returns ids [B, ≤ max_new_tokens + 1], the start token first. An ONNX file has
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -118,6 +119,13 @@ class Translation:
     def _special(self, kind: str) -> int:
         return special(self._tokenizer(), kind, str(self.tokenizer))
 
+    def _start(self) -> int:
+        """What the decoder reads first: as the ``config.json`` beside the tokenizer says, or the token that is called so."""
+        path = Path(str(self.tokenizer))
+        config = (path if path.is_dir() else path.parent) / "config.json"
+        told = json.loads(read_text(config)).get("decoder_start_token_id") if config.is_file() else None
+        return told if isinstance(told, int) else self._special("start")
+
     def _ids(self, tokenizer: Any, sentence: str) -> list[int]:
         end = self._special("end")
         ids = tokenizer.encode(sentence).ids[: self.max_length]
@@ -150,6 +158,13 @@ class Translation:
         labels = padded([[*row, end] for row in rows], IGNORED).to(batch.inputs["input_ids"].device)
         return replace(batch, targets={"references": self._decoded(rows), "labels": labels}, labelled=True)
 
+    def with_answers(self, teacher: Callable[[], Any], batch: Batch) -> dict[str, Tensor]:
+        """The inputs, and ``decoder_input_ids`` [B, T]: the translation moved right; without one ``teacher()`` translates."""
+        batch = batch if batch.labelled else self.taught(teacher(), batch)
+        before = batch.targets["labels"][:, :-1]
+        before = F.pad(before.masked_fill(before == IGNORED, self._special("pad")), (1, 0), value=self._start())
+        return {**batch.inputs, "decoder_input_ids": before}
+
     def predictor(self, model: Any) -> Predict:
         """``input_ids`` and ``attention_mask`` → the translations, a list of strings."""
         return partial(self._translate, model)
@@ -168,7 +183,7 @@ class Translation:
             beams = {} if self.beams == 1 else {"num_beams": self.beams}
             ids = model.generate(**inputs, max_new_tokens=self.max_length, **beams)
         else:
-            ids = greedy(model, inputs, self._special("start"), self._special("end"), self.max_length)
+            ids = greedy(model, inputs, self._start(), self._special("end"), self.max_length)
         end, pad, rows = self._special("end"), self._special("pad"), []
         for row in ids[:, 1:].tolist():
             rows.append([i for i in row[: row.index(end) if end in row else None] if i != pad])

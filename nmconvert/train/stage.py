@@ -15,6 +15,7 @@ from nmconvert import dist
 from nmconvert.arrays import as_array, digest
 from nmconvert.checkpoint import Checkpoint, beside, check_apart, check_copy, has_manifest, is_onnx, open_checkpoint
 from nmconvert.errors import UsageError
+from nmconvert.hugging_face import is_model
 from nmconvert.imports import file_of
 from nmconvert.inputs import InputSpec
 from nmconvert.manifest import Manifest
@@ -172,16 +173,17 @@ def finetune(
     with dist.processes(place):
         with files.used():
             network, master = _networks(said, source, dense, from_dense=from_dense, trust=trust)
+            names = _names(checkpoint, network)
             validation = does.dataset(said.data, split="val", augment=False)
             training = train(
-                network, plan_of(manifest, checkpoint, network), does,
+                network, plan_of(manifest, names, network), does,
                 does.dataset(said.data, split="train", augment=settings.augment), validation, settings, teacher=master,
                 folder=files.states, log=files.growing_log, resume=resume, device=place, display=display,
             )  # fmt: skip
             if dist.rank() == 0:
                 told = {"teacher": None if dense is None else str(dense), "settings": asdict(settings)}
                 shape = manifest.settings.get("input") or _input_shape(does, validation)
-                _write(checkpoint, files.output, training, manifest.with_settings(**asdict(said), input=shape), told)
+                _write(checkpoint, names, files.output, training, manifest.with_settings(**asdict(said), input=shape), told)
         dist.barrier()
     return FinetuneResult(source, files.output, files.log, dense, does.metric, training)
 
@@ -191,15 +193,31 @@ def default_output(source: Path) -> Path:
     return beside(source, ".ft")
 
 
-def plan_of(manifest: Manifest, checkpoint: Checkpoint, model: nn.Module) -> Plan:
-    """The sparse weights of ``manifest`` under the names that they have in ``model``."""
-    names = _names(checkpoint, model)
+def plan_of(manifest: Manifest, names: Mapping[str, str], model: nn.Module) -> Plan:
+    """The sparse weights of ``manifest`` under ``names``, those that they have in ``model``.
+
+    Raises:
+        UsageError: one is only a part of a parameter of the model.
+    """
+    merged = [name for name in (layer.name for layer in manifest.layers) if names[name] not in model.state_dict()]
+    if merged and is_model(model):
+        whole = [part for part in merged[0].split(".")[:-2] if not part.isdigit()][-1]  # of experts.0.w1.weight
+        raise UsageError(
+            f"'{merged[0]}' is part of a larger parameter of {type(model).__name__}, which cannot be trained under a mask: "
+            f"prune with --exclude '*{whole}*' to fine-tune the rest"
+        )
     rows = (replace(layer.row, info=replace(layer.info, name=names[layer.name])) for layer in manifest.layers)
     return Plan(tuple(rows))
 
 
-def _write(checkpoint: Checkpoint, output: Path, training: Training, manifest: Manifest, told: dict[str, Any]) -> None:
-    names = matched_names([info.name for info in checkpoint.tensors() if not info.secondary], training.weights)
+def _write(
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    output: Path,
+    training: Training,
+    manifest: Manifest,
+    told: dict[str, Any],
+) -> None:
     digests: dict[str, str] = {}
 
     def replacement(name: str) -> Any:
@@ -222,7 +240,7 @@ def _write(checkpoint: Checkpoint, output: Path, training: Training, manifest: M
 
 
 def _names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
-    return matched_names([info.name for info in checkpoint.tensors() if not info.secondary], model.state_dict(keep_vars=True))
+    return matched_names([info.name for info in checkpoint.tensors() if not info.secondary], model)
 
 
 def _manifest_of(checkpoint: Checkpoint) -> Manifest:
