@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from containers import MANIFEST, halve_largest, names, sha256, weights
+from safetensors.torch import save_file
 
 from nmconvert.checkpoint import open_checkpoint
 from nmconvert.errors import CheckpointError, UntrustedFileError
@@ -143,6 +144,15 @@ def test_an_edit_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 def test_no_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"a folder without model.safetensors.*name the weight file itself"):
+        open_checkpoint(tmp_path)
+
+
+def test_shards_without_their_index(tmp_path: Path) -> None:
+    for number in (1, 2):
+        save_file({f"w{number}": torch.zeros(2)}, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"has shards \(model-00001-of-00002.safetensors …\), and no model.safetensors.index"
+    ):
         open_checkpoint(tmp_path)
 
 

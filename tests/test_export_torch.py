@@ -234,6 +234,29 @@ def test_a_pickled_module_is_not_run(tmp_path: Path) -> None:
         export(tmp_path / "a.pt", inputs=IMAGE, trust=True)
 
 
+class Choosing(nn.Module):
+    """As many results as values are positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x).flatten()
+        return y[y > 0].sum() if (y > 0).nonzero().shape[0] > 2 else y.sum()
+
+
+def choosing() -> nn.Module:
+    return Choosing()
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = saved(choosing(), tmp_path)
+    with pytest.raises(ExportError, match=r"data-dependent.*export a module that returns as many each time"):
+        export(checkpoint, model=SPEC.format("choosing"), inputs=[InputSpec("x", (1, 16))], dynamic={})
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_dense_checkpoint_is_told_so(tmp_path: Path) -> None:
     torch.save(net().state_dict(), tmp_path / "a.pt")
     with pytest.raises(UsageError, match=r"a\.pt: nothing in it is N:M sparse; run nmconvert prune first"):

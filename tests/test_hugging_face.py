@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
@@ -114,6 +115,21 @@ def test_a_part_of_a_larger_parameter_keeps_its_name(tmp_path: Path) -> None:
     assert len(experts) == 2 * 4 * 3
     assert all(names[name] == name for name in experts)
     assert {own for name, own in names.items() if name not in experts} <= set(module.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["vit", "mixtral"])
+def test_exporting(tmp_path: Path, kind: str) -> None:
+    """With a free batch, experts included, and with the plan's reasons for what is dense."""
+    folder = folder_of(kind, tmp_path)
+    prune(folder, Pattern(2, 4), output=tmp_path / "sparse")
+    given = "1,1,8,8" if kind == "vit" else "input_ids=1,8:int64"
+    told = " ".join(invoke("export", tmp_path / "sparse", "--onnx", "--input", given, "-o", tmp_path / "a.onnx").split())
+    assert f"{'classifier' if kind == 'vit' else 'lm_head'}.weight: dense, the output layer" in told
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    x = torch.randn(3, 1, 8, 8) if kind == "vit" else torch.randint(0, 64, (3, 8))
+    with torch.no_grad():
+        expected = load("", tmp_path / "sparse")(x).logits
+    np.testing.assert_allclose(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_fine_tuning_a_vision_transformer(tmp_path: Path) -> None:

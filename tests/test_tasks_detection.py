@@ -338,6 +338,33 @@ def test_a_label_beyond_the_model_is_said(coco):
         task.loss(Oracle({}).train(), batch)
 
 
+class Part(nn.Module):
+    """Modules or numbers by name."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Part(roi_heads=Part(box_predictor=Part(cls_score=nn.Linear(8, 4)))),
+        Part(head=Part(classification_head=Part(num_classes=4))),
+        Part(head=Part(classification_head=Part(num_columns=4))),
+        Part(config=Part(num_labels=4)),
+    ],
+    ids=["R-CNN", "RetinaNet and FCOS", "SSD", "Hugging Face"],
+)
+def test_how_many_labels_detectors_have(coco, model):
+    """Where torchvision's say it: a label beyond that is an IndexError on a CPU, and on a GPU the end of the process."""
+    task = Detection(label_offset=5)
+    batch = task.collate([*task.dataset(str(coco), split="train", augment=False)])
+    with pytest.raises(DataError, match="label 8 is out of range: the model has 4 classes, 0 to 3; --task-arg label_offset=N"):
+        task.loss(model, batch)
+
+
 @pytest.mark.parametrize("output", [torch.zeros(2, 10), {"logits": torch.zeros(2, 5)}, [torch.zeros(3)]])
 def test_a_model_of_another_task_is_said(coco, output):
     class Other(nn.Module):

@@ -101,6 +101,10 @@ def open_hf_folder(path: Path, open_file: OpenFile, *, trust: bool) -> FolderChe
     single = next((name for name in _WEIGHTS if (path / name).is_file()), None)
     if single is None and index is None:
         found = sorted(file.name for file in path.glob("*.safetensors"))
+        if len(found) > 1 and all("-of-" in name for name in found):
+            raise CheckpointError(
+                f"{path}: has shards ({found[0]} …), and no {_WEIGHTS[0]}.index.json that says what is in each"
+            )
         if len(found) != 1:
             raise CheckpointError(
                 f"{path}: a folder without {_WEIGHTS[0]}, its index, or {_WEIGHTS[2]}; name the weight file itself"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from nmconvert.cli.common import TASKS, key_values, printable
+from nmconvert.errors import DataError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,6 +62,8 @@ def calibration_batches(
     reader = build_task(task, settings, folder=folder)
     dataset = reader.dataset(calib, split="train", augment=False)
     generator = torch.Generator().manual_seed(seed)
+    if len(dataset) < 2:
+        raise DataError(f"{calib}: calibration needs at least 2 samples, one of them held out; there is {len(dataset)}")
     order = torch.randperm(len(dataset), generator=generator)[:samples].tolist()
     if len(order) <= batch_size:
         batch_size = -(-len(order) // 8)

@@ -228,7 +228,9 @@ def _write(source: Path, output: Path, flavour: str, loaded: _Source, values: st
         model = loaded.model
     elif loaded.storage is torch.bfloat16:
         narrow(model)
-    compressed = compress(model, list(patterns), quantized=loaded.quantized) if flavour != "dense" else Compressed()
+    compressed = Compressed()
+    if flavour != "dense":
+        compressed = compress(model, list(patterns), quantized=loaded.quantized, dense=loaded.manifest.dense)
     if flavour == "compressed":
         fuse(model)
     if flavour == "inlined":

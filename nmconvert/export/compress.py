@@ -48,14 +48,21 @@ class Compressed:
     packed_bytes: int = 0
 
 
-def compress(model: ModelProto, patterns: Sequence[tuple[Pattern, Axis]], *, quantized: Collection[str] = ()) -> Compressed:
+def compress(
+    model: ModelProto,
+    patterns: Sequence[tuple[Pattern, Axis]],
+    *,
+    quantized: Collection[str] = (),
+    dense: Mapping[str, str] = {},
+) -> Compressed:
     """Pack, in place, every weight of ``model`` that satisfies one of ``patterns`` (the sparsest that fits is taken).
 
     Those named in ``quantized``, float32, are packed as int8 with a scale for each row, which has to hold them exactly. The
-    model needs opset 13 or later. Its initialisers must hold their data (no external references).
+    model needs opset 13 or later; ``dense`` are reasons that are known for weights which satisfy none. Its initialisers must
+    hold their data (no external references).
     """
     result = Compressed()
-    packer = _Packer(model, sparsest_first(patterns), quantized, result)
+    packer = _Packer(model, sparsest_first(patterns), quantized, dense, result)
     for graph, scope in graphs(model):
         packer.replace_in(graph, scope)
     if result.layers:
@@ -71,11 +78,17 @@ class _Packer:
     """Packs each weight once, however many operators share it, and adds its constants to the main graph."""
 
     def __init__(
-        self, model: ModelProto, patterns: Sequence[tuple[Pattern, Axis]], quantized: Collection[str], result: Compressed
+        self,
+        model: ModelProto,
+        patterns: Sequence[tuple[Pattern, Axis]],
+        quantized: Collection[str],
+        dense: Mapping[str, str],
+        result: Compressed,
     ) -> None:
         self.model = model
         self.patterns = patterns
         self.quantized = quantized
+        self.dense = dense
         self.result = result
         self.reads = used_names(model)
         self.reasons = {info.name: info.reason for info in tensor_infos(model) if info.reason is not None}
@@ -118,7 +131,7 @@ class _Packer:
             matrix = view.to_matrix(weight)
             if view.columns > pattern.n and satisfies(matrix, pattern):
                 return self._keep(use, tensor, weight, pattern, axis, view)
-        self.result.dense[source.name] = "satisfies no pattern of the plan"
+        self.result.dense[source.name] = self.dense.get(source.name, "satisfies no pattern of the plan")
         return None
 
     def _keep(

@@ -6,7 +6,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -22,6 +22,11 @@ from nmconvert.export.functions import IR_VERSION, OPSET
 from nmconvert.export.names import restore_names
 from nmconvert.hugging_face import without_caches
 from nmconvert.inputs import InputSpec, example_array
+
+_UNBACKED = (
+    ". How many results it gives depends on the values: export a module that returns as many each time, such as the scores and "
+    "boxes of all points, and choose among them outside"
+)
 
 
 @dataclass(frozen=True)
@@ -130,8 +135,9 @@ def _run_exporter(
         raise MissingExtraError(f"torch's exporter needs {error.name}: pip install onnxscript") from error
     except Exception as error:  # torch.export raises whatever the traced code raises
         cause = error.__cause__ or error
-        reason = str(cause).strip().splitlines()
-        raise ExportError(f"torch cannot export the model: {type(cause).__name__}: {reason[0] if reason else ''}") from error
+        reason = (str(cause).strip().splitlines() or [""])[0]
+        remedy = _UNBACKED if "data-dependent" in reason else ""
+        raise ExportError(f"torch cannot export the model: {type(cause).__name__}: {reason}{remedy}") from error
     if program is None:
         raise ExportError("torch's exporter returned nothing")
     model: ModelProto = program.model_proto
@@ -185,6 +191,10 @@ def _computing(module: nn.Module) -> tuple[nn.Module, torch.dtype]:
         module, dtype = module.float(), torch.float32
     without_caches(module)
     for part in module.modules():
+        # One call for each expert's tokens is none that can be exported; products of all tokens with theirs can.
+        choose: Any = getattr(part, "set_experts_implementation", None)
+        if choose is not None:
+            choose("batched_mm")
         # Written out, attention is a product, a sum and a softmax. What torch makes of the fused one scales twice and looks for
         # NaN, which is a fifth of a sparse MiniLM's time; and with a bias, as in T5 and Swin, it cannot be exported at all.
         write_out: Any = getattr(part, "set_attn_implementation", None)
@@ -223,7 +233,7 @@ def _quiet() -> Iterator[None]:
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

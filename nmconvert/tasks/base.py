@@ -214,7 +214,7 @@ def misfits_named(model: object) -> Iterator[None]:
     except Exception as error:
         if not _in_a_module(error) or dist.lost_peer(error) or "allocate memory" in str(error):
             raise
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}"
         raise ModelError(
             f"{type(unwrapped(model)).__name__} cannot take this data: {said}. Is it of another size, another number of "
             "channels (--mean and --std have one value each), or another --task? --debug shows where"

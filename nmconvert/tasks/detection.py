@@ -230,11 +230,31 @@ def _per_image(output: Any, size: int) -> list[Found]:
     raise DataError(f"the model returned {type(output).__name__}, not boxes, labels and scores: is it of another task?")
 
 
+_COUNTS = (  # ours, Hugging Face's, and torchvision's R-CNNs, RetinaNet and FCOS, and SSDs
+    "num_classes",
+    "config.num_labels",
+    "roi_heads.box_predictor.cls_score.out_features",
+    "head.classification_head.num_classes",
+    "head.classification_head.num_columns",
+)
+
+
 def _check_labels(model: Any, targets: Sequence[Target]) -> None:
-    model = unwrapped(model)
-    classes = getattr(model, "num_classes", None) or getattr(getattr(model, "config", None), "num_labels", None)
+    classes = _class_count(unwrapped(model))
     labels = [int(label) for t in targets for label in t["labels"]]
     lowest, highest = min(labels, default=0), max(labels, default=0)
     if lowest < 0 or (classes is not None and highest >= classes):
         known = "" if classes is None else f": the model has {classes} classes, 0 to {classes - 1}"
-        raise DataError(f"label {lowest if lowest < 0 else highest} is out of range{known}")
+        remedy = "; --task-arg label_offset=N is added to the data's category ids"
+        raise DataError(f"label {lowest if lowest < 0 else highest} is out of range{known}{remedy}")
+
+
+def _class_count(model: Any) -> int | None:
+    """How many labels a model tells apart, where it or a part of it says so."""
+    for place in _COUNTS:
+        count = model
+        for part in place.split("."):
+            count = getattr(count, part, None)
+        if isinstance(count, int):
+            return count
+    return None
