@@ -33,8 +33,8 @@ import torch
 from benchmarks import data, dense
 from nmconvert.cli import group
 
-SGD = ("--precision", "bf16", "--freeze-masks", "0.3", "--lr", "0.01", "--decay", "0.1")
-ADAMW = ("--optimizer", "adamw", "--precision", "bf16", "--freeze-masks", "0.3", "--decay", "10")
+SGD = ("--precision", dense.PRECISION, "--freeze-masks", "0.3", "--lr", "0.01", "--decay", "0.1")
+ADAMW = ("--optimizer", "adamw", "--precision", dense.PRECISION, "--freeze-masks", "0.3", "--decay", "10")
 TRAINED = "benchmarks.models.trained:"
 METRICS = {
     "classification": ("top1", "top-1 ↑"),

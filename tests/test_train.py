@@ -25,6 +25,7 @@ from nmconvert.tasks.images import shifted
 from nmconvert.train import Settings, train
 from nmconvert.train.batches import Batches
 from nmconvert.train.curves import curves_svg
+from nmconvert.train.diagnose import slow_in
 from nmconvert.train.log import Log, Row
 
 CLASSES = 4
@@ -140,6 +141,15 @@ def test_a_model_that_cannot_take_the_data_is_said(dense):
         run(model=wrong)
     with pytest.raises(RuntimeError, match="gloo"), misfits_named(wrong):
         raise RuntimeError("gloo: another rank is gone")
+
+
+@pytest.mark.parametrize(("able", "slow"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
+def test_half_precision_without_its_instructions_is_said_to_be_slow(monkeypatch, able, slow):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: able)
+    told = slow_in("bf16", torch.device("cpu"))
+    assert (told is not None and "bf16 takes several times as long as fp32 on this CPU, which has AVX2" in told) == slow
+    assert slow_in("bf16", torch.device("cuda")) is None
+    assert slow_in("fp32", torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("method", ["sr-ste", "ste", "fixed-mask"])

@@ -34,6 +34,14 @@ def first_bad_layer(model: nn.Module, forward: Callable[[], object]) -> str:
     return "no layer's output holds NaN or infinity, only the loss does"
 
 
+def slow_in(precision: str, device: torch.device) -> str | None:
+    """Why a precision costs time on this device rather than saving it, with the remedy; or None."""
+    able = torch.backends.cpu.get_cpu_capability()
+    if precision == "fp32" or device.type != "cpu" or able not in ("AVX2", "NO AVX"):
+        return None
+    return f"{precision} takes several times as long as fp32 on this CPU, which has {able}: leave out --precision"
+
+
 def _watch(name: str, bad: list[str]) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         if not bad and any(t.is_floating_point() and not torch.isfinite(t).all() for t in _tensors(output)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from nmconvert.srste import plain_state_dict, sparsify_plan
 from nmconvert.tasks import Batch, Predict, Task, misfits_named
 from nmconvert.train import state
 from nmconvert.train.batches import Batches, validation_loader
-from nmconvert.train.diagnose import first_bad_layer, out_of_memory_named
+from nmconvert.train.diagnose import first_bad_layer, out_of_memory_named, slow_in
 from nmconvert.train.log import Display, Log, Reporter, Row
 from nmconvert.train.settings import Settings, seed_step
 
@@ -125,6 +126,8 @@ class Run:
         device: torch.device,
     ) -> None:
         self.task, self.validation, self.settings, self.folder, self.device = task, validation, settings, folder, device
+        if slow := slow_in(settings.precision, device):
+            warnings.warn(slow, stacklevel=3)
         self.model = _placed(model, device, shard=settings.shard).train()
         self.teacher = teacher
         if teacher is not None:
