@@ -1,5 +1,6 @@
 """Folders of Hugging Face transformers from end to end, where version 5 names and merges weights otherwise than their files."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from nmconvert import Pattern, hugging_face
 from nmconvert.checkpoint import open_checkpoint
@@ -36,6 +38,9 @@ def made(kind: str) -> torch.nn.Module:
     if kind == "swin":
         shape = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
         return transformers.SwinForImageClassification(transformers.SwinConfig(**shape, num_labels=4))
+    if kind == "yolos":
+        shape = {"image_size": [32, 32], "patch_size": 8, "num_detection_tokens": 5, "num_labels": 4}
+        return transformers.YolosForObjectDetection(transformers.YolosConfig(**SMALL, **shape))
     if kind == "mixtral":
         config = transformers.MixtralConfig(**SMALL, **WORDS, num_key_value_heads=2, num_local_experts=4)
         return transformers.MixtralForCausalLM(config)
@@ -169,7 +174,7 @@ def test_calibration_reads_what_the_model_reads(tmp_path: Path, kind: str) -> No
     how = ("--task", "language_model", "--task-arg", "block=16") if kind == "gpt2" else ("--task", "translation")
     errors = []
     batches = calibration_batches(
-        str(data), how[1], {"block": "16"} if kind == "gpt2" else {}, 32, 8, 0, folder, lambda: load(str(folder), folder)
+        str(data), how[1], {"block": "16"} if kind == "gpt2" else {}, 32, 8, 0, folder, None, lambda: load(str(folder), folder)
     )
     for name, more in (("magnitude", ()), ("solved", ("--calib", data, *how, "--samples", 32, "--batch-size", 8))):
         invoke("prune", folder, "--nm", "1:4", *more, "-o", tmp_path / name, "--quiet")
@@ -181,6 +186,26 @@ def test_calibration_reads_what_the_model_reads(tmp_path: Path, kind: str) -> No
     assert pruned(tmp_path / "solved")
 
 
+def test_calibrating_a_detector(tmp_path: Path) -> None:
+    """Its images are one tensor, normalised, with a mask, and not a list as torchvision's take them."""
+    folder, rng = folder_of("yolos", tmp_path), np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    images = []
+    for number in range(4):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 32, "height": 32})
+    (tmp_path / "train.json").write_text(
+        json.dumps({"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]})
+    )
+    model = build(str(folder))
+    batch = calibration_batches(str(tmp_path), "detection", {}, 4, 2, 0, folder, model, lambda: pytest.fail("not asked"))[0]
+    assert {name: list(value.shape) for name, value in batch.items()} == {
+        "pixel_values": [2, 3, 32, 32], "pixel_mask": [2, 32, 32]
+    }  # fmt: skip
+    invoke("prune", folder, "--nm", "2:4", "--calib", tmp_path, "--task", "detection", "-o", tmp_path / "solved", "--quiet")
+    assert len(pruned(tmp_path / "solved")) == 2 * 6 + 6  # of attention and MLPs, and in the two heads
+
+
 def test_batches_are_of_the_folders_tokenizer_and_its_decoder(tmp_path: Path) -> None:
     folder, data = folder_of("t5", tmp_path), texts(tmp_path)
     config = folder / "config.json"
@@ -189,7 +214,7 @@ def test_batches_are_of_the_folders_tokenizer_and_its_decoder(tmp_path: Path) ->
     (tmp_path / "train.de").write_text("a dog\n" * 9)
 
     def batches(samples: int) -> list[dict[str, torch.Tensor]]:
-        return calibration_batches(str(data), "translation", {}, samples, 4, 0, folder, lambda: pytest.fail("not asked"))
+        return calibration_batches(str(data), "translation", {}, samples, 4, 0, folder, None, lambda: pytest.fail("not asked"))
 
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = tokenizer.encode("a dog").ids
@@ -204,7 +229,7 @@ def test_batches_are_of_the_folders_tokenizer_and_its_decoder(tmp_path: Path) ->
         asked.append(load(str(folder), folder))
         return asked[-1]
 
-    found = calibration_batches(str(data), "translation", {"max_length": "6"}, 4, 2, 0, folder, dense)
+    found = calibration_batches(str(data), "translation", {"max_length": "6"}, 4, 2, 0, folder, None, dense)
     assert asked
     assert found[0]["decoder_input_ids"][0, 0] == 5
 

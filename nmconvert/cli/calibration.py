@@ -48,12 +48,13 @@ def calibration_batches(
     batch_size: int,
     seed: int,
     folder: Path,
+    model: nn.Module | None,
     dense: Callable[[], Any],
 ) -> list[Batch]:
-    """The inputs of ``samples`` random training samples of ``calib``, in batches; eight, where all would be in one.
+    """What ``model`` takes of ``samples`` random training samples of ``calib``, in batches; eight, where all would be in one.
 
     ``folder`` may have the model's tokenizer; ``dense()`` is the model with its weights, which answers where it reads answers
-    and the data has none.
+    and the data has none. Without a model it is a graph's inputs.
     """
     import torch
 
@@ -69,8 +70,8 @@ def calibration_batches(
         batch_size = -(-len(order) // 8)
     batches = []
     for low in range(0, len(order), batch_size):
-        inputs = calibration_inputs(reader, reader.collate([dataset[i] for i in order[low : low + batch_size]]), dense)
-        batches.append((inputs,) if isinstance(inputs, list) else inputs)  # a list of images is one argument
+        batch = reader.collate([dataset[i] for i in order[low : low + batch_size]])
+        batches.append(calibration_inputs(reader, batch, model, dense))
     return batches
 
 

@@ -106,7 +106,9 @@ def command(
 
         dense = partial(load_model, checkpoint, builds, model_arguments, trust=trust)
         wanted = None if budget is None else Budget.parse(budget)
-        batches = calibration_batches(calib, task, settings, samples, batch_size, seed, Path(builds or checkpoint), dense)
+        batches = calibration_batches(
+            calib, task, settings, samples, batch_size, seed, Path(builds or checkpoint), built, dense
+        )
         recipe = Recipe(criterion=criterion or "auto", seed=seed)
         calibration = Calibration(batches, recipe, wanted, permute, teller(printer.quiet), Pace)
     said = {"model": model, "model_arguments": model_arguments if model else None, "calib": calib, "budget": budget}

@@ -49,7 +49,7 @@ def command(
     plan = plan_for(opened, chosen[0], axis, built)
     need_pruned(checkpoint, plan)
     dense = partial(load_model, checkpoint, model, model_arguments, trust=trust)
-    batches = calibration_batches(calib, task, settings, samples, batch_size, seed, Path(model or checkpoint), dense)
+    batches = calibration_batches(calib, task, settings, samples, batch_size, seed, Path(model or checkpoint), built, dense)
     with calibration_data_named(built):
         found = sensitivities(built, opened, plan, batches, chosen, teller(printer.quiet))
     from nmconvert.plot import sensitivities_svg, write_sensitivities

@@ -13,6 +13,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from nmconvert.errors import UsageError
+from nmconvert.tasks import detr
 from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, Task, misfits_named
 from nmconvert.tasks.classification import Classification
 from nmconvert.tasks.detection import Detection
@@ -79,12 +80,17 @@ def build_task(name: str, settings: Mapping[str, str] | None = None, *, folder: 
     return TASKS[name](**values)
 
 
-def calibration_inputs(task: Task, batch: Batch, dense: Callable[[], Any]) -> Any:
-    """What a model is called with to be calibrated: the inputs; of translation the words that a decoder reads, too.
+def calibration_inputs(task: Task, batch: Batch, model: Any, dense: Callable[[], Any]) -> Any:
+    """What ``model`` is called with to be calibrated: its arguments, by name or in order.
 
-    ``dense()`` is the model, which is asked for a translation where the data has none.
+    Of translation these are the words that a decoder reads, too; where the data has none ``dense()`` is asked, the same model
+    with its weights.
     """
-    return task.with_answers(dense, batch) if isinstance(task, Translation) else batch.inputs
+    if isinstance(task, Translation):
+        return task.with_answers(dense, batch)
+    if isinstance(batch.inputs, list):
+        return detr.padded(batch.inputs) if detr.is_detr(model) else (batch.inputs,)
+    return batch.inputs
 
 
 def _parse(text: str, kind: Any) -> Any:

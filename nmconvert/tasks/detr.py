@@ -29,13 +29,13 @@ def loss(model: Any, images: list[Tensor], targets: list[dict[str, Tensor]]) -> 
     for image, target in zip(images, targets, strict=True):
         low, high = (target["boxes"] / _size(image)).split(2, 1)
         labels.append({"class_labels": target["labels"], "boxes": torch.cat([(low + high) / 2, high - low], 1)})
-    found: Tensor = model(**_padded(images), labels=labels).loss
+    found: Tensor = model(**padded(images), labels=labels).loss
     return found
 
 
 def predict(model: Any, images: list[Tensor]) -> list[dict[str, Tensor]]:
     """The best class of each query, and its box (x1, y1, x2, y2) in pixels."""
-    output = model(**_padded(images))
+    output = model(**padded(images))
     scores, labels = _probabilities(model, output.logits.float()).max(-1)
     found = []
     for index, image in enumerate(images):
@@ -47,7 +47,7 @@ def predict(model: Any, images: list[Tensor]) -> list[dict[str, Tensor]]:
 
 def distill(model: Any, teacher: Any, images: list[Tensor]) -> Tensor:
     """The distance of the class probabilities and of the boxes, query by query, where the teacher sees something."""
-    inputs = _padded(images)
+    inputs = padded(images)
     with torch.no_grad():
         goal = teacher(**inputs)
         theirs = _probabilities(teacher, goal.logits.float())
@@ -71,7 +71,8 @@ def _size(image: Tensor) -> Tensor:
     return torch.tensor([width, height, width, height], device=image.device, dtype=torch.float32)
 
 
-def _padded(images: list[Tensor]) -> dict[str, Tensor]:
+def padded(images: list[Tensor]) -> dict[str, Tensor]:
+    """What a model is given: the images in one tensor, normalised, and where each of them is."""
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     mean, std = (torch.tensor(v, device=images[0].device).view(3, 1, 1) for v in (MEAN, STD))
     room = [(0, width - image.shape[2], 0, height - image.shape[1]) for image in images]
