@@ -162,6 +162,9 @@ def test_a_mixture_of_experts(tmp_path: Path) -> None:
     told = invoke("prune", folder, "--nm", "2:4", "--calib", data, *how, "--samples", 16, "-o", tmp_path / "solved")
     assert "merged with others in the model: pruned without --calib alone" in " ".join(told.split())
     assert len(pruned(tmp_path / "solved")) == 8  # of attention
+    found = invoke("sensitivity", folder, "--nm", "2:4", "--calib", data, *how, "--samples", 16)
+    assert "self_attn.q_proj.weight" in found
+    assert ".experts." not in found
     with pytest.raises(UsageError, match=r"experts\.\d\.w\d\.weight' is part of a larger parameter.*--exclude '\*experts\*'"):
         invoke("finetune", tmp_path / "magnitude", "--data", data, *how, "--quiet")
 

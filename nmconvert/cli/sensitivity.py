@@ -38,7 +38,9 @@ def command(
     chosen = [Pattern.parse(text) for text in patterns.split(",")]
     model = model or folder_itself(checkpoint)
     if calib is None or (model is None and not is_onnx(checkpoint)):
-        raise UsageError("sensitivities are measured on inputs: give --model and --calib (an ONNX file needs --calib alone)")
+        raise UsageError(
+            "sensitivities are measured on inputs: give --model and --calib (an ONNX file or a Hugging Face folder --calib alone)"
+        )
     from nmconvert.calibrate.stage import sensitivities
     from nmconvert.evaluate import load_model
     from nmconvert.model import build
@@ -46,7 +48,7 @@ def command(
 
     built = None if model is None else build(model, model_arguments, trust=trust)
     opened = open_checkpoint(checkpoint, trust=trust)
-    plan = plan_for(opened, chosen[0], axis, built)
+    plan = plan_for(opened, chosen[0], axis, built, solved=True)
     need_pruned(checkpoint, plan)
     dense = partial(load_model, checkpoint, model, model_arguments, trust=trust)
     batches = calibration_batches(calib, task, settings, samples, batch_size, seed, Path(model or checkpoint), built, dense)
