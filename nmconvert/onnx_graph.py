@@ -77,8 +77,11 @@ class Constants:
 
     @classmethod
     def of(cls, graph: GraphProto, outer: Constants | None = None) -> Constants:
-        """Constants of ``graph`` within the scope ``outer``."""
+        """Constants of ``graph`` within the scope ``outer``, whose names its own inputs and values hide."""
         scope = cls(dict(outer.tensors), dict(outer.producers)) if outer else cls()
+        for name in [*(value.name for value in graph.input), *(name for node in graph.node for name in node.output)]:
+            scope.tensors.pop(name, None)
+            scope.producers.pop(name, None)
         scope.tensors.update({tensor.name: tensor for tensor in graph.initializer})
         for node in graph.node:
             if (tensor := constant_tensor(node)) is not None:

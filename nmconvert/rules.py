@@ -22,7 +22,9 @@ _RECURRENT = re.compile(r"(^|\.)weight_[ih]h_l\d+(_reverse)?$")  # torch's RNN, 
 _OUTPUT = re.compile(
     r"^(fc|linear|classifier|head|heads|lm_head|output|out|score|logits|predictions|cls|qa_outputs|proj_out|final)$"
 )
-_ANSWERS = re.compile(r"^(cls_score|bbox_pred|\w+_logits|class_labels_classifier|logits_proj|head_dist)$")  # of several outputs
+_ANSWERS = re.compile(
+    r"^(cls_score|bbox_(pred|reg|ctrness)|\w+_logits|class_labels_classifier|logits_proj|head_dist|last_linear)$"
+)  # of several outputs
 _HIDDEN = re.compile(r"(^|\.)(transform|dense)\.")  # inside of a head
 _ROUTER = re.compile(r"(^|\.)(router(\.(layer|classifier))?|\w*(moe|mlp|ffn|feed_forward)\.gate)\.weight$")
 _EXPERTS = re.compile(r"(^|\.)experts?\.|_(proj|linear)(\.weight)?$")
@@ -54,8 +56,8 @@ def output_layers(tensors: Sequence[tuple[str, Sequence[int]]]) -> frozenset[str
     """The names of the network's output layers, as far as one part of a name says that it is one.
 
     Of matrices that is the last; where the listing does not say what is last (in alphabetical order, in shards), the one whose
-    first part says so; embeddings and recurrent layers are none, wherever they stand. What detectors call theirs are outputs,
-    too, be they matrices or 1×1 convolutions.
+    first part says so; where no matrix is one, a 1×1 convolution may be. Embeddings and recurrent layers are none, wherever
+    they stand. What detectors call theirs are outputs, too.
     """
     found = [name for name, shape in tensors if len(shape) == 2 and not (is_embedding(name) or _RECURRENT.search(name))]
     matrices = [(name, _own_parts(name, tensors)) for name in found]
@@ -68,6 +70,9 @@ def output_layers(tensors: Sequence[tuple[str, Sequence[int]]]) -> frozenset[str
             named = (name for name, parts in reversed(matrices) if _OUTPUT.match(parts[0]) and not _HIDDEN.search(name))
             last = next(named, "")
         answers.add(last)
+    if not answers - {""}:
+        places = [name for name, shape in tensors if len(shape) == 4 and max(shape[2:]) == 1]
+        answers.update([name for name in places if _OUTPUT.match(_own_parts(name, tensors)[0])][-1:])
     return frozenset(answers - {""})
 
 

@@ -259,10 +259,13 @@ def _compare_graphs(checkpoint: Checkpoint, other: Checkpoint, manifest: Manifes
 def _compare_weights(mine: _Weights, theirs: _Weights) -> Iterator[Check]:
     """The packed weights of one ONNX file against the weights of the same name in another."""
     tensors = dict(named_tensors(theirs.checkpoint.model)) if isinstance(theirs.checkpoint, OnnxCheckpoint) else {}
+    stored_turned = {info.name: info.transposed for info in theirs.checkpoint.tensors()}
     for name, layer in mine.packed.items():
         if name not in theirs.packed and name not in tensors:
             continue
         weight, other, said = layer.view.from_matrix(layer.matrix()), theirs.read(name), "the same weight, bit for bit"
+        if name not in theirs.packed and (turned := stored_turned.get(name)):
+            other = other.transpose(turned)
         if layer.scale is not None:
             other, said = mine.rounded(name, other), "the same weight, rounded to int8"
         same = weight.size == other.size and digest(np.sort(weight, axis=None)) == digest(np.sort(other, axis=None))

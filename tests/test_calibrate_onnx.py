@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from nmconvert.calibrate.distance import Said
 from nmconvert.calibrate.driver import Recipe, prune_model
 from nmconvert.calibrate.moments import Moments
-from nmconvert.calibrate.onnx_driver import check, compared, prune_onnx
+from nmconvert.calibrate.onnx_driver import check, compared, graph_inputs, prune_onnx
 from nmconvert.calibrate.onnx_module import GraphModule
 from nmconvert.calibrate.onnx_ops import window_pads
 from nmconvert.errors import DataError, ModelError, WeightError
@@ -53,6 +53,12 @@ def residual_net():
     ]
     shapes = {"stem": (8, 3, 3, 3), "w1": (12, 8, 3, 3), "b1": (12,), "w2": (12, 8, 1, 1), "b2": (12,)}
     return graph_of(nodes, {**shapes, "w3": (12, 16), "b3": (16,), "w4": (6, 16), "b4": (6,)})
+
+
+def older(nodes, constants, opset, inputs=("x",)):
+    model = graph_of(nodes, constants, inputs)
+    model.opset_import[0].version = opset
+    return model
 
 
 def images(count=5):
@@ -438,3 +444,96 @@ def test_a_weight_whose_inputs_are_not_finite_is_named_as_the_file_does():
     batches[0][1, 0, 0, 0] = torch.nan
     with pytest.raises(WeightError, match=r"^w1: its inputs .* as sample 2 of calibration batch 1 does"):
         prune_onnx(residual_net(), batches, rows_of(residual_net(), ["w1", "w2"]), RECIPE)
+
+
+# ── graphs as others write them ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def solved(model, batches, names=("w1",)):
+    """The tensors that calibration changes, and the error that they leave, relative to that of magnitude."""
+    rows = rows_of(model, list(names))
+    tensors = prune_onnx(model, batches, rows, Recipe(block_steps=4, model_steps=4, copies=1))
+    plain = prune_onnx(model, batches, rows, Recipe(criterion="magnitude", block_steps=0, model_steps=0, correct_means=False))
+    errors = [sum(float((run(changed(model, t), b) - run(model, b)).square().sum()) for b in batches) for t in (tensors, plain)]
+    return tensors, errors[0] / errors[1]
+
+
+def tokens(count=6, size=4):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(size, 16, generator=generator) for _ in range(count)]
+
+
+def test_limits_of_a_clip_that_are_attributes():
+    """As up to opset 10: a ReLU6, which torch computes, so that what is before it can be fitted."""
+    node = helper.make_node
+    nodes = [
+        node("MatMul", ["x", "w1"], ["a"]),
+        node("Clip", ["a"], ["c"], min=0.0, max=6.0),
+        node("MatMul", ["c", "w2"], ["y"]),
+    ]
+    model = older(nodes, {"w1": (16, 16), "w2": (16, 8)}, 9)
+    inputs = tokens()
+    module = GraphModule(model, ["y"])
+    with torch.no_grad():
+        torch.testing.assert_close(module(inputs[0])[0], run(model, inputs[0]), rtol=1e-4, atol=1e-5)
+    assert "Clip" not in module.opaque()
+    assert solved(model, inputs)[1] < 0.9
+
+
+def test_a_form_of_an_operator_that_torch_stumbles_over_is_left_to_onnxruntime():
+    node = helper.make_node
+    nodes = [
+        node("MatMul", ["x", "w1"], ["a"]),
+        node("Unsqueeze", ["a", "axes"], ["b"]),
+        node("Resize", ["b", "", "scales"], ["c"], axes=[1, 2], mode="nearest"),
+        node("ReduceMean", ["c", "axes"], ["y"], keepdims=0),
+    ]
+    model = graph_of(nodes, {"w1": (16, 16), "scales": np.array([2.0, 1.0])})
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "axes"))
+    inputs = tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(GraphModule(model, ["y"])(inputs[0])[0], run(model, inputs[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_between_inputs_and_outputs_of_single():
+    node = helper.make_node
+    half = TensorProto.FLOAT16
+    nodes = [
+        node("Cast", ["x"], ["h"], to=half),
+        node("MatMul", ["h", "w1"], ["a"]),
+        node("Add", ["a", "b1"], ["c"]),
+        node("Cast", ["c"], ["y"], to=TensorProto.FLOAT),
+    ]
+    model = graph_of(nodes, {"w1": (16, 16), "b1": (16,)})
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    tensors, error = solved(model, tokens())
+    assert error < 0.9
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+def test_a_weight_of_two_layouts_stays_dense_and_the_rest_is_solved():
+    node = helper.make_node
+    nodes = [
+        node("MatMul", ["x", "shared"], ["a"]),
+        node("Relu", ["a"], ["b"]),
+        node("MatMul", ["b", "w1"], ["c"]),
+        node("Gemm", ["c", "shared"], ["y"], transB=1),
+    ]
+    model = graph_of(nodes, {"shared": (16, 8), "w1": (8, 8)})
+    tensors, error = solved(model, tokens())
+    assert error < 1
+    assert "w1" in tensors
+    assert "shared" not in tensors
+
+
+def test_a_fixed_batch_takes_what_the_batches_of_the_data_leave():
+    model = graph_of([helper.make_node("MatMul", ["x", "w1"], ["y"])], {"w1": (16, 8)})
+    del model.graph.input[:]
+    model.graph.input.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 16]))
+    data = torch.randn(11, 16)
+    cut = graph_inputs(model.graph, list(data.split(3)))
+    assert [len(batch) for batch in cut] == [4, 4]
+    assert torch.equal(torch.cat(cut), data[:8])
+    with pytest.raises(DataError, match="the graph takes 4 samples at once, the data has 3: give more"):
+        graph_inputs(model.graph, [data[:3]])

@@ -267,6 +267,75 @@ def test_weights_behind_nodes_lose_the_nodes(tmp_path: Path, cast: int) -> None:
     assert np.array_equal(run(result.output, x), run(model, x))
 
 
+def test_functions_of_the_model_itself_stay(tmp_path: Path) -> None:
+    body = [make("Relu", ["a"], ["b"]), make("Neg", ["b"], ["c"])]
+    opsets = [helper.make_opsetid("", 18)]
+    weight = sparse_weight("matmul", (16, 8), "2:4")
+    nodes = [make("MatMul", ["X", "W"], ["h"]), make("Own", ["h"], ["Y"], domain="own")]
+    model = model_of(nodes, {"W": weight}, ["n", 16], rank=2)
+    model.functions.append(helper.make_function("own", "Own", ["a"], ["c"], body, opsets))
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    x = random_input((3, 16))
+    result = exported(model, tmp_path)
+    assert len(result.compressed.layers) == 1
+    assert_allclose(run(result.output, x), -np.maximum(x @ weight, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_an_addend_that_widens_a_product_is_no_bias(tmp_path: Path) -> None:
+    """One column and sixteen constants make sixteen columns."""
+    first, weight = sparse_weight("matmul", (16, 8), "2:4"), sparse_weight("matmul", (8, 1), "2:4")
+    nodes = [
+        make("MatMul", ["X", "V"], ["g"]),
+        make("MatMul", ["g", "W"], ["h"]),
+        make("Add", ["h", "B"], ["Y"]),
+    ]
+    addend = random_input((16,), seed=2)
+    x = random_input((3, 16))
+    compressed = exported(model_of(nodes, {"V": first, "W": weight, "B": addend}, ["n", 16], rank=2), tmp_path).output
+    for opened in (session(compressed), session_on_kernels(compressed, layers="sparse")):
+        assert_allclose(opened.run(None, {"X": x})[0], x @ first @ weight + addend, rtol=1e-4, atol=1e-5)
+
+
+def test_dimensions_that_all_have_one_placeholder_are_not_equal(tmp_path: Path) -> None:
+    """``?`` is what some exporters call every open dimension: such a sum may widen what is added to."""
+    weight = sparse_weight("matmul", (16, 8), "2:4")
+    nodes = [
+        make("MatMul", ["X", "W"], ["h"]),
+        make("ReduceSum", ["X"], ["s"], keepdims=1),
+        make("Expand", ["s", "to"], ["r"]),
+        make("Add", ["h", "r"], ["Y"]),
+    ]
+    model = model_of(nodes, {"W": weight, "to": np.array([5, 1, 8])}, ["n", 3, 16], rank=3)
+    model.graph.value_info.extend(value(name, ["?", "?", 8]) for name in ("h", "r"))
+    x = random_input((1, 3, 16))
+    compressed = exported(model, tmp_path, inputs=[InputSpec("X", (1, 3, 16))]).output
+    expected = x @ weight + np.broadcast_to(x.sum(), (5, 1, 8))
+    for opened in (session(compressed), session_on_kernels(compressed, layers="sparse")):
+        assert_allclose(opened.run(None, {"X": x})[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_without_entries(tmp_path: Path) -> None:
+    weight, none = sparse_weight("matmul", (16, 8), "2:4"), np.zeros((8, 0), np.float32)
+    nodes = [make("MatMul", ["X", "W"], ["h"]), make("MatMul", ["h", "E"], ["e"])]
+    nodes.append(make("Concat", ["h", "e"], ["Y"], axis=1))
+    result = exported(model_of(nodes, {"W": weight, "E": none}, ["n", 16], rank=2), tmp_path)
+    assert [layer.name for layer in result.compressed.layers] == ["W"]
+    x = random_input((2, 16))
+    assert_allclose(run(result.output, x), x @ weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_square_weight_behind_a_transpose_is_the_other_files(tmp_path: Path) -> None:
+    weight = sparse_weight("linear", (16, 16), "2:4")
+    nodes = [make("Transpose", ["W"], ["t"], perm=[1, 0]), make("MatMul", ["X", "t"], ["Y"])]
+    model = model_of(nodes, {"W": weight}, ["n", 16], rank=2)
+    output = exported(model, tmp_path).output
+    assert not verify(output, tmp_path / "source.onnx").failed
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(weight.T), "W"))
+    onnx.save(model, tmp_path / "turned.onnx")
+    told = {check.what: check.holds for check in verify(output, tmp_path / "turned.onnx").checks}
+    assert told["W"] is False
+
+
 def test_bodies_of_if(tmp_path: Path) -> None:
     weights = [sparse_weight("matmul", (8, 64), "2:4", seed=seed) for seed in range(2)]
     model = if_model(branch("then", "W", {}), branch("else", "own", {"own": weights[1]}), {"W": weights[0]})

@@ -8,7 +8,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from onnx_models import conv_net, model_of, random_input, value
 
 from nmconvert.matrix import Kind
-from nmconvert.onnx_graph import opset, tensor_infos, used_names
+from nmconvert.onnx_graph import graphs, opset, tensor_infos, used_names
 from nmconvert.tensor import TensorInfo
 
 make = helper.make_node
@@ -164,6 +164,21 @@ def test_one_name_for_two_constants() -> None:
     """Branches of an If may use the same name for different tensors; which one is meant cannot be said by name."""
     model = if_model(branch("then", "w", {"w": W}), branch("else", "w", {"w": W * 2}), {})
     assert info(model, "w").reason == "its name is not unique in the model"
+
+
+def test_what_a_body_names_hides_what_is_around_it() -> None:
+    """Its inputs and values are not the constants that have the same names outside."""
+    for hiding in ("input", "value"):
+        inner = make("MatMul", ["s", "W"], ["r"])
+        first = [] if hiding == "input" else [make("Relu", ["s"], ["W"])]
+        inputs = [value("W" if hiding == "input" else "s", [8, 8])]
+        body = helper.make_graph([*first, inner], "body", inputs, [value("r", [8, 8])])
+        node = make("Scan", ["X"], ["Y"], body=body, num_scan_inputs=1)
+        model = model_of([node], {"W": np.ones((8, 8), np.float32)}, [4, 8, 8])
+        (_, outer), (_, scope) = graphs(model)
+        assert "W" in outer.tensors
+        assert "W" not in scope.tensors
+        assert scope.trace("W") is None
 
 
 def test_loop_body() -> None:

@@ -193,6 +193,16 @@ MODELS: dict[str, dict[str, tuple[tuple[int, ...], str | None]]] = {
         "head_dist.weight": ((1000, 192), "the output layer"),
         "blocks.0.mlp.fc2.weight": ((192, 768), None),
     },
+    "torchvision squeezenet": {
+        "features.0.weight": ((64, 3, 3, 3), "the first layer"),
+        "features.12.expand1x1.weight": ((256, 64, 1, 1), None),
+        "classifier.1.weight": ((1000, 512, 1, 1), "the output layer"),
+    },
+    "torchvision retinanet": {
+        "head.classification_head.conv.0.0.weight": ((256, 256, 3, 3), None),
+        "head.classification_head.cls_logits.weight": ((819, 256, 3, 3), "the output layer"),
+        "head.regression_head.bbox_reg.weight": ((36, 256, 3, 3), "the output layer"),
+    },
     "torchvision efficientnet": {
         "features.1.0.block.1.fc1.weight": ((8, 32, 1, 1), None),
         "features.1.0.block.1.fc2.weight": ((96, 4, 1, 1), "too few to gain from: 4 input channels"),

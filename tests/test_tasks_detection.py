@@ -348,21 +348,27 @@ class Part(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "model",
+    ("model", "first"),
     [
-        Part(roi_heads=Part(box_predictor=Part(cls_score=nn.Linear(8, 4)))),
-        Part(head=Part(classification_head=Part(num_classes=4))),
-        Part(head=Part(classification_head=Part(num_columns=4))),
-        Part(config=Part(num_labels=4)),
+        (Part(roi_heads=Part(box_predictor=Part(cls_score=nn.Linear(8, 4)))), 1),
+        (Part(head=Part(classification_head=Part(num_classes=4))), 0),
+        (Part(head=Part(classification_head=Part(num_columns=4))), 1),
+        (Part(config=Part(num_labels=4)), 0),
     ],
     ids=["R-CNN", "RetinaNet and FCOS", "SSD", "Hugging Face"],
 )
-def test_how_many_labels_detectors_have(coco, model):
-    """Where torchvision's say it: a label beyond that is an IndexError on a CPU, and on a GPU the end of the process."""
-    task = Detection(label_offset=5)
-    batch = task.collate([*task.dataset(str(coco), split="train", augment=False)])
-    with pytest.raises(DataError, match="label 8 is out of range: the model has 4 classes, 0 to 3; --task-arg label_offset=N"):
-        task.loss(model, batch)
+def test_which_labels_detectors_have(coco, model, first):
+    """Where torchvision's say it: one too high ends a process on a GPU, and 0 may be the background's."""
+
+    def loss(offset):
+        task = Detection(label_offset=offset)
+        task.loss(model, task.collate([*task.dataset(str(coco), split="train", augment=False)]))
+
+    with pytest.raises(DataError, match=f"label 8 is out of range: the model has 4 classes, {first} to 3.*label_offset=N"):
+        loss(5)
+    if first:
+        with pytest.raises(DataError, match=r"label 0 is out of range: .* 1 to 3, 0 being the background; --task-arg"):
+            loss(-1)
 
 
 @pytest.mark.parametrize("output", [torch.zeros(2, 10), {"logits": torch.zeros(2, 5)}, [torch.zeros(3)]])

@@ -214,15 +214,15 @@ def graph_inputs(graph: GraphProto, batches: Sequence[Batch]) -> list[Batch]:
     """
     types = input_types(graph)
     shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in graph.input}
-    inputs: list[Batch] = []
+    found: list[list[Tensor]] = []
     for batch in batches:
         call = as_call(batch)
         given = dict(zip(types, call.args, strict=False)) | call.kwargs
         if missing := [name for name in types if name not in given]:
             raise DataError(f"the graph has an input '{missing[0]}', which the calibration data does not give")
-        values = [_typed(name, given[name], types[name], shapes[name]) for name in types]
-        inputs += [part[0] if len(part) == 1 else part for part in _cut(values, [shapes[name] for name in types])]
-    return inputs
+        found.append([_typed(name, given[name], types[name], shapes[name]) for name in types])
+    parts = _cut(found, [shapes[name] for name in types])
+    return [part[0] if len(part) == 1 else part for part in parts]
 
 
 def _typed(name: str, value: Any, dtype: Any, shape: Sequence[int]) -> Tensor:
@@ -241,15 +241,24 @@ def _typed(name: str, value: Any, dtype: Any, shape: Sequence[int]) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
-def _cut(values: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[tuple[Tensor, ...]]:
-    """One batch in pieces of as many samples as the graph takes."""
+def _cut(batches: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[int]]) -> list[tuple[Tensor, ...]]:
+    """Batches of as many samples as the graph takes; what is left of a batch goes to the next where their sizes are equal.
+
+    Raises:
+        DataError: there are too few samples for one.
+    """
     fixed = next((shape[0] for shape in shapes if shape and shape[0]), None)
-    if not fixed or not values[0].dim() or len(values[0]) == fixed:
-        return [tuple(values)]
-    if len(values[0]) < fixed:
-        raise DataError(f"the graph takes {fixed} samples at once, a batch holds {len(values[0])}: --batch-size {fixed}")
-    whole = len(values[0]) // fixed * fixed
-    return list(zip(*(value[:whole].split(fixed) for value in values), strict=True))
+    if not fixed or not batches or not batches[0][0].dim():
+        return [tuple(values) for values in batches]
+    if len({tuple(value.shape[1:] for value in values) for values in batches}) == 1:
+        batches = [[torch.cat(parts) for parts in zip(*batches, strict=True)]]
+    cut = []
+    for values in batches:
+        whole = len(values[0]) // fixed * fixed
+        cut += list(zip(*(value[:whole].split(fixed) for value in values), strict=True)) if whole else []
+    if not cut:
+        raise DataError(f"the graph takes {fixed} samples at once, the data has {len(batches[0][0])}: give more")
+    return cut
 
 
 def input_types(graph: GraphProto) -> dict[str, Any]:

@@ -166,7 +166,11 @@ class _Reader:
         self.outputs = list(outputs)
         self.places: dict[str, Place] = {}
         self.runtime = Runtime(model)
-        self.uses = {id(use.node): use for use in weight_uses(model.graph, scope) if self._is_layer(use)}
+        uses = [use for use in weight_uses(model.graph, scope) if self._is_layer(use)]
+        layouts: dict[str, set[Any]] = {}
+        for use in uses:
+            layouts.setdefault(use.source.name, set()).add((use.kind, use.groups, use.source.transposed))
+        self.uses = {id(use.node): use for use in uses if len(layouts[use.source.name]) == 1}  # of two it is no layer's
         self.counts = Counter(name for node in model.graph.node for name in reads(node))
         self.counts.update(self.outputs)
         self._shared: dict[str, nn.Parameter] = {}

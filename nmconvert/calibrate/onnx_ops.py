@@ -42,7 +42,7 @@ class Runtime:
         try:
             if key not in self._sessions:
                 self._sessions[key] = self._session(node, feeds)
-            return [torch.from_numpy(np.asarray(array)) for array in self._sessions[key].run(outputs, feeds)]
+            return [_single(torch.from_numpy(np.asarray(array))) for array in self._sessions[key].run(outputs, feeds)]
         except Exception as error:  # onnxruntime's classes share no base but this one
             reason = " ".join(str(error).split())[:200]
             raise ModelError(
@@ -58,6 +58,11 @@ class Runtime:
         return session(
             helper.make_model(graph, opset_imports=self._opsets, ir_version=self._version, functions=self._functions)
         )
+
+
+def _single(tensor: Tensor) -> Tensor:
+    """Half precision as float32."""
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
 def session(model: ModelProto) -> Any:
@@ -130,6 +135,10 @@ class Operator:
         try:
             outputs = OPERATORS[self.node.op_type](self.node, inputs)
         except (_NoMatch, NotImplementedError):  # the other is torch's own, of types that it does not compute
+            return None
+        except Exception:  # an older or rarer form of an operator, of which onnxruntime knows
+            if self.native:
+                raise
             return None
         return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
 
@@ -254,6 +263,9 @@ def _pad(node: NodeProto, x: Inputs) -> Tensor:
 
 def _clip(node: NodeProto, x: Inputs) -> Tensor:
     low, high = (*x[1:], None, None)[:2]
+    low, high = (attribute(node, name, given) for name, given in (("min", low), ("max", high)))  # attributes up to opset 10
+    if low is None and high is None:
+        raise _NoMatch
     result: Tensor = x[0].clamp(None if low is None else float(low), None if high is None else float(high))
     return result
 

@@ -39,7 +39,8 @@ def command(
     model = model or folder_itself(checkpoint)
     if calib is None or (model is None and not is_onnx(checkpoint)):
         raise UsageError(
-            "sensitivities are measured on inputs: give --model and --calib (an ONNX file or a Hugging Face folder --calib alone)"
+            "sensitivities are measured on inputs: give --model and --calib "
+            "(an ONNX file or a Hugging Face folder needs --calib alone)"
         )
     from nmconvert.calibrate.stage import sensitivities
     from nmconvert.evaluate import load_model

@@ -91,10 +91,16 @@ def run(session: onnxruntime.InferenceSession, feed: Arrays) -> list[npt.NDArray
         ExportError: it fails, as a graph does whose folding failed at load.
     """
     try:
-        outputs: list[npt.NDArray[Any]] = session.run(None, dict(feed))
-        return outputs
+        return [_array(output) for output in session.run(None, dict(feed))]
     except Exception as error:  # as above
         raise ExportError(f"onnxruntime fails on {', '.join(feed)}: {first_line(error)}") from error
+
+
+def _array(output: Any) -> npt.NDArray[Any]:
+    """An output as an array: of maps, such as a classifier's chances by label, their values in the order of their keys."""
+    if isinstance(output, list) and output and isinstance(output[0], Mapping):
+        output = [[row[key] for key in sorted(row, key=str)] for row in output]
+    return np.asarray(output)
 
 
 def compare(found: npt.NDArray[Any], expected: npt.NDArray[Any], stored: str | None = None) -> Difference:
@@ -106,6 +112,8 @@ def compare(found: npt.NDArray[Any], expected: npt.NDArray[Any], stored: str | N
     if found.shape != expected.shape:
         raise ExportError(f"an output has shape {list(found.shape)}, expected {list(expected.shape)}")
     tolerance = max([_ROUNDED.get(stored or "", 0.0), *(_TOLERANCE.get(array.dtype.name, 0.0) for array in (found, expected))])
+    if expected.dtype.kind not in "biuf":  # texts
+        return Difference(0.0 if np.array_equal(found, expected) else float("inf"), 1.0, tolerance)
     if not expected.size:
         return Difference(0.0, 0.0, tolerance)
     wide = [array.astype(np.float64) for array in (found, expected)]

@@ -104,7 +104,9 @@ class _Packer:
             packed = self._pack(use, scope)
             if packed is None:
                 continue
-            bias = _bias_after(use.node, graph, scope, self.reads) if use.node.op_type == "MatMul" and use.position else None
+            bias = None
+            if use.node.op_type == "MatMul" and use.position:
+                bias = _bias_after(use.node, use.source.operator_shape[-1], graph, scope, self.reads)
             if bias is not None:  # in the place of the Add, where the bias is known to be there
                 merged.add(id(use.node))
             calls[id(bias[0] if bias else use.node)] = self._call(use, *packed, bias=bias)
@@ -125,6 +127,9 @@ class _Packer:
             self.result.dense[source.name] = reason
             return None
         weight = numpy_helper.to_array(tensor)
+        if not weight.size:
+            self.result.dense[source.name] = "has no entries"
+            return None
         weight = weight if source.transposed is None else weight.transpose(source.transposed)
         for pattern, axis in self.patterns:
             view = MatrixView.of(use.kind, weight.shape, axis, use.groups)
@@ -206,8 +211,10 @@ class _Packer:
         )
 
 
-def _bias_after(node: NodeProto, graph: GraphProto, scope: Constants, reads: Mapping[str, int]) -> tuple[NodeProto, str] | None:
-    """The Add that follows a MatMul and nothing else reads, and its constant one-dimensional other operand."""
+def _bias_after(
+    node: NodeProto, width: int, graph: GraphProto, scope: Constants, reads: Mapping[str, int]
+) -> tuple[NodeProto, str] | None:
+    """The Add that follows a MatMul and nothing else reads, and its other operand: constants for ``width`` columns, or one."""
     if reads.get(node.output[0]) != 1:
         return None
     for user in graph.node:
@@ -216,5 +223,5 @@ def _bias_after(node: NodeProto, graph: GraphProto, scope: Constants, reads: Map
                 return None
             other = user.input[1] if user.input[0] == node.output[0] else user.input[0]
             constant = scope.trace(other)
-            return (user, other) if constant is not None and len(constant.shape) == 1 else None
+            return (user, other) if constant is not None and constant.shape in ((1,), (width,)) else None
     return None

@@ -46,5 +46,5 @@ def sparse_layers(model: ModelProto, patterns: Iterable[tuple[Pattern, Axis]]) -
 def _weights(model: ModelProto) -> Iterator[tuple[TensorInfo, Array]]:
     tensors = dict(named_tensors(model))
     for info in tensor_infos(model):
-        if info.kind is not None and info.reason is None:
+        if info.kind is not None and info.reason is None and 0 not in info.shape:
             yield info, numpy_helper.to_array(tensors[info.name])

@@ -30,9 +30,18 @@ def fuse(model: ModelProto) -> int:
     fused = before - sum(len(graph.node) for graph, _ in graphs(model))
     remove_unused_constants(model)
     used = {node.op_type for graph, _ in graphs(model) for node in graph.node if node.domain == DOMAIN}
+    others = [function for function in model.functions if function.domain != DOMAIN]
     del model.functions[:]
-    model.functions.extend(function_proto(name, opset(model)) for name in sorted(used))
+    model.functions.extend([*others, *(function_proto(name, opset(model)) for name in sorted(used))])
     return fused
+
+
+_UNKNOWN = ("?", "*", "none", "null", "unk", "unknown", "dynamic")
+
+
+def _size(name: str) -> str:
+    """The name of an open dimension; nothing for what some exporters call every one of them."""
+    return "" if name.lower() in _UNKNOWN else name
 
 
 class _Fuser:
@@ -41,7 +50,7 @@ class _Fuser:
         self.scope = scope
         self.reads = reads
         self.shapes = {
-            value.name: [dim.dim_value or dim.dim_param for dim in value.type.tensor_type.shape.dim]
+            value.name: [dim.dim_value or _size(dim.dim_param) for dim in value.type.tensor_type.shape.dim]
             for value in [*graph.value_info, *graph.input, *graph.output]
             if value.type.tensor_type.HasField("shape")
         }

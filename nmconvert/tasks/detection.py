@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, ClassVar
 
 import numpy as np
@@ -237,24 +237,26 @@ _COUNTS = (  # ours, Hugging Face's, and torchvision's R-CNNs, RetinaNet and FCO
     "head.classification_head.num_classes",
     "head.classification_head.num_columns",
 )
+_WITH_BACKGROUND = _COUNTS[2], _COUNTS[4]  # R-CNNs and SSDs keep label 0 for what is none
 
 
 def _check_labels(model: Any, targets: Sequence[Target]) -> None:
-    classes = _class_count(unwrapped(model))
-    labels = [int(label) for t in targets for label in t["labels"]]
-    lowest, highest = min(labels, default=0), max(labels, default=0)
-    if lowest < 0 or (classes is not None and highest >= classes):
-        known = "" if classes is None else f": the model has {classes} classes, 0 to {classes - 1}"
+    model = unwrapped(model)
+    classes, labels = _class_count(model), [int(label) for t in targets for label in t["labels"]]
+    first = int(any(_found(model, place) is not None for place in _WITH_BACKGROUND))
+    lowest, highest = min(labels, default=first), max(labels, default=first)
+    if lowest < first or (classes is not None and highest >= classes):
+        known = "" if classes is None else f": the model has {classes} classes, {first} to {classes - 1}"
+        background = ", 0 being the background" if first else ""
         remedy = "; --task-arg label_offset=N is added to the data's category ids"
-        raise DataError(f"label {lowest if lowest < 0 else highest} is out of range{known}{remedy}")
+        raise DataError(f"label {lowest if lowest < first else highest} is out of range{known}{background}{remedy}")
 
 
 def _class_count(model: Any) -> int | None:
     """How many labels a model tells apart, where it or a part of it says so."""
-    for place in _COUNTS:
-        count = model
-        for part in place.split("."):
-            count = getattr(count, part, None)
-        if isinstance(count, int):
-            return count
-    return None
+    return next((count for place in _COUNTS if isinstance(count := _found(model, place), int)), None)
+
+
+def _found(model: Any, place: str) -> Any:
+    """The attribute of an attribute … of ``model``, None where there is none."""
+    return reduce(lambda part, name: getattr(part, name, None), place.split("."), model)
