@@ -35,8 +35,6 @@ _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")  # Hugging Face 
 _TRANSPOSED = re.compile(
     r"deconv|upconv|conv_?transpose|convtranspose|transposed?_conv|(^|[._])up(_?sample)?\d*([._](?!proj)|$)"
 )
-
-
 _WIDE = 16  # places of a kernel: a convolution in one dimension rarely has as many
 
 
@@ -59,28 +57,24 @@ def output_layers(tensors: Sequence[tuple[str, Sequence[int]]]) -> frozenset[str
     first part says so; where no matrix is one, a 1×1 convolution may be. Embeddings and recurrent layers are none, wherever
     they stand. What detectors call theirs are outputs, too.
     """
-    found = [name for name, shape in tensors if len(shape) == 2 and not (is_embedding(name) or _RECURRENT.search(name))]
-    matrices = [(name, _own_parts(name, tensors)) for name in found]
-    answers = {
-        name for name, shape in tensors if len(shape) > 1 and _ANSWERS.match(name.lower().rpartition(".")[0].rpartition(".")[2])
-    }
-    if matrices:
-        last, parts = matrices[-1]
-        if not (_OUTPUT.match(parts[0]) or _OUTPUT.match(".".join(parts[-2:-1]))) or _HIDDEN.search(last):
-            named = (name for name, parts in reversed(matrices) if _OUTPUT.match(parts[0]) and not _HIDDEN.search(name))
-            last = next(named, "")
-        answers.add(last)
-    if not answers - {""}:
-        places = [name for name, shape in tensors if len(shape) == 4 and max(shape[2:]) == 1]
-        answers.update([name for name in places if _OUTPUT.match(_own_parts(name, tensors)[0])][-1:])
-    return frozenset(answers - {""})
+    parts = _own_parts([name for name, _ in tensors])
+    matrices = [name for name, shape in tensors if len(shape) == 2 and not (is_embedding(name) or _RECURRENT.search(name))]
+    places = [name for name, shape in tensors if len(shape) == 4 and max(shape[2:]) == 1]
+    answers = [name for name, shape in tensors if len(shape) > 1 and _ANSWERS.match(".".join(parts[name][-2:-1]))]
+    named = [name for name in matrices if _OUTPUT.match(parts[name][0])]
+    last = [name for name in matrices[-1:] if name in named or _OUTPUT.match(".".join(parts[name][-2:-1]))] or named[-1:]
+    if last and _HIDDEN.search(last[0]):
+        last = [name for name in named if not _HIDDEN.search(name)][-1:] or last
+    if not (answers or last):
+        last = [name for name in places if _OUTPUT.match(parts[name][0])][-1:]
+    return frozenset([*answers, *last])
 
 
-def _own_parts(name: str, tensors: Sequence[tuple[str, Sequence[int]]]) -> list[str]:
-    """The parts of a name in lower case, without the first one where all tensors have the same (``module``, ``model``)."""
-    first = name.partition(".")[0]
-    parts = name.lower().split(".")
-    return parts[1:] if len(parts) > 2 and all(other.startswith(f"{first}.") for other, _ in tensors) else parts
+def _own_parts(names: Sequence[str]) -> dict[str, list[str]]:
+    """The parts of each name in lower case, without the first one where all have the same (``module``, ``model``)."""
+    shared = len({name.partition(".")[0] for name in names}) == 1
+    parts = {name: name.lower().split(".") for name in names}
+    return {name: own[1:] if shared and len(own) > 2 else own for name, own in parts.items()}
 
 
 def unready(names: Iterable[str]) -> str | None:

@@ -5,6 +5,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from nmconvert.calibrate.distance import Said
@@ -13,6 +14,9 @@ from nmconvert.calibrate.moments import Moments
 from nmconvert.calibrate.onnx_driver import check, compared, graph_inputs, prune_onnx
 from nmconvert.calibrate.onnx_module import GraphModule
 from nmconvert.calibrate.onnx_ops import window_pads
+from nmconvert.cli import group
+from nmconvert.cli.calibration import calibration_batches
+from nmconvert.detect import satisfies
 from nmconvert.errors import DataError, ModelError, WeightError
 from nmconvert.onnx_graph import tensor_infos
 from nmconvert.pattern import Pattern
@@ -537,3 +541,34 @@ def test_a_fixed_batch_takes_what_the_batches_of_the_data_leave():
     assert torch.equal(torch.cat(cut), data[:8])
     with pytest.raises(DataError, match="the graph takes 4 samples at once, the data has 3: give more"):
         graph_inputs(model.graph, [data[:3]])
+
+
+def test_arrays_by_the_names_of_the_inputs(tmp_path):
+    """Of any number and type: a bare graph needs no task to be calibrated."""
+    node = helper.make_node
+    nodes = [
+        node("Gather", ["table", "ids"], ["e"]),
+        node("Mul", ["e", "mask"], ["m"]),
+        node("MatMul", ["m", "w1"], ["y"]),
+    ]
+    model = graph_of(nodes, {"table": (20, 16), "w1": (16, 8)}, inputs=("mask",))
+    model.graph.input.insert(0, helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", 5]))
+    onnx.save(model, tmp_path / "a.onnx")
+    rng = np.random.default_rng(0)
+    arrays = {"ids": rng.integers(0, 20, (24, 5)), "mask": rng.integers(0, 2, (24, 5, 1)).astype(np.float32)}
+    np.savez(tmp_path / "inputs.npz", **arrays, unused=np.zeros(3))
+    given = (str(tmp_path / "inputs.npz"), "classification", {}, 20, 8, 0, tmp_path / "a.onnx", None, lambda: None)
+    batches = calibration_batches(*given)
+    assert [{name: list(value.shape) for name, value in batch.items()} for batch in batches] == [
+        {"ids": [n, 5], "mask": [n, 5, 1]} for n in (8, 8, 4)
+    ]
+    rows = {tuple(row) for row in arrays["ids"]}
+    assert all(tuple(row) in rows for batch in batches for row in batch["ids"].tolist())
+    asked = ["prune", tmp_path / "a.onnx", "--nm", "2:4", "--include", "w1", "--calib", tmp_path / "inputs.npz", "--quiet"]
+    result = CliRunner().invoke(group, [str(word) for word in asked], standalone_mode=False)
+    assert result.exception is None, result.exception
+    pruned = numpy_helper.to_array(onnx.load(tmp_path / "a.nm2-4.onnx").graph.initializer[1])
+    assert satisfies(pruned.T, NM)
+    np.savez(tmp_path / "inputs.npz", ids=arrays["ids"], mask=arrays["mask"][:7])
+    with pytest.raises(DataError, match=r"its arrays hold 2 numbers of samples: ids \[24, 5\], mask \[7, 5, 1\]"):
+        calibration_batches(*given)

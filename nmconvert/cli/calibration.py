@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from zipfile import BadZipFile
 
 import click
 
@@ -14,7 +15,7 @@ from nmconvert.cli.common import TASKS, key_values, printable
 from nmconvert.errors import DataError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from nmconvert.calibrate.replay import Batch
 
@@ -34,7 +35,9 @@ def calibration_options(function: F) -> F:
                      help="A setting of the task, such as size=224; may be repeated."),
         click.option("--task", type=click.Choice(TASKS), default="classification", show_default=True,
                      help="Whose formats DATA is read in."),
-        click.option("--calib", metavar="DATA", help="Calibrate on these samples (labels are not looked at)."),
+        click.option("--calib", metavar="DATA",
+                     help="Calibrate on these samples (labels are not looked at); for an ONNX file also an .npz with an array "
+                     "for each of its inputs, a sample a row."),
     ):  # fmt: skip
         function = option(function)
     return function
@@ -53,26 +56,57 @@ def calibration_batches(
 ) -> list[Batch]:
     """What ``model`` takes of ``samples`` random training samples of ``calib``, in batches; eight, where all would be in one.
 
-    ``folder`` may have the model's tokenizer; ``dense()`` is the model with its weights, which answers where it reads answers
-    and the data has none. Without a model it is a graph's inputs.
+    ``folder`` may have the model's tokenizer; without a model it is an ONNX file, and ``calib`` may be arrays named like its
+    inputs. ``dense()`` is the model with its weights, which answers where it reads answers and the data has none.
     """
-    import torch
-
     from nmconvert.tasks import build_task, calibration_inputs
 
+    if model is None and (arrays := _arrays_of_inputs(Path(calib), folder)):
+        count = len(next(iter(arrays.values())))
+        return [
+            {name: array[part] for name, array in arrays.items()} for part in _parts(count, calib, samples, batch_size, seed)
+        ]
     reader = build_task(task, settings, folder=folder)
     dataset = reader.dataset(calib, split="train", augment=False)
-    generator = torch.Generator().manual_seed(seed)
-    if len(dataset) < 2:
-        raise DataError(f"{calib}: calibration needs at least 2 samples, one of them held out; there is {len(dataset)}")
-    order = torch.randperm(len(dataset), generator=generator)[:samples].tolist()
-    if len(order) <= batch_size:
-        batch_size = -(-len(order) // 8)
-    batches = []
-    for low in range(0, len(order), batch_size):
-        batch = reader.collate([dataset[i] for i in order[low : low + batch_size]])
-        batches.append(calibration_inputs(reader, batch, model, dense))
-    return batches
+    parts = _parts(len(dataset), calib, samples, batch_size, seed)
+    return [calibration_inputs(reader, reader.collate([dataset[i] for i in part.tolist()]), model, dense) for part in parts]
+
+
+def _parts(count: int, calib: str, samples: int, batch_size: int, seed: int) -> Sequence[Tensor]:
+    """Which of ``count`` samples each batch holds."""
+    import torch
+
+    if count < 2:
+        raise DataError(f"{calib}: calibration needs at least 2 samples, one of them held out; there is {count}")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
+    parts: Sequence[Tensor] = order.split(batch_size if len(order) > batch_size else -(-len(order) // 8))
+    return parts
+
+
+def _arrays_of_inputs(calib: Path, checkpoint: Path) -> dict[str, Tensor]:
+    """The arrays of an ``.npz`` file that has one, a sample a row, for each input of an ONNX file; none where it has not.
+
+    Raises:
+        DataError: they differ in their number of samples.
+    """
+    from nmconvert.checkpoint import is_onnx
+
+    if calib.suffix != ".npz" or not calib.is_file() or not is_onnx(checkpoint):
+        return {}
+    import numpy as np
+    import onnx
+    import torch
+
+    graph = onnx.load(checkpoint, load_external_data=False).graph
+    names = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
+    with suppress(OSError, ValueError, BadZipFile), np.load(calib) as file:
+        if names <= set(file.files):
+            arrays = {name: torch.from_numpy(file[name]) for name in names}
+            if len(counts := {array.shape[:1] for array in arrays.values()}) > 1:
+                told = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(arrays.items()))
+                raise DataError(f"{calib}: its arrays hold {len(counts)} numbers of samples: {told}")
+            return arrays
+    return {}
 
 
 def folder_itself(checkpoint: Path) -> str | None:
