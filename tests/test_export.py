@@ -106,6 +106,18 @@ def test_kept_weights_rounded_to_half_the_bytes(tmp_path: Path, values: str, ele
         assert_allclose(session_on_kernels(result.output).run(None, {"X": x})[0], run(result.output, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("values", ["float16", "int8"])
+def test_weights_in_constant_nodes_are_rounded_too(tmp_path: Path, values: str) -> None:
+    """Where PaddlePaddle's exporter keeps all of them."""
+    model = conv_net()
+    for tensor in list(model.graph.initializer):
+        model.graph.node.insert(0, make("Constant", [], [tensor.name], value=tensor))
+        model.graph.initializer.remove(tensor)
+    result = exported(model, tmp_path, values=values)
+    assert "3 weights rounded" in result.notes[-1]
+    assert result.output.stat().st_size < exported(model, tmp_path).output.stat().st_size
+
+
 @pytest.mark.parametrize("flavour", ["compressed", "inlined"])
 def test_kept_weights_rounded_to_int8_with_a_scale_for_each_row(tmp_path: Path, flavour: str) -> None:
     model = conv_net()

@@ -79,7 +79,10 @@ def as_module(
     for row in rows:
         place = module.places.get(row.name)
         if place is None or not place.name.startswith("parts.") or ".layers." not in place.name:
-            raise ModelError(f"'{row.name}' is not used in the main graph and cannot be calibrated: exclude it")
+            raise ModelError(
+                f"'{row.name}' is not the weight of one convolution or product of two dimensions in the main graph, which is "
+                f"what can be calibrated: --exclude '{row.name}'"
+            )
         names[row.name] = place.name
     if inputs:
         check(module, model, inputs[0])

@@ -17,6 +17,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from nmconvert.errors import ExportError
 from nmconvert.export.calls import initializer
 from nmconvert.manifest import Layer
+from nmconvert.onnx_graph import constant_tensor
 from nmconvert.packing import dequantize, quantize
 
 STORAGE: dict[str, npt.DTypeLike] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
@@ -35,11 +36,12 @@ def narrow(model: ModelProto) -> None:
 def round_weights(model: ModelProto, layers: Iterable[Layer], storage: str) -> dict[str, float]:
     """Round, in place, the float32 weights ``layers`` to ``storage``, a key of :data:`STORAGE`, to nearest even.
 
-    Returns, for each that was rounded, the relative error of its norm. Weights in Constant nodes stay as they are.
+    Returns, for each that was rounded, the relative error of its norm. Weights in the bodies of If, Loop and Scan stay.
 
     Raises:
         ExportError: a value is too large for it.
     """
+    _lift_constants(model)
     errors = {}
     known = {layer.name: layer for layer in layers}
     for tensor in [tensor for tensor in _floats(model) if tensor.name in known]:
@@ -58,6 +60,15 @@ def round_weights(model: ModelProto, layers: Iterable[Layer], storage: str) -> d
             _store(model, tensor, short, storage)
         errors[name] = float(np.linalg.norm(rounded - wide)) / max(float(np.linalg.norm(wide)), 1e-30)
     return errors
+
+
+def _lift_constants(model: ModelProto) -> None:
+    """Make initialisers of the tensors in Constant nodes, where some exporters keep all weights."""
+    for node in [node for node in model.graph.node if constant_tensor(node) is not None]:
+        tensor = model.graph.initializer.add()
+        tensor.CopyFrom(constant_tensor(node))
+        tensor.name = node.output[0]
+        model.graph.node.remove(node)
 
 
 def _floats(model: ModelProto) -> list[TensorProto]:
