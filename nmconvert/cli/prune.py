@@ -79,7 +79,7 @@ def command(
         option, less = ("--permute", "neither") if budget is None else ("--budget", "--calib alone")
         raise UsageError(
             f"{option} runs the model on its inputs: give --model and --calib "
-            f"(an ONNX file needs {less}, a Hugging Face folder --calib alone)"
+            f"(an ONNX file needs {less}, a Hugging Face folder no --model)"
         )
     if calib is None and criterion not in (None, "magnitude"):
         raise UsageError(f"--criterion {criterion} looks at the inputs of the layers: give --calib DATA")
