@@ -386,5 +386,5 @@ def test_what_a_file_lacks_for_a_budget_is_said(bare):
                 invoke("prune", "other.onnx", "--nm", "2:4", *bare)
     model.graph.input[0].CopyFrom(onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [64, 3, 12, 12]))
     onnx.save(model, "other.onnx")
-    with pytest.raises(DataError, match="takes 64 samples at once, a batch holds 8: --batch-size 64"):
+    with pytest.raises(DataError, match="takes 64 samples at once, the data has 32: give more"):
         invoke("sensitivity", "other.onnx", *bare)
