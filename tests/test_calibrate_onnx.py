@@ -14,7 +14,7 @@ from nmconvert.calibrate.moments import Moments
 from nmconvert.calibrate.onnx_driver import check, compared, graph_inputs, prune_onnx
 from nmconvert.calibrate.onnx_module import GraphModule
 from nmconvert.calibrate.onnx_ops import window_pads
-from nmconvert.cli import group
+from nmconvert.cli import calibration, group
 from nmconvert.cli.calibration import calibration_batches
 from nmconvert.detect import satisfies
 from nmconvert.errors import DataError, ModelError, WeightError
@@ -572,3 +572,19 @@ def test_arrays_by_the_names_of_the_inputs(tmp_path):
     np.savez(tmp_path / "inputs.npz", ids=arrays["ids"], mask=arrays["mask"][:7])
     with pytest.raises(DataError, match=r"its arrays hold 2 numbers of samples: ids \[24, 5\], mask \[7, 5, 1\]"):
         calibration_batches(*given)
+
+
+def test_a_log_gets_a_line_of_progress_in_half_a_minute(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(calibration, "monotonic", lambda: now[0])
+    tell, silent = calibration.teller(False), calibration.teller(True)
+    for number in range(7):
+        now[0] += 10
+        tell(f"layer {number}")
+        silent("nothing")
+    assert capsys.readouterr().err == "layer 2\nlayer 5\n"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    tell = calibration.teller(False)
+    for number in range(2):
+        tell(f"layer {number}")
+    assert capsys.readouterr().err == "layer 0\nlayer 1\n"

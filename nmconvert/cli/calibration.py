@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 from zipfile import BadZipFile
 
@@ -23,6 +24,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "exact", "admm", "auto")
 """`nmconvert.solvers.sparsegpt.METHODS`, without the import of torch that it costs."""
+
+_SECONDS = 30.0  # between lines of progress in a log
 
 
 def calibration_options(function: F) -> F:
@@ -124,7 +127,13 @@ def calibration_data_named(model: nn.Module | None) -> AbstractContextManager[No
 
 
 def teller(quiet: bool) -> Callable[[str], None]:
-    """Where the line of progress of each layer goes: to a terminal's stderr, or nowhere."""
-    if quiet or not sys.stderr.isatty():
-        return lambda line: None
-    return lambda line: click.echo(printable(line), err=True)
+    """Where the line of progress of each layer goes: to stderr; one in half a minute, where that is no terminal; or nowhere."""
+    pause, told = 0.0 if sys.stderr.isatty() else _SECONDS, monotonic()
+
+    def tell(line: str) -> None:
+        nonlocal told
+        if not quiet and monotonic() - told >= pause:
+            click.echo(printable(line), err=True)
+            told = monotonic()
+
+    return tell
