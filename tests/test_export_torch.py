@@ -253,7 +253,7 @@ def choosing() -> nn.Module:
 def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = saved(choosing(), tmp_path)
     with pytest.raises(ExportError, match=r"data-dependent.*export a module that returns as many each time"):
-        export(checkpoint, model=SPEC.format("choosing"), inputs=[InputSpec("x", (1, 16))], dynamic={})
+        export(checkpoint, model=SPEC.format("choosing"), inputs=[InputSpec("x", (1, 16))])
     assert capsys.readouterr() == ("", "")
 
 

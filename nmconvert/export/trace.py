@@ -53,8 +53,8 @@ def trace(module: nn.Module, specs: Sequence[InputSpec], dynamic: Mapping[int, s
     notes: tuple[str, ...] = ()
     try:
         model = _export(module, arguments, dynamic)
-    except ExportError:
-        if not dynamic:
+    except ExportError as error:
+        if not dynamic or str(error).endswith(_UNBACKED):  # what depends on values depends on them in any shape
             raise
         arguments = _arguments(module, specs, dtype, {})
         outputs = _outputs(module, arguments)
