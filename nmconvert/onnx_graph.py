@@ -67,6 +67,11 @@ class WeightUse:
     kind: Kind
     groups: int = 1
 
+    @property
+    def layout(self) -> tuple[Kind, int, tuple[int, ...] | None]:
+        """How the weight is read: uses of one weight that differ in this have no matrix in common."""
+        return self.kind, self.groups, self.source.transposed
+
 
 @dataclass
 class Constants:
@@ -233,7 +238,7 @@ def _info(name: str, tensor: TensorProto, uses: list[WeightUse], other: str | No
             return info
         return replace(info, reason=f"used by {other}: not a weight" if other else "not used by any operator")
     use = uses[0]
-    layouts = {(u.kind, u.groups, u.source.transposed) for u in uses}
+    layouts = {u.layout for u in uses}
     info = replace(info, kind=use.kind, groups=use.groups, transposed=use.source.transposed, output=name == last)
     obstacle = next((u.source.obstacle for u in uses if u.source.obstacle), None)
     if obstacle:

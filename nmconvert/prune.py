@@ -278,7 +278,7 @@ def _with_kinds(
         elif not is_model(model):
             reason = "the model has no such weight"
         elif solved:
-            reason = "merged with others in the model: pruned without --calib alone"
+            reason = "part of a larger parameter of the model, which is not calibrated; pruned without --calib"
         result.append(replace(info, reason=reason) if reason and len(info.shape) > 1 and info.reason is None else info)
     if not any(info.kind for info in result):
         raise ModelError(f"{checkpoint.path}: none of its tensors is a weight of the model; name the right one with --model")

@@ -588,3 +588,14 @@ def test_a_log_gets_a_line_of_progress_in_half_a_minute(monkeypatch, capsys):
     for number in range(2):
         tell(f"layer {number}")
     assert capsys.readouterr().err == "layer 0\nlayer 1\n"
+
+
+def test_bytes_of_images_are_not_taken_for_the_graphs_input_of_that_name(tmp_path):
+    """A graph's input may be called ``images``, too: what it is given is what the task makes of them."""
+    model = graph_of([helper.make_node("Conv", ["images", "w1"], ["y"])], {"w1": (8, 3, 3, 3)}, inputs=("images",))
+    onnx.save(model, tmp_path / "a.onnx")
+    np.savez(tmp_path / "data.npz", images=np.full((16, 8, 8, 3), 255, np.uint8), labels=np.zeros(16, np.int64))
+    given = (str(tmp_path / "data.npz"), "classification", {"size": "8"}, 8, 4, 0, tmp_path / "a.onnx", None, lambda: None)
+    batch = calibration_batches(*given)[0]
+    assert list(batch.shape) == [4, 3, 8, 8]
+    assert float(batch.max()) < 3  # normalised

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from onnx import ModelProto, NodeProto, TensorProto
 from torch import Tensor
 
@@ -40,8 +39,7 @@ def find_channels(model: ModelProto, feeds: Mapping[str, Tensor]) -> Proof:
         names = [name for name in node.output if name]
         if not all(name in tensors for name in names):
             found = runtime(node, {name: known[name] for name in reads(node) if name in known})
-            results = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in found)
-            known.update(zip(names, results, strict=True))
+            known.update(zip(names, found, strict=True))
             graph.visit(node, known)
         left.subtract(reads(node))
         for name in {*reads(node), *names} - set(tensors):

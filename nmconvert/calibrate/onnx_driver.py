@@ -21,7 +21,7 @@ from nmconvert.calibrate.correct import AGREES, AGREES_IN_HALF, disagreement
 from nmconvert.calibrate.distance import Said
 from nmconvert.calibrate.driver import DEFAULT, Recipe, prune_model
 from nmconvert.calibrate.onnx_module import GraphModule
-from nmconvert.calibrate.onnx_ops import session
+from nmconvert.calibrate.onnx_ops import session, single
 from nmconvert.calibrate.replay import Batch, as_call
 from nmconvert.errors import DataError, ModelError, WeightError
 from nmconvert.onnx_graph import DTYPES, Constants, attribute, weight_uses
@@ -241,7 +241,7 @@ def _typed(name: str, value: Any, dtype: Any, shape: Sequence[int]) -> Tensor:
             f"the graph's input '{name}' is {wanted}, a batch of the data {[*tensor.shape]}: samples come first, "
             "and the rest has to be equal (--task-arg size=…)"
         )
-    return tensor.float() if tensor.dtype == torch.float16 else tensor
+    return single(tensor)
 
 
 def _cut(batches: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[int]]) -> list[tuple[Tensor, ...]]:

@@ -169,7 +169,7 @@ class _Reader:
         uses = [use for use in weight_uses(model.graph, scope) if self._is_layer(use)]
         layouts: dict[str, set[Any]] = {}
         for use in uses:
-            layouts.setdefault(use.source.name, set()).add((use.kind, use.groups, use.source.transposed))
+            layouts.setdefault(use.source.name, set()).add(use.layout)
         self.uses = {id(use.node): use for use in uses if len(layouts[use.source.name]) == 1}  # of two it is no layer's
         self.counts = Counter(name for node in model.graph.node for name in reads(node))
         self.counts.update(self.outputs)

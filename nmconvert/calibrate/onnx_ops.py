@@ -42,7 +42,7 @@ class Runtime:
         try:
             if key not in self._sessions:
                 self._sessions[key] = self._session(node, feeds)
-            return [_single(torch.from_numpy(np.asarray(array))) for array in self._sessions[key].run(outputs, feeds)]
+            return [single(torch.from_numpy(np.asarray(array))) for array in self._sessions[key].run(outputs, feeds)]
         except Exception as error:  # onnxruntime's classes share no base but this one
             reason = " ".join(str(error).split())[:200]
             raise ModelError(
@@ -60,7 +60,7 @@ class Runtime:
         )
 
 
-def _single(tensor: Tensor) -> Tensor:
+def single(tensor: Tensor) -> Tensor:
     """Half precision as float32."""
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 

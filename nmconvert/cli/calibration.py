@@ -87,7 +87,7 @@ def _parts(count: int, calib: str, samples: int, batch_size: int, seed: int) -> 
 
 
 def _arrays_of_inputs(calib: Path, checkpoint: Path) -> dict[str, Tensor]:
-    """The arrays of an ``.npz`` file that has one, a sample a row, for each input of an ONNX file; none where it has not.
+    """The arrays of an ``.npz`` file that has one of its type, a sample a row, for each input of an ONNX file; else none.
 
     Raises:
         DataError: they differ in their number of samples.
@@ -100,16 +100,25 @@ def _arrays_of_inputs(calib: Path, checkpoint: Path) -> dict[str, Tensor]:
     import onnx
     import torch
 
-    graph = onnx.load(checkpoint, load_external_data=False).graph
-    names = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
+    from nmconvert.calibrate.onnx_driver import input_types
+
+    types = input_types(onnx.load(checkpoint, load_external_data=False).graph)
+    wanted = {name: _sort(np.dtype(dtype).kind) for name, dtype in types.items()}
     with suppress(OSError, ValueError, BadZipFile), np.load(calib) as file:
-        if names <= set(file.files):
-            arrays = {name: torch.from_numpy(file[name]) for name in names}
+        if set(wanted) <= set(file.files):
+            arrays = {name: file[name] for name in wanted}
+            if any(_sort(arrays[name].dtype.kind) != sort for name, sort in wanted.items()):
+                return {}  # bytes of images, say, which a task makes numbers of
             if len(counts := {array.shape[:1] for array in arrays.values()}) > 1:
                 told = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(arrays.items()))
                 raise DataError(f"{calib}: its arrays hold {len(counts)} numbers of samples: {told}")
-            return arrays
+            return {name: torch.from_numpy(array) for name, array in arrays.items()}
     return {}
+
+
+def _sort(kind: str) -> str:
+    """NumPy's letter of a type, the same for all integers."""
+    return "i" if kind == "u" else kind
 
 
 def folder_itself(checkpoint: Path) -> str | None:
