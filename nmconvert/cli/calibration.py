@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -46,44 +47,51 @@ def calibration_options(function: F) -> F:
     return function
 
 
-def calibration_batches(
-    calib: str,
-    task: str,
-    settings: dict[str, str],
-    samples: int,
-    batch_size: int,
-    seed: int,
-    folder: Path,
-    model: nn.Module | None,
-    dense: Callable[[], Any],
-) -> list[Batch]:
-    """What ``model`` takes of ``samples`` random training samples of ``calib``, in batches; eight, where all would be in one.
+@dataclass(frozen=True)
+class Samples:
+    """Calibration data and how it is read: what the options say.
 
-    ``folder`` may have the model's tokenizer; without a model it is an ONNX file, and ``calib`` may be arrays named like its
-    inputs. ``dense()`` is the model with its weights, which answers where it reads answers and the data has none.
+    Attributes:
+        data: folder, file, or ``package.module:callable``.
+        task: whose formats it is in.
+        settings: of the task.
+        count: how many random training samples are taken, at most.
+        batch_size: samples at once.
+        seed: decides which, and their order.
     """
-    from nmconvert.tasks import build_task, calibration_inputs
 
-    if model is None and (arrays := _arrays_of_inputs(Path(calib), folder)):
-        count = len(next(iter(arrays.values())))
-        return [
-            {name: array[part] for name, array in arrays.items()} for part in _parts(count, calib, samples, batch_size, seed)
-        ]
-    reader = build_task(task, settings, folder=folder)
-    dataset = reader.dataset(calib, split="train", augment=False)
-    parts = _parts(len(dataset), calib, samples, batch_size, seed)
-    return [calibration_inputs(reader, reader.collate([dataset[i] for i in part.tolist()]), model, dense) for part in parts]
+    data: str
+    task: str
+    settings: Mapping[str, str]
+    count: int
+    batch_size: int
+    seed: int
 
+    def batches(self, folder: Path, model: nn.Module | None, dense: Callable[[], Any]) -> list[Batch]:
+        """What ``model`` takes of them, in batches; eight, where all would be in one.
 
-def _parts(count: int, calib: str, samples: int, batch_size: int, seed: int) -> Sequence[Tensor]:
-    """Which of ``count`` samples each batch holds."""
-    import torch
+        ``folder`` may have the model's tokenizer; without a model it is an ONNX file, and the data may be arrays named like its
+        inputs. ``dense()`` is the model with its weights, which answers where it reads answers and the data has none.
+        """
+        from nmconvert.tasks import build_task, calibration_inputs
 
-    if count < 2:
-        raise DataError(f"{calib}: calibration needs at least 2 samples, one of them held out; there is {count}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
-    parts: Sequence[Tensor] = order.split(batch_size if len(order) > batch_size else -(-len(order) // 8))
-    return parts
+        if model is None and (arrays := _arrays_of_inputs(Path(self.data), folder)):
+            parts = self._parts(len(next(iter(arrays.values()))))
+            return [{name: array[part] for name, array in arrays.items()} for part in parts]
+        reader = build_task(self.task, self.settings, folder=folder)
+        dataset = reader.dataset(self.data, split="train", augment=False)
+        batches = [reader.collate([dataset[i] for i in part.tolist()]) for part in self._parts(len(dataset))]
+        return [calibration_inputs(reader, batch, model, dense) for batch in batches]
+
+    def _parts(self, there: int) -> Sequence[Tensor]:
+        """Which of the samples that are ``there`` each batch holds."""
+        import torch
+
+        if there < 2:
+            raise DataError(f"{self.data}: calibration needs at least 2 samples, one of them held out; there is {there}")
+        order = torch.randperm(there, generator=torch.Generator().manual_seed(self.seed))[: self.count]
+        parts: Sequence[Tensor] = order.split(self.batch_size if len(order) > self.batch_size else -(-len(order) // 8))
+        return parts
 
 
 def _arrays_of_inputs(calib: Path, checkpoint: Path) -> dict[str, Tensor]:

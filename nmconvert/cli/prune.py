@@ -7,14 +7,7 @@ from pathlib import Path
 
 import click
 
-from nmconvert.cli.calibration import (
-    METHODS,
-    calibration_batches,
-    calibration_data_named,
-    calibration_options,
-    folder_itself,
-    teller,
-)
+from nmconvert.cli.calibration import METHODS, Samples, calibration_data_named, calibration_options, folder_itself, teller
 from nmconvert.cli.common import Printer, layer_patterns, model_options, output_options
 from nmconvert.errors import UsageError
 from nmconvert.pattern import AXES, Axis, Pattern
@@ -69,46 +62,28 @@ def command(
     kept; with it, layer after layer is solved against the outputs of the dense model, and the kept weights change, too.
     An ONNX model or a Hugging Face folder needs no --model for any of this.
     """
-    if (nm is None) == (budget is None):
-        raise UsageError("say how much is kept: --nm N:M for all layers, or --budget to choose for each")
-    from nmconvert.checkpoint import is_onnx
-
-    bare = is_onnx(checkpoint)
     builds = model or (folder_itself(checkpoint) if calib else None)
-    if (budget is not None and calib is None) or ((budget is not None or permute) and not bare and not (builds and calib)):
-        option, less = ("--permute", "neither") if budget is None else ("--budget", "--calib alone")
-        raise UsageError(
-            f"{option} runs the model on its inputs: give --model and --calib "
-            f"(an ONNX file needs {less}, a Hugging Face folder no --model)"
-        )
-    if calib is None and criterion not in (None, "magnitude"):
-        raise UsageError(f"--criterion {criterion} looks at the inputs of the layers: give --calib DATA")
+    _check(checkpoint, builds, nm=nm, budget=budget, calib=calib, criterion=criterion, permute=permute)
     pattern = Pattern.parse("2:4" if nm is None else nm)
     from nmconvert import report
     from nmconvert.prune import prune
 
     built = calibration = None
-    if permute and calib is None:
-        from nmconvert.calibrate.driver import Recipe
-        from nmconvert.calibrate.stage import Calibration
-
-        calibration = Calibration((), Recipe(seed=seed), permute=True)
     if builds is not None:
         from nmconvert.model import build
 
         built = build(builds, model_arguments, trust=trust)
-    if calib is not None:
+    if permute or calib is not None:
         from nmconvert.calibrate.budget import Budget
         from nmconvert.calibrate.driver import Recipe
         from nmconvert.calibrate.stage import Calibration
         from nmconvert.evaluate import load_model
         from nmconvert.pace import Pace
 
-        dense = partial(load_model, checkpoint, builds, model_arguments, trust=trust)
         wanted = None if budget is None else Budget.parse(budget)
-        batches = calibration_batches(
-            calib, task, settings, samples, batch_size, seed, Path(builds or checkpoint), built, dense
-        )
+        data = None if calib is None else Samples(calib, task, settings, samples, batch_size, seed)
+        dense = partial(load_model, checkpoint, builds, model_arguments, trust=trust)
+        batches = data.batches(Path(builds or checkpoint), built, dense) if data else ()
         recipe = Recipe(criterion=criterion or "auto", seed=seed)
         calibration = Calibration(batches, recipe, wanted, permute, teller(printer.quiet), Pace)
     said = {"model": model, "model_arguments": model_arguments if model else None, "calib": calib, "budget": budget}
@@ -119,3 +94,23 @@ def command(
             trust=trust,
         )  # fmt: skip
     printer.show(report.prune_json(result), lambda: report.prune_report(result))
+
+
+def _check(
+    checkpoint: Path, builds: str | None, *, nm: str | None, budget: str | None, calib: str | None, criterion: str | None,
+    permute: bool,
+) -> None:  # fmt: skip
+    """Raise where the options do not say how much is kept, or lack what they need; ``builds`` is what makes the model."""
+    from nmconvert.checkpoint import is_onnx
+
+    if (nm is None) == (budget is None):
+        raise UsageError("say how much is kept: --nm N:M for all layers, or --budget to choose for each")
+    inputs_given = calib is not None and (builds is not None or is_onnx(checkpoint))
+    if not inputs_given and (budget is not None or (permute and not is_onnx(checkpoint))):
+        option, less = ("--permute", "neither") if budget is None else ("--budget", "--calib alone")
+        raise UsageError(
+            f"{option} runs the model on its inputs: give --model and --calib "
+            f"(an ONNX file needs {less}, a Hugging Face folder no --model)"
+        )
+    if calib is None and criterion not in (None, "magnitude"):
+        raise UsageError(f"--criterion {criterion} looks at the inputs of the layers: give --calib DATA")
