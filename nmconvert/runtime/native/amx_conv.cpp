@@ -265,7 +265,7 @@ void Run::operator()(int64_t group, int64_t panel, int64_t tile, int64_t last) c
     isa->amx->multiply_left[plan.digits > 1](job);
     if (!direct)
       isa->finish({sums, cuts.width, job.lines, writes, write_count, image.residual ? image.residual + at : nullptr, image.y + at, size,
-                   epilogue.low, epilogue.high, epilogue.activation});
+                   is_afar(attributes, image), epilogue.low, epilogue.high, epilogue.activation});
   }
 }
 

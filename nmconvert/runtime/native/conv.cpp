@@ -60,6 +60,12 @@ double cycles(const TileChoice& choice, const ConvAttributes& attributes, const 
   return static_cast<double>(count_panels(choice, image) - 1) * cost(choice.shape().vectors) + cost(last_vectors(choice, image));
 }
 
+// Whether a 1×1 convolution reads more than the caches hold of what the layer before it wrote.
+bool comes_from_memory(const ConvAttributes& attributes, const Image& image) {
+  constexpr int64_t kFloatsInCaches = 1 << 21;
+  return volume(attributes.kernel) == 1 && image.of * attributes.groups * attributes.inputs * volume(image.in) > kFloatsInCaches;
+}
+
 // Images of onnxruntime's own start at a cache line; those that a user gives it need not.
 bool is_aligned(const Image& image) { return reinterpret_cast<uintptr_t>(image.x) % 64 == 0; }
 
@@ -152,6 +158,7 @@ struct Run {
   const Epilogue& epilogue;
 
   void operator()(const Task& task) const;
+  Ahead ahead(int64_t chunk, const float* from) const;
   void find_columns(int64_t panel, Window& window) const;
   void find_strips(int64_t panel, Window& window) const;
   Inside inside(int64_t line, int64_t y, int64_t x) const;
@@ -234,6 +241,14 @@ void Run::fill_columns(const float* base, const int64_t* offsets, int64_t count,
   }
 }
 
+// What is read next of an image: chunk `chunk` of the panel whose first pixel is at `from`, or the first one of the panel after it.
+Ahead Run::ahead(int64_t chunk, const float* from) const {
+  const Layout& layout = choice.layout;
+  if (chunk == plan.chunks) chunk = 0, from += choice.panel_width();
+  const int64_t line = chunk * layout.chunk_lines();
+  return {from, lines + line, std::min(layout.chunk_lines(), layout.lines() - line)};
+}
+
 void Run::operator()(const Task& task) const {
   const Layout& layout = choice.layout;
   const int64_t width = choice.panel_width(), size = volume(image.out), channel = task.group * plan.rows + task.row;
@@ -254,6 +269,7 @@ void Run::operator()(const Task& task) const {
   job.values = plan.values.data();
   job.offsets = plan.offsets.data();
   job.rows = task.rows;
+  const bool whole = window.read_count == 1 && comes_from_memory(attributes, image);
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
     const int64_t line = chunk * layout.chunk_lines(), count = std::min(layout.chunk_lines(), layout.lines() - line);
     job.panel = panel;
@@ -266,6 +282,7 @@ void Run::operator()(const Task& task) const {
     } else {
       fill_columns(base, lines + line, count, window, panel);
     }
+    if (whole && !layout.strips) job.ahead = ahead(chunk + 1, base + window.reads[0].from);
     const bool first = chunk == 0, last = chunk + 1 == plan.chunks;
     job.blocks = plan.start(task.group, chunk, task.row / choice.shape().rows);
     job.order = plan.order(task.group, chunk, task.row);
@@ -284,8 +301,8 @@ void Run::operator()(const Task& task) const {
     return;
   }
   const float* residual = image.residual ? image.residual + channel * size : nullptr;
-  choice.isa->finish({sums, width, task.rows, window.writes, window.write_count, residual, image.y + channel * size, size, epilogue.low,
-                      epilogue.high, epilogue.activation});
+  choice.isa->finish({sums, width, task.rows, window.writes, window.write_count, residual, image.y + channel * size, size,
+                      is_afar(attributes, image), epilogue.low, epilogue.high, epilogue.activation});
 }
 
 // Floats beyond the padded input that strips read where the output's rows do not fill the last panel.
@@ -357,7 +374,7 @@ void run_pixels(const Isa* isa, Weights& weights, const Packed& packed, const Co
     run_rows(isa, weights, packed, group, {tokens + group * pixels * columns, pixels, bias, nullptr, sums}, none, parallel);
     isa->pack_tokens(sums, rows, pixels, rows, turned, width);
     const int64_t at = group * rows * size;
-    isa->finish({turned, width, rows, writes.data(), image.batch, image.residual ? image.residual + at : nullptr, image.y + at, size,
+    isa->finish({turned, width, rows, writes.data(), image.batch, image.residual ? image.residual + at : nullptr, image.y + at, size, false,
                  epilogue.low, epilogue.high, epilogue.activation});
   }
 }
@@ -406,6 +423,7 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
   ConvAttributes attributes = given;
   Image image = given_image;
   if (pixels_of(image) == 0) return;
+  image.of = image.batch;
   const bool pointwise = flatten_pointwise(attributes, image);
   if (pointwise && is_product(attributes, image)) {
     const float* x = subsample(isa, given, given_image, parallel);

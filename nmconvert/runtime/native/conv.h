@@ -24,8 +24,15 @@ struct ImageOf {
   Real* y;               // [batch][outputs][out]
   int64_t batch;
   Triple in, out;
+  int64_t of = 1;  // the batch that these images are part of: all of it lies in the caches, or does not
 };
 using Image = ImageOf<float>;
+
+// Whether the output lies beyond the L2 cache.
+inline bool is_afar(const ConvAttributes& attributes, const Image& image) {
+  constexpr int64_t kFloatsInCache = 1 << 18;
+  return image.of * attributes.outputs * image.out[0] * image.out[1] * image.out[2] > kFloatsInCache;
+}
 
 // The output's extent, and with auto_pad the pads that lead to it. Throws InvalidNode where the kernel does not fit.
 Triple conv_output(ConvAttributes& attributes, const Triple& in);

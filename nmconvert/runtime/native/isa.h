@@ -21,6 +21,13 @@ struct Block {
   uint32_t first, apart;  // steps
 };
 
+// Lines from which the next chunk will be filled, fetched while this one is multiplied.
+struct Ahead {
+  const float* from;
+  const int64_t* offsets;  // [lines]
+  int64_t lines;           // 0 where they are at hand
+};
+
 // One chunk of one panel: out[r] = clip(in[r] + bias[r] + sum over kept entries of value * panel[offset]).
 struct StreamJob {
   const float* values;      // [step][tile row][kStep]
@@ -35,6 +42,7 @@ struct StreamJob {
   float* out;         // [rows][out_stride], whole tiles wide
   int64_t out_stride;
   float low, high;
+  Ahead ahead;
 };
 
 // How the values of RowJob stand in memory. One token through a large layer is limited by the bytes that it reads.
@@ -110,6 +118,7 @@ struct FinishJob {
   const float* residual;  // strides of y, or null
   float* y;
   int64_t y_stride;
+  bool afar;  // whether y lies beyond the caches
   float low, high;
   Activation activation;
 };

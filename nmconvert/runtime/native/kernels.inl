@@ -157,6 +157,9 @@ inline void steps(Vector (&sum)[R][N], const char* panel, const float*& values, 
   }
 }
 
+// Blocks of rows from now until what is added to them is needed. Images of a batch come from memory: one block is too late.
+constexpr int kBlocksAhead = 4;
+
 // Rows of an image, which lie too far apart for the processor to foresee, to be read or written.
 template <int N, int R, int Write>
 inline void prefetch_rows(const float* rows, int64_t stride, const int64_t (&at)[R]) {
@@ -173,23 +176,35 @@ inline void find_rows(const StreamJob& job, int64_t row, int64_t (&at)[R]) {
   }
 }
 
+// Always inline: GCC leaves out calls of a function that does nothing but prefetch.
+template <int N>
+__attribute__((always_inline)) inline void prefetch_lines(const Ahead& ahead, int64_t first, int64_t last) {
+  for (int64_t line = first; line < (last < ahead.lines ? last : ahead.lines); ++line)
+    for (int n = 0; n < N; ++n) __builtin_prefetch(ahead.from + ahead.offsets[line] + n * W);
+}
+
 template <int N, int R>
 void stream(const StreamJob& job) {
   static_assert(kRowUnit % R == 0, "a block lies in one unit");
   const bool clips = job.low > -__builtin_inff() || job.high < __builtin_inff();
-  const bool afar = job.out_stride > N * W;
+  const bool writes_afar = job.out_stride > N * W, reads_afar = job.in && job.in_stride > N * W;
   const char* const panel = reinterpret_cast<const char*>(job.panel);
   const float* values = job.values + static_cast<int64_t>(job.blocks[0].first) * R * kStep;
   const uint16_t* offsets = job.offsets + static_cast<int64_t>(job.blocks[0].first) * R * kStep;
   const Block* block = job.blocks;
+  const int64_t lines = (job.ahead.lines * R + job.rows - 1) / job.rows;  // for each block
   for (int64_t row = 0; row < job.rows; row += R, ++block) {
+    if (lines > 0) prefetch_lines<N>(job.ahead, row / R * lines, (row / R + 1) * lines);
     const int valid = job.rows - row < R ? static_cast<int>(job.rows - row) : R;
     int64_t at[R];
     Vector sum[R][N];
-    if (afar) {
+    if (writes_afar) {
       find_rows(job, row + R, at);
       prefetch_rows<N, R, 1>(job.out, job.out_stride, at);
-      if (job.in) prefetch_rows<N, R, 0>(job.in, job.in_stride, at);
+    }
+    if (reads_afar) {
+      find_rows(job, row + kBlocksAhead * R, at);
+      prefetch_rows<N, R, 0>(job.in, job.in_stride, at);
     }
     find_rows(job, row, at);
     for (int r = 0; r < R; ++r) {

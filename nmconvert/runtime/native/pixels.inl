@@ -201,6 +201,13 @@ void turn_pixels(const float* from, int64_t size, const int64_t* offsets, int64_
   }
 }
 
+// What is read or written so many rows later, of an image that lies beyond the caches.
+constexpr int64_t kRowsAhead = 4;
+template <int Write>
+__attribute__((always_inline)) inline void prefetch_segment(const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += W) __builtin_prefetch(from + i, Write);
+}
+
 // `Clipped`: nothing but the bounds is left to be applied.
 template <bool Clipped, bool Residual>
 void finish_rows(const FinishJob& job) {
@@ -210,10 +217,15 @@ void finish_rows(const FinishJob& job) {
   for (int64_t r = 0; r < job.rows; ++r, sums += job.sums_stride) {
     float* y = job.y + r * job.y_stride;
     const float* residual = Residual ? job.residual + r * job.y_stride : nullptr;
+    const int64_t ahead = (job.rows - 1 - r < kRowsAhead ? job.rows - 1 - r : kRowsAhead) * job.y_stride;
     for (int64_t s = 0; s < job.count; ++s) {
       const Segment segment = job.segments[s];
       const float *from = sums + segment.from, *add = Residual ? residual + segment.to : nullptr;
       float* to = y + segment.to;
+      if (job.afar) {
+        if (Residual) prefetch_segment<0>(add + ahead, segment.count);
+        prefetch_segment<1>(to + ahead, segment.count);
+      }
       int64_t i = 0;
       for (; i + W <= segment.count; i += W) store(to + i, finished(Residual ? load(from + i) + load(add + i) : load(from + i)));
       const int64_t rest = segment.count - i;
