@@ -18,11 +18,10 @@ import onnxruntime
 from nmconvert import runtime
 from nmconvert.checkpoint import check_apart, check_target, is_onnx
 from nmconvert.checkpoint.onnx_file import read_whole_model, save_model
-from nmconvert.errors import CheckpointError, NmconvertError, UsageError
+from nmconvert.errors import CheckpointError, NmconvertError, UsageError, first_line
 from nmconvert.export import export
-from nmconvert.export.check import first_line
 from nmconvert.inputs import InputSpec, example_feed
-from nmconvert.onnx_graph import attribute
+from nmconvert.onnx_graph import DOMAIN, attribute, graphs
 from nmconvert.pattern import Pattern
 from nmconvert.runtime import kernels, session
 from nmconvert.runtime.choice import (
@@ -125,6 +124,9 @@ def bench(
         raise UsageError(f"{model}: is not an ONNX file, the only ones that are measured; make one with nmconvert export")
     proto = read_whole_model(model)
     if not calls(proto):
+        others = sorted({node.op_type for graph, _ in graphs(proto) for node in graph.node if node.domain == DOMAIN})
+        if others:
+            raise UsageError(f"{model}: its compressed layers ({', '.join(others)}) have no kernels: it is as fast as dense")
         raise UsageError(f"{model}: has no compressed layer to measure; write one with nmconvert export --flavour compressed")
     if tuned is not None:
         check_apart([(tuned, "--tuned")], [model] if against is None else [model, against])

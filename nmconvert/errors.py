@@ -74,6 +74,11 @@ class KernelsUnavailableError(NmconvertError):
     """The native kernels were not built, or cannot run here."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says, cut to one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def check_choice(what: str, given: str, choices: Collection[str]) -> None:
     """Hold an argument that takes one of a few words against them.
 

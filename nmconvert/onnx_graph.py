@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from graphlib import CycleError, TopologicalSorter
 from typing import TypeVar
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
+from nmconvert.errors import ModelError
 from nmconvert.matrix import Kind
 from nmconvert.tensor import TensorInfo
 
@@ -136,12 +139,39 @@ def constant_tensor(node: NodeProto) -> TensorProto | None:
 
 
 def attribute(node: NodeProto, name: str, default: T) -> T:
-    """The value of an attribute, or ``default``."""
+    """The value of an attribute, or ``default``.
+
+    Raises:
+        ModelError: it is no whole number where ``default`` is one.
+    """
     for attr in node.attribute:
         if attr.name == name:
             value: T = helper.get_attribute_value(attr)
+            if isinstance(default, int) and not isinstance(value, int):
+                raise ModelError(f"{node.op_type} '{node.name or node.output[0]}': {name} is {value!r}, and no whole number")
             return value
     return default
+
+
+def reads(node: NodeProto) -> Iterator[str]:
+    """The values that a node reads, those that the graphs in its attributes take from outside included."""
+    yield from (name for name in node.input if name)
+    for attr in node.attribute:
+        for graph in [*attr.graphs, *([attr.g] if attr.HasField("g") else [])]:
+            for inner in graph.node:
+                yield from reads(inner)
+
+
+def sort_nodes(graph: GraphProto) -> None:
+    """Put each node behind those that it reads, as the format wants it and onnxruntime does not; a cycle stays as it is."""
+    makers = {name: place for place, node in enumerate(graph.node) for name in node.output if name}
+    before = {place: [makers[n] for n in reads(node) if n in makers] for place, node in enumerate(graph.node)}
+    if all(maker < place for place, found in before.items() for maker in found):
+        return
+    with suppress(CycleError):
+        nodes = [graph.node[place] for place in TopologicalSorter(before).static_order()]
+        del graph.node[:]
+        graph.node.extend(nodes)
 
 
 def graphs(model: ModelProto) -> Iterator[tuple[GraphProto, Constants]]:
@@ -156,6 +186,22 @@ def _graphs(graph: GraphProto, outer: Constants | None) -> Iterator[tuple[GraphP
         for attr in node.attribute:
             for body in [attr.g] if attr.type == AttributeProto.GRAPH else attr.graphs:
                 yield from _graphs(body, scope)
+
+
+def is_layer(use: WeightUse) -> bool:
+    """Whether a weight can be calibrated: a convolution's, or a matrix, that is read as it is."""
+    ranks = (3, 4, 5) if use.kind in ("conv", "conv_transpose") else (2,)
+    source = use.source
+    return source.obstacle is None and len(source.shape) in ranks and source.element_type in FLOATS
+
+
+def layer_weights(model: ModelProto) -> set[str]:
+    """The constants that are weights of layers of the main graph, each read in one way alone."""
+    layouts: dict[str, set[object]] = {}
+    for use in weight_uses(model.graph, Constants.of(model.graph)):
+        if is_layer(use):
+            layouts.setdefault(use.source.name, set()).add(use.layout)
+    return {name for name, found in layouts.items() if len(found) == 1}
 
 
 def weight_uses(graph: GraphProto, scope: Constants) -> Iterator[WeightUse]:
@@ -245,6 +291,9 @@ def _info(name: str, tensor: TensorProto, uses: list[WeightUse], other: str | No
         return replace(info, reason=f"{dtype} behind {obstacle}: left as it is")
     if other:
         return replace(info, reason=f"tied: also used by {other}")
+    shape = use.source.operator_shape
+    if use.kind in ("conv", "conv_transpose") and (len(shape) < 3 or use.groups < 1 or shape[0] % use.groups):
+        return replace(info, kind=None, groups=1, reason=f"no convolution: of shape {list(shape)} in {use.groups} groups")
     if len(layouts) > 1:
         return replace(info, reason="shared by operators that would group it differently")
     return info
@@ -284,6 +333,15 @@ def used_names(model: ModelProto) -> Mapping[str, int]:
         for name in [*(n for node in graph.node for n in node.input), *(value.name for value in graph.output)]:
             count[name] = count.get(name, 0) + 1
     return count
+
+
+def value_names(model: ModelProto) -> set[str]:
+    """The names of all values of a model."""
+    found = set(used_names(model))
+    for graph, _ in graphs(model):
+        found.update(output for node in graph.node for output in node.output)
+        found.update(value.name for value in (*graph.input, *graph.initializer))
+    return found
 
 
 def remove_unused_constants(model: ModelProto) -> None:

@@ -83,8 +83,9 @@ def prune(
     checkpoint = open_checkpoint(source, trust=trust)
     if output is not None:
         check_copy(source, output, has_manifest)
+    solved_too = calibration is not None and bool(calibration.batches)
     planned = partial(
-        plan_for, checkpoint, axis=axis, model=model, include=include, exclude=exclude, target=target, solved=bool(calibration)
+        plan_for, checkpoint, axis=axis, model=model, include=include, exclude=exclude, target=target, solved=solved_too
     )
     plan = planned(pattern, layers=layers)
     if calibration and calibration.budget:
@@ -134,7 +135,8 @@ def plan_for(
 ) -> Plan:
     """The plan for a checkpoint: what its container knows, what ``model`` knows, and equal copies of embeddings.
 
-    With ``solved`` weights are to be calibrated: what ``model`` holds in another form stays dense.
+    With ``solved`` weights are to be calibrated: what ``model`` holds in another form stays dense, and of an ONNX graph what is
+    in a body or has further dimensions.
 
     Raises:
         UsageError: as :func:`nmconvert.plan.make_plan`, or the checkpoint is quantised, or an adapter.
@@ -146,6 +148,8 @@ def plan_for(
         raise UsageError(f"{checkpoint.path}: {reason}")
     if model is not None:
         tensors = _with_kinds(checkpoint, tensors, model, solved=solved)
+    elif solved:
+        tensors = _calibrated(checkpoint, tensors)
     tensors = _mark_copies(checkpoint, tensors)
     return make_plan(tensors, pattern, axis, layers=layers, include=include, exclude=exclude, target=target)
 
@@ -283,6 +287,16 @@ def _with_kinds(
     if not any(info.kind for info in result):
         raise ModelError(f"{checkpoint.path}: none of its tensors is a weight of the model; name the right one with --model")
     return result
+
+
+def _calibrated(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
+    """``tensors`` of an ONNX graph; those that cannot be calibrated have this as a reason."""
+    from nmconvert.checkpoint.onnx_file import OnnxCheckpoint
+    from nmconvert.onnx_graph import layer_weights
+
+    known = layer_weights(checkpoint.model) if isinstance(checkpoint, OnnxCheckpoint) else {info.name for info in tensors}
+    reason = "in the body of an operator, or of further dimensions, which is not calibrated; pruned without --calib"
+    return [replace(i, reason=reason) if i.kind and i.name not in known and i.reason is None else i for i in tensors]
 
 
 def _mark_copies(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> list[TensorInfo]:

@@ -15,9 +15,9 @@ from nmconvert.arrays import Array, as_array, digest
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
 from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model
 from nmconvert.detect import satisfies, tightest
-from nmconvert.errors import ExportError, NmconvertError, UsageError
+from nmconvert.errors import ExportError, NmconvertError, UsageError, first_line
 from nmconvert.export.calls import PackedLayer, inlined_layers, packed_layers
-from nmconvert.export.check import compare, first_line, free_memory, memory_to_fold, run, stock_session
+from nmconvert.export.check import compare, free_memory, memory_to_fold, run, stock_session
 from nmconvert.export.trace import run_module
 from nmconvert.inputs import InputSpec, example_feed
 from nmconvert.manifest import Layer, Manifest

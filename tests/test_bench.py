@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from onnx import TensorProto, helper
-from onnx_models import conv_net
+from onnx_models import conv_net, model_of, sparse_weight
 from runtime_models import call, initializers, layer, model, random_weight, tensor
 
 from nmconvert import runtime
@@ -345,6 +345,14 @@ def test_bench_of_a_dense_model_says_what_to_do(tmp_path: Path) -> None:
     path = file(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), tmp_path)
     run = CliRunner().invoke(bench_command, [str(path)])
     assert "no compressed layer" in str(run.exception)
+
+
+def test_bench_of_layers_without_kernels_says_so(tmp_path: Path) -> None:
+    node = helper.make_node("MatMul", ["W", "X"], ["Y"])
+    onnx.save(model_of([node], {"W": sparse_weight("linear", (64, 32), "2:4")}, [32, 8]), tmp_path / "a.onnx")
+    export(tmp_path / "a.onnx", output=tmp_path / "b.onnx")
+    with pytest.raises(UsageError, match=r"b\.onnx: its compressed layers \(MatMulLeft\) have no kernels"):
+        bench(tmp_path / "b.onnx")
 
 
 def fixed_batch() -> onnx.ModelProto:

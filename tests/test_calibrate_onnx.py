@@ -1,5 +1,7 @@
 """Calibration of a bare ONNX graph: the graph as a module, what it is judged by, and agreement with the torch module."""
 
+import json
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -21,6 +23,7 @@ from nmconvert.errors import DataError, ModelError, WeightError
 from nmconvert.onnx_graph import tensor_infos
 from nmconvert.pattern import Pattern
 from nmconvert.plan import make_plan
+from nmconvert.prune import prune
 
 NM = Pattern(2, 4)
 RECIPE = Recipe(block_steps=0, model_steps=0, copies=1, held_out=0.01)
@@ -201,6 +204,53 @@ def test_what_is_missing_is_said():
     other = graph_of([helper.make_node("Relu", ["x"], ["y"])], {})
     with pytest.raises(ModelError, match=r"'w1' is not the weight of one .* in the main graph.*--exclude 'w1'"):
         prune_onnx(other, images(), rows_of(model, ["w1"]))
+
+
+def test_what_onnxruntime_does_not_run_is_said():
+    node = helper.make_node
+    for nodes, why in (
+        ([node("MatMul", ["x", "w1"], ["a"]), node("Add", ["a", "nowhere"], ["y"])], "'nowhere' is not a graph input"),
+        ([node("MatMul", ["x", "w1"], ["a"]), node("Add", ["a", "y"], ["b"]), node("Relu", ["b"], ["y"])], "not acyclic"),
+        ([node("MatMul", ["x", "w1"], ["a"]), node("NoSuch", ["a"], ["y"])], "No Op registered for NoSuch"),
+        ([node("MatMul", ["x", "w1"], ["a"]), node("MatMul", ["a", "w1"], ["y"])], "dimension mismatch"),
+    ):
+        model = graph_of(nodes, {"w1": (16, 8)})
+        with pytest.raises(ModelError, match=rf"onnxruntime cannot run the graph on x \[4, 16\]: .*{why}"):
+            prune_onnx(model, list(torch.randn(8, 16).split(4)), rows_of(model, ["w1"]))
+
+
+def test_what_cannot_be_calibrated_stays_dense_with_its_reason(tmp_path):
+    node = helper.make_node
+    body = helper.make_graph(
+        [node("MatMul", ["m", "inner"], ["inside"])],
+        "body",
+        [],
+        [helper.make_tensor_value_info("inside", TensorProto.FLOAT, None)],
+    )
+    nodes = [
+        node("MatMul", ["x", "w1"], ["m"]),
+        node("ReduceSum", ["m"], ["sum"], keepdims=0),
+        node("Greater", ["sum", "zero"], ["positive"]),
+        node("If", ["positive"], ["i"], then_branch=body, else_branch=body),
+        node("Unsqueeze", ["i", "axis"], ["u"]),
+        node("MatMul", ["u", "stack"], ["s"]),
+        node("ReduceMean", ["s"], ["y"], keepdims=0),
+    ]
+    constants = {"w1": (16, 8), "inner": (8, 8), "stack": (1, 8, 8), "zero": ()}
+    model = graph_of(nodes, constants)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "axis"))
+    onnx.save(model, tmp_path / "a.onnx")
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((32, 16)).astype(np.float32))
+    plan = prune(tmp_path / "a.onnx", NM, include=["*"]).plan
+    assert {row.name for row in plan.pruned} == {"w1", "inner", "stack"}  # by magnitude all can be
+    asked = ["prune", tmp_path / "a.onnx", "--nm", "2:4", "--include", "*", "--calib", tmp_path / "x.npz", "--json"]
+    result = CliRunner().invoke(group, [str(word) for word in asked], standalone_mode=False)
+    assert result.exception is None, result.exception
+    told = {tensor["name"]: tensor for tensor in json.loads(result.stdout)["tensors"]}
+    assert told["w1"]["pattern"] == "2:4"
+    for name in ("inner", "stack"):
+        assert told[name]["pattern"] is None
+        assert "not calibrated; pruned without --calib" in told[name]["reason"]
 
 
 # ── the graph as a module ─────────────────────────────────────────────────────────────────────────────────────────────

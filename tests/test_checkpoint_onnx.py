@@ -48,6 +48,30 @@ def test_one_file(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"a.onnx", "b.onnx"}
 
 
+def test_a_dimension_below_zero(tmp_path: Path) -> None:
+    model = conv_net(None)
+    model.graph.initializer[0].dims[0] *= -1
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(CheckpointError, match=r"a\.onnx: damaged: tensor '.*' has a dimension below zero"):
+        open_checkpoint(tmp_path / "a.onnx")
+
+
+def test_an_attribute_that_is_no_number(tmp_path: Path) -> None:
+    node = helper.make_node("Conv", ["X", "W"], ["Y"], group="two")
+    onnx.save(model_of([node], {"W": random_input((8, 4, 3))}, ["n", 8, 4]), tmp_path / "a.onnx")
+    with pytest.raises(CheckpointError, match=r"a\.onnx: damaged: Conv 'Y': group is b'two', and no whole number"):
+        open_checkpoint(tmp_path / "a.onnx").tensors()
+
+
+def test_lists_of_entries_are_not_read(tmp_path: Path) -> None:
+    model = model_of([helper.make_node("MatMul", ["X", "W"], ["Y"])], {}, ["n", 4])
+    values, indices = (numpy_helper.from_array(a, "W") for a in (random_input((2,)), np.array([3, 9], np.int64)))
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [4, 4]))
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(CheckpointError, match=r"a\.onnx: stores 'W' as a list of entries; write all weights as initializer"):
+        open_checkpoint(tmp_path / "a.onnx")
+
+
 @pytest.mark.parametrize("one_file", [True, False])
 def test_external_data(tmp_path: Path, one_file: bool) -> None:
     (tmp_path / "from").mkdir()

@@ -348,6 +348,29 @@ def test_a_square_weight_behind_a_transpose_is_the_other_files(tmp_path: Path) -
     assert told["W"] is False
 
 
+def test_an_output_may_have_no_shape(tmp_path: Path) -> None:
+    """onnxruntime infers it, the checker of what is written asks for it."""
+    model = model_of([make("MatMul", ["X", "W"], ["Y"])], {"W": sparse_weight("matmul", (8, 64), "2:4")}, ["n", 8])
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    x = random_input((4, 8))
+    assert np.array_equal(run(exported(model, tmp_path).output, x), run(model, x))
+
+
+def test_a_packed_name_that_is_taken(tmp_path: Path) -> None:
+    weights = {name: sparse_weight("matmul", (64, 64), "2:4", seed=seed) for seed, name in enumerate(["W", "W.values"])}
+    model = model_of([make("MatMul", ["X", "W"], ["a"]), make("MatMul", ["a", "W.values"], ["Y"])], weights, ["n", 64])
+    result = exported(model, tmp_path)
+    assert [layer.name for layer in result.compressed.layers] == ["W.values"]
+    assert result.compressed.dense == {"W": "W.values, its packed name, is another value's"}
+
+
+def test_nodes_in_any_order(tmp_path: Path) -> None:
+    weights = {name: sparse_weight("matmul", (64, 64), "2:4", seed=seed) for seed, name in enumerate("VW")}
+    model = model_of([make("MatMul", ["a", "W"], ["Y"]), make("MatMul", ["X", "V"], ["a"])], weights, ["n", 64])
+    result = exported(model, tmp_path)
+    assert {layer.name for layer in result.compressed.layers} == {"V", "W"}
+
+
 def test_bodies_of_if(tmp_path: Path) -> None:
     weights = [sparse_weight("matmul", (8, 64), "2:4", seed=seed) for seed in range(2)]
     model = if_model(branch("then", "W", {}), branch("else", "own", {"own": weights[1]}), {"W": weights[0]})

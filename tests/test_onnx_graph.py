@@ -7,8 +7,9 @@ import pytest
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx_models import conv_net, model_of, random_input, value
 
+from nmconvert.errors import ModelError
 from nmconvert.matrix import Kind
-from nmconvert.onnx_graph import graphs, opset, tensor_infos, used_names
+from nmconvert.onnx_graph import graphs, opset, sort_nodes, tensor_infos, used_names
 from nmconvert.tensor import TensorInfo
 
 make = helper.make_node
@@ -36,6 +37,39 @@ def info(model: ModelProto, name: str = "W") -> TensorInfo:
 def test_kinds(node: NodeProto, shape: tuple[int, ...], kind: Kind, groups: int) -> None:
     found = info(model_of([node], {"W": random_input(shape)}, ["n", 4, 4]))
     assert (found.kind, found.groups, found.shape, found.reason, found.transposed) == (kind, groups, shape, None, None)
+
+
+@pytest.mark.parametrize("groups", [0, 3, -2])
+def test_what_is_no_weight_of_a_convolution(groups: int) -> None:
+    found = info(model_of([make("Conv", ["X", "W"], ["Y"], group=groups)], {"W": random_input((8, 4, 3))}, ["n", 8, 4]))
+    assert (found.kind, found.reason) == (None, f"no convolution: of shape [8, 4, 3] in {groups} groups")
+    found = info(model_of([make("Conv", ["X", "W"], ["Y"])], {"W": random_input((8, 4))}, ["n", 8]))
+    assert (found.kind, found.reason) == (None, "no convolution: of shape [8, 4] in 1 groups")
+
+
+@pytest.mark.parametrize("groups", [2.0, "two"])
+def test_an_attribute_that_is_no_number(groups: Any) -> None:
+    model = model_of([make("Conv", ["X", "W"], ["Y"], group=groups)], {"W": random_input((8, 4, 3))}, ["n", 8, 4])
+    with pytest.raises(ModelError, match=r"Conv 'Y': group is (2\.0|b'two'), and no whole number"):
+        tensor_infos(model)
+
+
+def test_nodes_are_put_behind_what_they_read() -> None:
+    then = branch("then", "late", {})  # reads a value of the graph around it
+    nodes = if_model(then, branch("else", "late", {}), {"W": W}).graph.node
+    late = make("Identity", ["W"], ["late"])
+    model = model_of([*reversed(nodes), late], {"zero": np.zeros((), np.float32), "W": W}, [4, 8])
+    sort_nodes(model.graph)
+    order = [node.op_type for node in model.graph.node]
+    assert sorted(order) == ["Greater", "Identity", "If", "ReduceSum"]
+    assert order.index("ReduceSum") < order.index("Greater") < order.index("If")
+    assert order.index("Identity") < order.index("If")
+    again = list(model.graph.node)
+    sort_nodes(model.graph)
+    assert list(model.graph.node) == again
+    circle = model_of([make("Relu", ["b"], ["a"]), make("Relu", ["a"], ["b"])], {}, [4], outputs=("b",))
+    sort_nodes(circle.graph)
+    assert [node.input[0] for node in circle.graph.node] == ["b", "a"]
 
 
 def constant(name: str, array: Any) -> NodeProto:

@@ -143,6 +143,16 @@ def test_a_model_that_cannot_take_the_data_is_said(dense):
         raise RuntimeError("gloo: another rank is gone")
 
 
+class Unfinished(nn.Module):
+    def forward(self, images):
+        return self.head(images)
+
+
+def test_a_mistake_in_the_models_code_is_not_laid_on_the_data():
+    with pytest.raises(ModelError, match=r"Unfinished fails, which its code has to mend: AttributeError: .*'head'"):
+        run(model=Unfinished())
+
+
 @pytest.mark.parametrize(("able", "slow"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
 def test_half_precision_without_its_instructions_is_said_to_be_slow(monkeypatch, able, slow):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: able)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nmconvert.calibrate.atoms import Ints, Proof
 from nmconvert.calibrate.axes import Value, Walk
-from nmconvert.calibrate.onnx_ops import Runtime, constant_values, reads
-from nmconvert.onnx_graph import Constants, attribute, named_tensors, opset
+from nmconvert.calibrate.onnx_ops import Runtime, constant_values
+from nmconvert.onnx_graph import Constants, attribute, named_tensors, opset, reads
 
 _STANDARD = ("", "ai.onnx")
 _ALONG_ALL = 13  # the first opset in which Softmax acts along one dimension alone

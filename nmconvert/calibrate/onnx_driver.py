@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from nmconvert.calibrate.driver import DEFAULT, Recipe, prune_model
 from nmconvert.calibrate.onnx_module import GraphModule
 from nmconvert.calibrate.onnx_ops import session, single
 from nmconvert.calibrate.replay import Batch, as_call
-from nmconvert.errors import DataError, ModelError, WeightError
+from nmconvert.errors import DataError, ModelError, WeightError, first_line
 from nmconvert.onnx_graph import DTYPES, Constants, attribute, weight_uses
 from nmconvert.tensor import Row
 
@@ -49,9 +49,7 @@ def prune_onnx(
         DataError: there are fewer than two batches, or they do not fit the graph's inputs.
         ModelError: a row's weight is in a nested graph, or is used in a way that cannot be calibrated.
     """
-    inputs = graph_inputs(model.graph, list(batches))
-    said = compared(model)
-    module, names = as_module(model, rows, inputs, [one.name for one in said])
+    module, names, inputs, said = as_module(model, rows, list(batches))
     plan = {names[row.name]: (row.pattern, row.axis) for row in rows if row.pattern and row.axis}
     if (opaque := module.opaque()) and (recipe.block_steps or recipe.model_steps):
         progress(f"nothing is fitted: no gradients through {', '.join(opaque)}")
@@ -66,15 +64,35 @@ def prune_onnx(
     return {name: module.places[name].back(tensor).to(dtypes[name]) for name, tensor in changed.items()}
 
 
-def as_module(
-    model: ModelProto, rows: Sequence[Row], inputs: Sequence[Batch], outputs: Sequence[str]
-) -> tuple[GraphModule, dict[str, str]]:
-    """A module that gives the values ``outputs``, and the names of its parameters for the weights of ``rows``.
+class AsModule(NamedTuple):
+    """A graph as a module that gives the values by which it is judged.
+
+    Attributes:
+        module: called with one of ``inputs``.
+        names: the weights → its parameters.
+        inputs: what it is called with.
+        said: the values.
+    """
+
+    module: GraphModule
+    names: dict[str, str]
+    inputs: list[Batch]
+    said: list[Said]
+
+
+def as_module(model: ModelProto, rows: Sequence[Row], batches: Sequence[Batch]) -> AsModule:
+    """``model`` as a module with the weights of ``rows`` as parameters.
 
     Raises:
-        ModelError: a weight is in a nested graph, or the module gives something else than onnxruntime on ``inputs``.
+        DataError: ``batches`` do not fit the graph's inputs.
+        ModelError: onnxruntime cannot run the graph on them, a weight is in a nested graph, or the module gives something else
+            than onnxruntime.
     """
-    module = GraphModule(model, outputs)
+    inputs = graph_inputs(model.graph, batches)
+    if inputs:
+        check_runs(model, dict(zip(input_types(model.graph), as_call(inputs[0]).args, strict=True)))
+    said = compared(model)
+    module = GraphModule(model, [one.name for one in said])
     names = {}
     for row in rows:
         place = module.places.get(row.name)
@@ -86,7 +104,7 @@ def as_module(
         names[row.name] = place.name
     if inputs:
         check(module, model, inputs[0])
-    return module, names
+    return AsModule(module, names, inputs, said)
 
 
 def in_own_names(progress: Callable[[str], None], own: Mapping[str, str]) -> Callable[[str], None]:
@@ -126,6 +144,22 @@ def check(module: GraphModule, model: ModelProto, batch: Batch) -> None:
         raise ModelError(
             f"the graph gives something else in torch than in onnxruntime (relative error {apart:.1e}): use magnitude"
         )
+
+
+def check_runs(model: ModelProto, feeds: Mapping[str, Tensor]) -> None:
+    """Run a graph that is not too large for it once.
+
+    Raises:
+        ModelError: onnxruntime does not take it, or fails.
+    """
+    if model.ByteSize() > _SERIAL:
+        return
+    types = input_types(model.graph)
+    try:
+        session(model).run(None, {name: x.numpy().astype(types[name]) for name, x in feeds.items()})
+    except Exception as error:  # onnxruntime's errors have no common base
+        shapes = ", ".join(f"{name} {[*x.shape]}" for name, x in feeds.items())
+        raise ModelError(f"onnxruntime cannot run the graph on {shapes}: {first_line(error)}") from error
 
 
 def computed(model: ModelProto, feeds: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:

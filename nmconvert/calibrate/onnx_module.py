@@ -18,8 +18,8 @@ from onnx import ModelProto, NodeProto, TensorProto
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nmconvert.calibrate.onnx_ops import Operator, Runtime, constant_values, padded, reads, window_pads
-from nmconvert.onnx_graph import Constants, WeightUse, attribute, weight_uses
+from nmconvert.calibrate.onnx_ops import Operator, Runtime, constant_values, padded, window_pads
+from nmconvert.onnx_graph import Constants, WeightUse, attribute, is_layer, layer_weights, reads, weight_uses
 
 _LAYERS = 2  # of a part at least, so that there is something to reconstruct
 _LONG = 8  # layers that a value skips which goes past parts: the arms of a U, the levels of a pyramid
@@ -166,21 +166,14 @@ class _Reader:
         self.outputs = list(outputs)
         self.places: dict[str, Place] = {}
         self.runtime = Runtime(model)
-        uses = [use for use in weight_uses(model.graph, scope) if self._is_layer(use)]
-        layouts: dict[str, set[Any]] = {}
-        for use in uses:
-            layouts.setdefault(use.source.name, set()).add(use.layout)
-        self.uses = {id(use.node): use for use in uses if len(layouts[use.source.name]) == 1}  # of two it is no layer's
+        weights = layer_weights(model)
+        uses = (use for use in weight_uses(model.graph, scope) if is_layer(use) and use.source.name in weights)
+        self.uses = {id(use.node): use for use in uses}
         self.counts = Counter(name for node in model.graph.node for name in reads(node))
         self.counts.update(self.outputs)
         self._shared: dict[str, nn.Parameter] = {}
         self._fused: set[int] = set()
         self.steps = self._live([step for node in model.graph.node if (step := self._step(model, node))])
-
-    def _is_layer(self, use: WeightUse) -> bool:
-        rank, source = len(use.source.operator_shape), use.source
-        ranks = (3, 4, 5) if use.kind in ("conv", "conv_transpose") else (2,)
-        return source.obstacle is None and rank in ranks and self.constants[source.name].is_floating_point()
 
     # ------------------------------------------------------------------------------------------------------ steps
 

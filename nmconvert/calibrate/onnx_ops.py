@@ -6,7 +6,7 @@ knows no match, onnxruntime computes it from then on. Half precision is computed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -18,7 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from torch import Tensor
 
 from nmconvert.errors import ModelError
-from nmconvert.onnx_graph import DTYPES, attribute
+from nmconvert.onnx_graph import DTYPES, attribute, reads
 
 Inputs = Sequence[Any]
 Pads = list[tuple[int, int]]
@@ -70,7 +70,7 @@ def session(model: ModelProto) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors are raised as well
     options.intra_op_num_threads = torch.get_num_threads()
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
@@ -79,9 +79,12 @@ def constant_values(proto: TensorProto) -> Tensor:
     """The values of a constant; half precision as float32.
 
     Raises:
-        ModelError: its type is one that torch does not compute with.
+        ModelError: its type is one that torch does not compute with, or it is damaged.
     """
-    array = numpy_helper.to_array(proto)
+    try:
+        array = numpy_helper.to_array(proto)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"tensor '{proto.name}' is damaged: {error}") from error
     if proto.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
         array = array.astype(np.float32)
     try:
@@ -89,15 +92,6 @@ def constant_values(proto: TensorProto) -> Tensor:
     except TypeError as error:
         dtype = TensorProto.DataType.Name(proto.data_type).lower()
         raise ModelError(f"'{proto.name}' is {dtype}, which cannot be calibrated: prune by magnitude alone") from error
-
-
-def reads(node: NodeProto) -> Iterator[str]:
-    """The values that a node reads, those that the graphs in its attributes take from outside included."""
-    yield from (name for name in node.input if name)
-    for attr in node.attribute:
-        for graph in [*attr.graphs, *([attr.g] if attr.HasField("g") else [])]:
-            for inner in graph.node:
-                yield from reads(inner)
 
 
 class _NoMatch(Exception):

@@ -10,7 +10,7 @@ from torch import nn
 
 from nmconvert.calibrate.budget import Chosen, Sensitivity, Stored, measure, top1_drop
 from nmconvert.calibrate.driver import Recipe
-from nmconvert.calibrate.onnx_driver import as_module, compared, errors_in_own_names, graph_inputs, in_own_names
+from nmconvert.calibrate.onnx_driver import as_module, errors_in_own_names, in_own_names
 from nmconvert.calibrate.onnx_module import GraphModule
 from nmconvert.calibrate.replay import Batch
 from nmconvert.checkpoint import Checkpoint
@@ -60,8 +60,7 @@ class Subject:
             stored = Stored(whole, {names[name]: size for name, size in itemsizes.items() if name in names})
             return cls(module, module, module, batches, names, names, stored)
         graph = read_whole_model(checkpoint.path)
-        inputs = graph_inputs(graph.graph, batches)
-        module, names = as_module(graph, plan.pruned, inputs, [said.name for said in compared(graph)])
+        module, names, inputs, _ = as_module(graph, plan.pruned, batches)
         own = {name: name for name in names}
         stored = Stored(whole, {parameter: itemsizes[name] for name, parameter in names.items()})
         return cls(graph, module, GraphModule(graph), inputs, names, own, stored)

@@ -22,9 +22,9 @@ from torch import Tensor
 from nmconvert.arrays import as_tensor
 from nmconvert.checkpoint.atomic import atomic_file
 from nmconvert.checkpoint.base import Edits, apply_whole
-from nmconvert.errors import CheckpointError, UsageError
+from nmconvert.errors import CheckpointError, ModelError, UsageError
 from nmconvert.manifest import METADATA_KEY
-from nmconvert.onnx_graph import DOMAIN, graphs, named_tensors, tensor_infos, used_names
+from nmconvert.onnx_graph import DOMAIN, graphs, named_tensors, sort_nodes, tensor_infos, used_names
 from nmconvert.tensor import TensorInfo
 
 _ALIGNMENT = 4096  # of external tensors: what onnxruntime can map into memory
@@ -55,8 +55,14 @@ def read_model(path: Path) -> ModelProto:
         raise CheckpointError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from error
     if not _names_are_text(model):
         raise CheckpointError(f"{path}: damaged: a name in it is no UTF-8 text; write the model anew")
+    if name := next((name for name, tensor in named_tensors(model) if any(size < 0 for size in tensor.dims)), None):
+        raise CheckpointError(f"{path}: damaged: tensor '{name}' has a dimension below zero; write the model anew")
     if not model.graph.node and not model.graph.initializer:
         raise CheckpointError(f"{path}: an ONNX model without a graph, or not an ONNX model")
+    if model.graph.sparse_initializer:
+        listed = ", ".join(f"'{sparse.values.name}'" for sparse in model.graph.sparse_initializer[:3])
+        raise CheckpointError(f"{path}: stores {listed} as a list of entries; write all weights as initializer")
+    sort_nodes(model.graph)
     return model
 
 
@@ -95,7 +101,10 @@ class OnnxCheckpoint:
 
     def tensors(self) -> list[TensorInfo]:
         """See Checkpoint."""
-        return tensor_infos(self.model)
+        try:
+            return tensor_infos(self.model)
+        except ModelError as error:
+            raise CheckpointError(f"{self.path}: damaged: {error}") from error
 
     def read(self, name: str) -> Tensor:
         """See Checkpoint."""

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import onnx.inliner
 import onnx.version_converter
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, TensorShapeProto
 
 from nmconvert.checkpoint import Checkpoint, beside, check_apart, check_target, open_checkpoint
 from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model, save_model
@@ -140,6 +140,10 @@ def _from_onnx(source: Path, manifest: Manifest, inputs: Sequence[InputSpec]) ->
         raise UsageError(f"{source}: is compressed already; export the checkpoint or ONNX file that it was made from")
     feed = example_feed(model, inputs or [InputSpec.parse(text) for text in manifest.settings.get("input") or []])
     outputs = run(stock_session(source), feed)
+    for value, output in zip(model.graph.output, outputs, strict=True):
+        kind = value.type.tensor_type  # the checker wants a shape, onnxruntime does not
+        if kind.elem_type and not kind.HasField("shape"):
+            kind.shape.dim.extend(TensorShapeProto.Dimension() for _ in output.shape)
     try:
         return _Source(raised(model), feed, outputs, manifest, None)
     except ExportError as error:

@@ -16,7 +16,7 @@ from onnx import ModelProto
 
 from nmconvert.arrays import digest
 from nmconvert.checkpoint.onnx_file import read_model, read_whole_model
-from nmconvert.errors import ExportError, NmconvertError
+from nmconvert.errors import ExportError, NmconvertError, first_line
 from nmconvert.export.calls import packed_layers, values_name
 from nmconvert.manifest import Layer
 from nmconvert.onnx_graph import DOMAIN, graphs
@@ -193,8 +193,3 @@ def check_folded(path: Path, model: ModelProto, optimized: ModelProto) -> None:
         for node in graph.node:
             if node.domain == DOMAIN or (node.op_type in _OURS_ALONE and (inlined or node.op_type not in own)):
                 raise ExportError(f"{path.name}: onnxruntime did not fold {node.op_type} '{node.name}'; report this model")
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, cut to one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -31,6 +31,7 @@ from nmconvert.onnx_graph import (
     remove_unused_constants,
     tensor_infos,
     used_names,
+    value_names,
     weight_uses,
 )
 from nmconvert.packing import Packed, pack
@@ -90,7 +91,7 @@ class _Packer:
         self.quantized = quantized
         self.dense = dense
         self.result = result
-        self.reads = used_names(model)
+        self.reads, self.names = used_names(model), value_names(model)
         self.reasons = {info.name: info.reason for info in tensor_infos(model) if info.reason is not None}
         self.packed: dict[str, tuple[Packed, MatrixView, Axis] | None] = {}
         self.tables: dict[bytes, str] = {}
@@ -154,6 +155,9 @@ class _Packer:
             raise WeightError(f"{use.source.name}: {error}") from error
         if use.source.name in self.quantized:
             packed = packed.quantized()
+        if {name(use.source.name) for name in (values_name, mask_name, scale_name)} & self.names:
+            self.result.dense[use.source.name] = f"{values_name(use.source.name)}, its packed name, is another value's"
+            return None
         if packed.nbytes >= weight.nbytes:
             self.result.dense[use.source.name] = f"packed at {pattern} it would be no smaller"
             return None

@@ -25,7 +25,18 @@ import onnxruntime
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from nmconvert.inputs import InputSpec, example_array, example_feed
-from nmconvert.onnx_graph import DENSE, DOMAIN, SCALED, VALUES_SUFFIX, Constants, graphs, opset, packed_inputs, used_names
+from nmconvert.onnx_graph import (
+    DENSE,
+    DOMAIN,
+    SCALED,
+    VALUES_SUFFIX,
+    Constants,
+    graphs,
+    opset,
+    packed_inputs,
+    used_names,
+    value_names,
+)
 from nmconvert.packing import unpack
 from nmconvert.runtime.cache import Cache
 
@@ -260,7 +271,7 @@ def leave_dense(model: ModelProto, outputs: Collection[str]) -> None:
     at the end, takes ``W`` as an input in the place of the packed arrays, and has the rest of the nodes.
     """
     weights: dict[tuple[str, ...], str] = {}
-    taken = _names(model)
+    taken = value_names(model)
     left = [(node, scope) for node, scope in calls(model) if node.output[0] in outputs]
     for node, scope in left:
         packed = packed_inputs(node)
@@ -275,15 +286,6 @@ def leave_dense(model: ModelProto, outputs: Collection[str]) -> None:
     for name in {node.op_type for node, _ in left} - there:
         model.functions.append(_dense_twin(next(f for f in model.functions if f.name + DENSE == name)))
     _drop_unread(model, {name for packed in weights for name in packed})
-
-
-def _names(model: ModelProto) -> set[str]:
-    """The names of all values of a model."""
-    found = set(used_names(model))
-    for graph, _ in graphs(model):
-        found.update(output for node in graph.node for output in node.output)
-        found.update(value.name for value in (*graph.input, *graph.initializer))
-    return found
 
 
 def _dense_name(values: str, taken: Collection[str]) -> str:

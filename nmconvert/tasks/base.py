@@ -215,9 +215,12 @@ def misfits_named(model: object) -> Iterator[None]:
         if not _in_a_module(error) or dist.lost_peer(error) or "allocate memory" in str(error):
             raise
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}"
+        name = type(unwrapped(model)).__name__
+        if isinstance(error, AttributeError | ImportError | KeyError | NameError):
+            raise ModelError(f"{name} fails, which its code has to mend: {said}. --debug shows where") from error
         raise ModelError(
-            f"{type(unwrapped(model)).__name__} cannot take this data: {said}. Is it of another size, another number of "
-            "channels (--mean and --std have one value each), or another --task? --debug shows where"
+            f"{name} cannot take this data: {said}. Is it of another size, another number of channels (--mean and --std have "
+            "one value each), or another --task? --debug shows where"
         ) from error
 
 
