@@ -460,6 +460,8 @@ def test_the_number_of_threads_changes_no_bit(isa: str, stored: Any) -> None:
         (layer("Conv", conv, [1, 32, 30, 30], pads=[1] * 4), (1, 32, 30, 30)),
         (layer("Conv", conv, [3, 32, 7, 7], pads=[1] * 4), (3, 32, 7, 7)),
         (layer("Conv", pointwise, [2, 32, 28, 28], pads=[0] * 4), (2, 32, 28, 28)),
+        (layer("Conv", conv, [4, 32, 24, 24], pads=[1] * 4), (4, 32, 24, 24)),  # whole images for each thread
+        (layer("Conv", pointwise, [9, 32, 46, 46], pads=[0] * 4, strides=[2, 2]), (9, 32, 46, 46)),
     ):
         x = rng.standard_normal(shape).astype(np.float32)
         first, *others = (with_kernels(proto, threads).run(None, {"x": x})[0].tobytes() for threads in (1, 2, 4))

@@ -429,15 +429,21 @@ void run_conv(const Isa* isa, Weights& weights, const Packed& packed, const Conv
     const float* x = subsample(isa, given, given_image, parallel);
     return run_linear(isa, weights, packed, 0, {x, image.batch, image.bias, image.residual, image.y}, epilogue, parallel);
   }
-  const int64_t at_once = images_at_once(image);
-  for (int64_t n = 0; n < image.batch; n += at_once) {
-    Image some = images(attributes, image, n, at_once);
-    if (pointwise) some.x = subsample(isa, given, images(given, given_image, n, at_once), parallel);
+  const int64_t at_once = images_at_once(image), parts = image.batch / at_once;
+  const auto run = [&](int64_t part, const Parallel& threads) {
+    Image some = images(attributes, image, part * at_once, at_once);
+    if (pointwise) some.x = subsample(isa, given, images(given, given_image, part * at_once, at_once), threads);
     const Streaming streaming = stream_image(isa, weights, packed, attributes, some);
-    if (streaming.amx && run_amx_conv(isa, *streaming.amx, attributes, some, epilogue, parallel)) continue;
+    if (streaming.amx && run_amx_conv(isa, *streaming.amx, attributes, some, epilogue, threads)) return;
     const Isa* vectors = streaming.amx ? isa_avx512() : isa;
     const Streaming by_vectors = streaming.amx ? stream_image(vectors, weights, packed, attributes, some) : streaming;
-    run_vectors(vectors, weights, packed, by_vectors, attributes, some, epilogue, parallel);
+    run_vectors(vectors, weights, packed, by_vectors, attributes, some, epilogue, threads);
+  };
+  // Where that keeps all threads busy each takes whole images, and reads what it wrote itself in the layer before.
+  if (parts > 1 && (parts % parallel.threads() == 0 || parts >= 4 * parallel.threads())) {
+    parallel(parts, [&](int64_t part) { run(part, parallel.alone()); });
+  } else {
+    for (int64_t part = 0; part < parts; ++part) run(part, parallel);
   }
 }
 

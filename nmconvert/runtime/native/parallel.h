@@ -62,30 +62,39 @@ class Parallel {
   int64_t threads_;
 };
 
-// Whether jobs of one size are done sooner by all threads or by one alone. It is tried, and from time to time again: how long other
-// cores take to come, and to read what this one wrote, differs by machine and hour more than can be estimated.
+// Whether jobs of one size are done sooner by all threads or by one alone. It is tried, in turns, and again after 64, 256 and then
+// every 1,024 runs: how long other cores take to come, and to read what this one wrote, differs by machine and hour more than can be
+// estimated, and a session is often made while others run.
 class Pace {
  public:
   template <typename Job>
   void run(const Parallel& all, Job&& job) {
-    const uint32_t turn = turns_.fetch_add(1, std::memory_order_relaxed) % kPeriod;
-    const bool tries_alone = turn >= kTries && turn < 2 * kTries && taken_[kTries - 1] < kLong;
+    const uint32_t turn = since_tries(turns_.fetch_add(1, std::memory_order_relaxed));
+    const bool tries_alone = turn % 2 == 1 && turn < 2 * kTries && taken_[turn - 1] < kLong;
     const Parallel parallel = (turn < 2 * kTries ? tries_alone : alone_.load()) ? all.alone() : all;
     if (turn >= 2 * kTries) return job(parallel);
     const auto begin = std::chrono::steady_clock::now();
     job(parallel);
     taken_[turn] = (std::chrono::steady_clock::now() - begin) / std::chrono::nanoseconds(1);
-    if (turn == 2 * kTries - 1) alone_ = tries_alone && median(kTries) < median(0);
+    if (turn == 2 * kTries - 1) alone_ = tries_alone && median(1) < median(0);
   }
 
  private:
-  static constexpr uint32_t kTries = 5, kPeriod = 1 << 10;
+  static constexpr uint32_t kTries = 5, kFirst = 1 << 6, kLast = 1 << 10;
   static constexpr int64_t kLong = 200000;  // nanoseconds, that others always help with
 
-  // Of the tries from `first` on: others may take a core away for a while, and the least of few is luck.
+  // Runs since tries began last.
+  static uint32_t since_tries(uint32_t run) {
+    if (run >= kLast) return run % kLast;
+    uint32_t begin = 0;
+    for (uint32_t next = kFirst; next <= run; next *= 4) begin = next;
+    return run - begin;
+  }
+
+  // Of every second try from `first` on: others may take a core away for a while, and the least of few is luck.
   int64_t median(uint32_t first) const {
     std::array<int64_t, kTries> of;
-    std::copy_n(taken_.begin() + first, kTries, of.begin());
+    for (uint32_t i = 0; i < kTries; ++i) of[i] = taken_[first + 2 * i];
     std::nth_element(of.begin(), of.begin() + kTries / 2, of.end());
     return of[kTries / 2];
   }
