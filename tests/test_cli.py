@@ -394,6 +394,16 @@ def test_what_is_read_is_not_written(nm: Any, folder: Path, arguments: str, said
     assert {path.name: sha256(path) for path in folder.iterdir()} == before
 
 
+def test_a_file_of_the_data_is_not_replaced(nm: Any, folder: Path) -> None:
+    (folder / "d").mkdir()
+    (folder / "d" / "labels").write_text("0\n")
+    run = nm("prune", "net.pt", "--nm", "2:4", "--calib", "d", "--model", "net.py:net", "-o", "d/labels")
+    assert (run.status, run.err) == (
+        2, "nmconvert: error: d/labels: is a file of d, which is read by this run; give another name with --output\n"
+    )  # fmt: skip
+    assert (folder / "d" / "labels").read_text() == "0\n"
+
+
 def test_a_pipe_is_no_checkpoint(nm: Any, folder: Path) -> None:
     os.mkfifo(folder / "pipe")
     run = nm("inspect", "pipe")

@@ -40,7 +40,8 @@ def check_apart(written: Iterable[tuple[Path, str]], read: Iterable[Path]) -> No
 
     Args:
         written: each file or folder with the option that names it.
-        read: files and folders, or names that may be some; a folder among ``written`` must not hold one of them either.
+        read: files and folders, or names that may be some; a folder among ``written`` must not hold one of them either, nor may
+            a file whose ending does not say what it is take the place of one in them.
 
     Raises:
         UsageError: with the remedy.
@@ -50,9 +51,12 @@ def check_apart(written: Iterable[tuple[Path, str]], read: Iterable[Path]) -> No
     for path, option in written:
         place = path.resolve()
         held = next((inner for inner in kept if place in inner.parents), None)
+        unnamed = place.is_file() and place.suffix.lower() not in _CALLED
+        folder = next((outer for outer in kept if outer in place.parents), None) if unnamed else None
         why = (
             "is read by this run" if place in kept
             else f"holds {held.name}, which is read by this run" if held is not None
+            else f"is a file of {folder.name}, which is read by this run" if folder is not None
             else "is written by this run already" if place in taken
             else None
         )  # fmt: skip
