@@ -7,9 +7,10 @@
 // registering the library alone runs every packed layer on the kernels.
 //
 // LIBRARY is what `python -c "from nmconvert import runtime; print(runtime.library())"` prints. The model takes one float
-// input, x, of the DIMENSIONs, which is filled with ones, and gives y.
+// input of the DIMENSIONs, which is filled with ones; the start of its first output is printed.
 #include <onnxruntime_c_api.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -50,10 +51,17 @@ int main(int argc, char** argv) {
   check(ort->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory));
   check(ort->CreateTensorWithDataAsOrtValue(memory, x.data(), size * sizeof(float), shape.data(), shape.size(),
                                             ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &input));
-  const char* input_names[] = {"x"};
-  const char* output_names[] = {"y"};
-  check(ort->Run(session, nullptr, input_names, &input, 1, output_names, 1, &output));
+  OrtAllocator* allocator = nullptr;
+  char *input_name = nullptr, *output_name = nullptr;
+  check(ort->GetAllocatorWithDefaultOptions(&allocator));
+  check(ort->SessionGetInputName(session, 0, allocator, &input_name));
+  check(ort->SessionGetOutputName(session, 0, allocator, &output_name));
+  check(ort->Run(session, nullptr, &input_name, &input, 1, &output_name, 1, &output));
   float* y = nullptr;
+  OrtTensorTypeAndShapeInfo* described = nullptr;
+  size_t count = 0;
   check(ort->GetTensorMutableData(output, reinterpret_cast<void**>(&y)));
-  for (int i = 0; i < 4; ++i) std::printf("%.6g\n", static_cast<double>(y[i]));
+  check(ort->GetTensorTypeAndShape(output, &described));
+  check(ort->GetTensorShapeElementCount(described, &count));
+  for (size_t i = 0; i < std::min<size_t>(count, 4); ++i) std::printf("%.6g\n", static_cast<double>(y[i]));
 }

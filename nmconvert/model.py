@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from nmconvert import hugging_face
 from nmconvert.checkpoint import Checkpoint, open_checkpoint
@@ -55,6 +57,17 @@ def layers(model: nn.Module) -> list[Layer]:
             if isinstance(weight, Tensor):
                 found.setdefault(id(weight), Layer(name, module, parameter, kind, groups, weight))
     return list(found.values())
+
+
+def named_layers(model: nn.Module) -> dict[str, Layer]:
+    """:func:`layers` by the names of their weights in the state dict, all of them where modules share one."""
+    known = {id(layer.weight): layer for layer in layers(model)}
+    found = {
+        f"{name}.{parameter}" if name else parameter: known.get(id(getattr(module, parameter)))
+        for name, module in model.named_modules(remove_duplicate=False)
+        for parameter, _, _ in _weights(module)
+    }
+    return {name: layer for name, layer in found.items() if layer is not None}
 
 
 def _weights(module: nn.Module) -> list[tuple[str, Kind, int]]:
@@ -126,26 +139,54 @@ def fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     """
     own = model.state_dict(keep_vars=True)
     if hugging_face.is_model(model) and (loaded := _same_model(model, checkpoint.path)):
-        model.to(next(loaded.parameters()).dtype).load_state_dict(loaded.state_dict())
+        cast(model, next(loaded.parameters()).dtype).load_state_dict(loaded.state_dict())
         return
     infos = [info for info in checkpoint.tensors() if not info.secondary and not info.unread]
     names = matched_names([info.name for info in infos], model)
     shapes = {names[info.name]: info.shape for info in infos}
     for name, shape in shapes.items():
-        if name in own and tuple(own[name].shape) != shape:
+        if name in own and not has_shape(own[name], shape):
             raise ModelError(
                 f"{checkpoint.path}: '{name}' is {list(shape)}, and {list(own[name].shape)} in the model; "
                 "choose the model's size with --model-arg"
             )
     dtypes = {info.torch_dtype for info in infos if info.torch_dtype.is_floating_point}
     if len(dtypes) == 1:
-        model.to(dtypes.pop())
+        cast(model, dtypes.pop())
     state = {names[info.name]: checkpoint.read(info.name) for info in infos}
     result = model.load_state_dict(state, strict=False)
     tied = {id(own[name]) for name in state if name in own}
     missing = [name for name in result.missing_keys if id(own.get(name)) not in tied]
     if missing or result.unexpected_keys:
         raise ModelError(f"{checkpoint.path}: does not fit the model: {_differences(missing, result.unexpected_keys)}")
+
+
+def has_shape(weight: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a parameter has a shape; a lazy one, which waits for its first input or a checkpoint, has any."""
+    return is_lazy(weight) or tuple(weight.shape) == tuple(shape)
+
+
+def is_part_of_weight(model: nn.Module, name: str) -> bool:
+    """Whether a layer's weight is computed from the parameter ``name``: under weight_norm, spectral_norm and their like."""
+    if ".parametrizations." in f".{name}":
+        return True
+    path, _, attribute = name.rpartition(".")
+    module, weight = model.get_submodule(path), attribute.rpartition("_")[0]  # weight_v, weight_orig
+    return bool(weight) and weight not in module._parameters and isinstance(getattr(module, weight, None), Tensor)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """``model`` with its floating parameters and buffers in ``dtype``; complex ones, which `nn.Module.to` makes real, stay."""
+    model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    return model
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of ``model``, also where hooks compute its weights anew at each call (`torch.nn.utils.weight_norm`)."""
+    for module in model.modules():
+        computed = {name: value for name, value in vars(module).items() if isinstance(value, Tensor) and value.grad_fn}
+        vars(module).update({name: value.detach() for name, value in computed.items()})
+    return deepcopy(model)
 
 
 def literal(text: str) -> Any:

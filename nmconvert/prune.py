@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from statistics import mode
@@ -20,7 +22,7 @@ from nmconvert.magnitude import has_negative_zero, keep_largest
 from nmconvert.manifest import Layer, Manifest
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Axis, Pattern
-from nmconvert.plan import Plan, make_plan
+from nmconvert.plan import NOT_INCLUDED, Plan, make_plan
 from nmconvert.rules import is_embedding, unready
 from nmconvert.tensor import Row, TensorInfo
 
@@ -147,7 +149,7 @@ def plan_for(
     if checkpoint.format != "ONNX" and (reason := unready(info.name for info in tensors)):
         raise UsageError(f"{checkpoint.path}: {reason}")
     if model is not None:
-        tensors = _with_kinds(checkpoint, tensors, model, solved=solved)
+        tensors = _with_kinds(checkpoint, tensors, model, include, solved=solved)
     elif solved:
         tensors = _calibrated(checkpoint, tensors)
     tensors = _mark_copies(checkpoint, tensors)
@@ -257,28 +259,32 @@ def _replace(new: Tensor, old: Tensor) -> Tensor:
 
 
 def _with_kinds(
-    checkpoint: Checkpoint, tensors: Sequence[TensorInfo], model: torch.nn.Module, *, solved: bool
+    checkpoint: Checkpoint, tensors: Sequence[TensorInfo], model: torch.nn.Module, include: Sequence[str], *, solved: bool
 ) -> list[TensorInfo]:
     """``tensors`` with the kind and groups that the model's layers give them; the others are no layer's weight.
 
-    What transformers merges into another parameter, such as a mixture's experts, is told by its name; ``solved`` says that
-    weights are to be calibrated, which these cannot be.
+    What transformers merges into another parameter, such as a mixture's experts, is told by its name, as are other parameters
+    that ``include`` names; ``solved`` says that weights are to be calibrated, which these cannot be.
 
     Raises:
-        ModelError: no tensor is a layer's weight: it is another model.
+        ModelError: no tensor is a layer's weight, or one has another shape: it is another model.
     """
     from nmconvert.hugging_face import is_model
-    from nmconvert.model import layers, matched_names
+    from nmconvert.model import has_shape, matched_names, named_layers
 
-    known, own = {layer.tensor: layer for layer in layers(model)}, model.state_dict(keep_vars=True)
+    known, own = named_layers(model), model.state_dict(keep_vars=True)
     names = matched_names([info.own_name for info in tensors], model)
     result = []
     for info in tensors:
-        layer, reason = known.get(names[info.own_name]), None
+        name, reason = names[info.own_name], None
+        layer = known.get(name)
         if layer is not None:
+            if not is_model(model) and not has_shape(layer.weight, info.shape):
+                sizes = f"'{info.name}' is {list(info.shape)}, and {list(layer.weight.shape)} in the model"
+                raise ModelError(f"{checkpoint.path}: {sizes}; name the right one with --model, or its size with --model-arg")
             info = replace(info, kind=layer.kind, groups=layer.groups)
-        elif names[info.own_name] in own:
-            reason = "not the weight of a convolution or a linear layer"
+        elif name in own:
+            reason = _no_layer(model, name, included=any(fnmatchcase(info.name, glob) for glob in include), solved=solved)
         elif not is_model(model):
             reason = "the model has no such weight"
         elif solved:
@@ -287,6 +293,17 @@ def _with_kinds(
     if not any(info.kind for info in result):
         raise ModelError(f"{checkpoint.path}: none of its tensors is a weight of the model; name the right one with --model")
     return result
+
+
+def _no_layer(model: torch.nn.Module, name: str, *, included: bool, solved: bool) -> str | None:
+    """Why a parameter that is no layer's weight stays dense; None where it is asked for by its name."""
+    from nmconvert.model import is_part_of_weight
+
+    if is_part_of_weight(model, name):
+        return "a weight is computed from it: fold it in first (remove_weight_norm, or parametrize.remove_parametrizations)"
+    if solved:
+        return "not the weight of a convolution or a linear layer, which alone are calibrated"
+    return None if included else "not the weight of a convolution or a linear layer"
 
 
 def _calibrated(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
@@ -318,7 +335,8 @@ def _mark_copies(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> list[
 
 
 def _commonest_reason(plan: Plan) -> str:
-    reasons = [row.reason for row in plan.rows if row.reason and len(row.info.shape) > 1]
+    reasons = [row.reason for row in plan.rows if row.reason and len(row.info.shape) > 1 and row.info.shared_with is None]
     if not reasons:
         return "none has two dimensions or more"
-    return f"most often: {max(set(reasons), key=reasons.count)}"
+    found = Counter(reason for reason in reasons if reason != NOT_INCLUDED) or Counter(reasons)
+    return "most often: " + "; then: ".join(reason for reason, _ in found.most_common(2))

@@ -416,3 +416,52 @@ def test_a_page_that_has_no_folder(nm: Any, folder: Path) -> None:
     assert refused.status == 2
     assert refused.err.strip().endswith("make it first")
     assert not list(folder.glob("*.nm*"))
+
+
+TWO_INPUTS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.first, self.second = nn.Embedding(10, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.normed = nn.utils.weight_norm(nn.Linear(32, 32))
+
+    def forward(self, x, steps, scale=None):
+        y = self.first(x) + self.table(steps)
+        return self.normed(torch.relu(self.second(torch.relu(y if scale is None else y * scale))))
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_model_of_several_inputs_is_calibrated_on_arrays_by_their_names(nm: Any, tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(TWO_INPUTS)
+    scope: dict[str, Any] = {}
+    exec(TWO_INPUTS, scope)
+    torch.save(scope["Net"]().state_dict(), "two.pt")
+    rng = np.random.default_rng(0)
+    arrays = {"x": rng.standard_normal((64, 32)), "steps": rng.integers(0, 10, 64)}  # doubles, as NumPy makes them
+    np.savez("two.npz", **arrays)
+    how = ("prune", "two.pt", "--nm", "2:4", "--model", "two.py:Net", "--samples", "64", "--batch-size", "8", "-q")
+    assert nm(*how, "--calib", "two.npz", "-o", "solved.pt").status == 0
+    assert nm(*how, "-o", "magnitude.pt").status == 0
+    dense, solved, magnitude = (scope["Net"]() for _ in range(3))
+    for model, file in ((dense, "two.pt"), (solved, "solved.pt"), (magnitude, "magnitude.pt")):
+        model.load_state_dict(torch.load(file, weights_only=True))
+    x, steps = torch.from_numpy(arrays["x"]).float(), torch.from_numpy(arrays["steps"])
+    with torch.no_grad():
+        errors = [float((model(x, steps) - dense(x, steps)).square().mean()) for model in (solved, magnitude)]
+    assert errors[0] < 0.8 * errors[1]
+    np.savez("two.npz", x=arrays["x"])
+    run = nm(*how, "--calib", "two.npz")
+    assert (run.status, run.err.count("\n")) == (1, 1)
+    assert "has no array 'images' (or 'train_images', …), only x; --calib takes arrays that are named as the" in run.err
+
+
+def test_samples_that_are_no_pairs(nm: Any, folder: Path) -> None:
+    (folder / "mydata.py").write_text("def items(split):\n    return [{'x': 1}] * 8\n")
+    run = nm("prune", "net.pt", "--nm", "2:4", *NET, "--calib", "mydata:items")
+    assert (run.status, run.err.count("\n")) == (1, 1)
+    assert "sample" in run.err
+    assert "is a dict, and not (image, label)" in run.err

@@ -348,6 +348,15 @@ def test_a_square_weight_behind_a_transpose_is_the_other_files(tmp_path: Path) -
     assert told["W"] is False
 
 
+def test_inlined_nodes_list_no_inputs_that_are_left_out(tmp_path: Path) -> None:
+    """OpenVINO and quantisers take the name of an input that is none, at the end of the list, for one."""
+    model = model_of([make("Gemm", ["X", "W"], ["Y"])], {"W": sparse_weight("matmul", (16, 16), "2:4")}, ["n", 16])
+    result = exported(model, tmp_path, "inlined")
+    assert result.compressed.layers
+    written = onnx.load(result.output)
+    assert all(node.input[-1] for node in written.graph.node if node.input)
+
+
 def test_an_output_may_have_no_shape(tmp_path: Path) -> None:
     """onnxruntime infers it, the checker of what is written asks for it."""
     model = model_of([make("MatMul", ["X", "W"], ["Y"])], {"W": sparse_weight("matmul", (8, 64), "2:4")}, ["n", 8])

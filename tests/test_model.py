@@ -12,8 +12,9 @@ from containers import Tied
 from safetensors.torch import save_file
 from torch import nn
 
+from nmconvert.checkpoint import open_checkpoint
 from nmconvert.errors import ModelError, UntrustedFileError, UsageError
-from nmconvert.model import build, layers, literal, load
+from nmconvert.model import build, copied, fill, layers, literal, load
 
 SOURCE = """
 from dataclasses import dataclass
@@ -311,3 +312,41 @@ def test_layers() -> None:
 def test_a_layer_alone() -> None:
     (layer,) = layers(nn.Linear(3, 2))
     assert (layer.name, layer.tensor) == ("", "weight")
+
+
+class Rotary(nn.Module):
+    """Llama's rotation of positions, a complex buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("turns", torch.polar(torch.ones(2), torch.tensor([0.5, 1.5])))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(self.linear(x).reshape(-1, 2, 2)) * self.turns
+        return torch.view_as_real(pairs).flatten(1)
+
+
+def test_complex_tensors_stay_complex(tmp_path: Path) -> None:
+    made = Rotary()
+    torch.save({"linear.weight": made.linear.weight, "linear.bias": made.linear.bias, "turns": made.turns}, tmp_path / "a.pt")
+    other = Rotary()
+    fill(other, open_checkpoint(tmp_path / "a.pt"))
+    x = torch.randn(3, 4)
+    assert torch.equal(other(x), made(x))
+    assert torch.equal(other.turns, made.turns)
+
+
+def test_lazy_layers_take_their_shapes_from_the_checkpoint(tmp_path: Path) -> None:
+    torch.save(nn.Sequential(nn.Linear(8, 4)).state_dict(), tmp_path / "a.pt")
+    lazy = nn.Sequential(nn.LazyLinear(4))
+    fill(lazy, open_checkpoint(tmp_path / "a.pt"))
+    assert lazy(torch.ones(2, 8)).shape == (2, 4)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_copy_of_what_hooks_compute() -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)))
+    x = torch.ones(2, 4)
+    expected = model(x)
+    assert torch.equal(copied(model)(x), expected)

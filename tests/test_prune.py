@@ -257,6 +257,40 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
         assert torch.equal(after["first.weight"], naive_prune(model.first.weight.detach(), "linear", Pattern(2, 4), "channel"))
 
 
+class Parts(nn.Module):
+    """Weights as people have them that are no layer's own parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.two.weight = self.one.weight
+        self.normed = nn.utils.weight_norm(nn.Linear(16, 16))
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))
+        self.free = nn.Parameter(torch.randn(16, 16))
+        self.lstm = nn.LSTM(16, 16)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_with_a_model_every_weight_has_its_own_reason(tmp_path: Path) -> None:
+    torch.save(Parts().state_dict(), tmp_path / "a.pt")
+    rows = {row.name: row for row in prune(tmp_path / "a.pt", Pattern(2, 4), model=Parts()).plan.rows}
+    assert rows["one.weight"].pattern == Pattern(2, 4)
+    assert rows["two.weight"].reason == "shares its storage with one.weight, pruned there"
+    for name in ("normed.weight_v", "spectral.parametrizations.weight.original"):
+        assert "a weight is computed from it: fold it in first" in (rows[name].reason or "")
+    assert rows["free"].reason == rows["lstm.weight_ih_l0"].reason == "not the weight of a convolution or a linear layer"
+    asked = {"include": ["free", "*weight_ih*"], "model": Parts(), "output": tmp_path / "b.pt"}
+    assert {row.name for row in prune(tmp_path / "a.pt", Pattern(2, 4), **asked).plan.pruned} == {"free", "lstm.weight_ih_l0"}
+    with pytest.raises(UsageError, match="most often: a weight is computed from it"):
+        prune(tmp_path / "a.pt", Pattern(2, 4), include=["normed.weight_v"], model=Parts())
+
+
+def test_a_model_of_another_size_is_named(tmp_path: Path) -> None:
+    torch.save(nn.Sequential(nn.Linear(16, 8)).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(ModelError, match=r"a\.pt: '0\.weight' is \[8, 16\], and \[8, 16, 3\] in the model; name the right one"):
+        prune(tmp_path / "a.pt", Pattern(2, 4), model=nn.Sequential(nn.Conv1d(16, 8, 3)))
+
+
 def test_default_outputs(tmp_path: Path) -> None:
     (tmp_path / "folder.v1").mkdir()
     assert default_output(tmp_path / "folder.v1", Pattern(2, 4)) == tmp_path / "folder.v1.nm2-4"

@@ -322,6 +322,17 @@ def test_no_tokens_and_a_bias_that_is_spread(isa: str, function: str, bias: Any,
     assert with_kernels(proto).run(None, {"x": np.zeros((0, 24), np.float32)})[0].shape == (0, 10)
 
 
+@pytest.mark.parametrize(
+    ("function", "shape", "x"),
+    [("ConvAdd", (16, 16, 1, 1), (0, 16, 4, 4)), ("LinearAdd", (16, 16), (0, 16)), ("LinearAdd", (16, 16), (3, 0, 16))],
+)
+def test_an_empty_batch_with_a_residual(isa: str, function: str, shape: Any, x: Any) -> None:
+    weight = random_weight(np.random.default_rng(1), "conv" if function == "ConvAdd" else "matmul", shape, "2:4")
+    extra = {"B": np.ones(16, np.float32), "Z": np.zeros(x, np.float32)}
+    got = with_kernels(layer(function, weight, [None] * len(x), extra)).run(None, {"x": np.zeros(x, np.float32)})[0]
+    assert got.shape == x
+
+
 @pytest.mark.parametrize(("function", "names"), [("MatMulAdd", "Z"), ("LinearAdd", "BZ")])
 def test_a_vector_has_a_vector_added(isa: str, function: str, names: str) -> None:
     rng = np.random.default_rng(1)

@@ -16,7 +16,7 @@ from nmconvert.errors import ModelError, PatternError, UsageError
 from nmconvert.masks import nm_mask
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Pattern
-from nmconvert.srste import DECAY, plain_state_dict, sparsify
+from nmconvert.srste import DECAY, DECOUPLED_DECAY, plain_state_dict, sparsify
 
 AXES = ["channel", "kernel"]
 EVERYTHING = ["*"]
@@ -503,3 +503,135 @@ def test_misuse_is_named():
     sparse.attach(optimizer)
     with pytest.raises(UsageError, match="call backward first"):
         optimizer.step(lambda: 0.0)
+
+
+def decayed(make_optimizer, step, steps=2, **attached):
+    """By how much each step shrank the pruned weights of a model whose gradients are zero."""
+    model = mlp().double()
+    sparse = sparsify(model, decay=0.5, include=EVERYTHING)
+    optimizer = make_optimizer(model.parameters())
+    for _ in range(attached.pop("times", 1)):
+        sparse.attach(optimizer, **attached)
+    before = [weight.dense.detach().clone() for weight in sparse.weights]
+    masks = [weight.mask.mask.clone() for weight in sparse.weights]
+    for _ in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        step(optimizer)
+    ratios = [(w.dense.detach() / old)[~mask] for w, old, mask in zip(sparse.weights, before, masks, strict=True)]
+    return torch.cat(ratios)
+
+
+SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "attached", "shrunk"),
+    [
+        (SGD, lambda optimizer: optimizer.step(None), {}, 1 - 0.1 * 0.5),  # as accelerate calls it
+        (SGD, lambda optimizer: optimizer.step(), {"times": 2}, 1 - 0.1 * 0.5),  # attached twice, decayed once
+        (SGD, lambda optimizer: optimizer.step(lambda: None), {"decoupled": True}, 1 - 0.1 * 0.5),
+        (ADAMW, lambda optimizer: optimizer.step(lambda: None), {}, 1 - 0.1 * 0.5),
+    ],
+)
+def test_the_decay_comes_once_however_a_step_is_called(kind, step, attached, shrunk):
+    more = {} if kind is SGD else {"weight_decay": 0.0}
+    ratios = decayed(lambda parameters: kind(parameters, lr=0.1, **more), step, **attached)
+    torch.testing.assert_close(ratios, torch.full_like(ratios, shrunk**2))
+
+
+def test_gradients_of_a_closure_come_after_the_decay():
+    """`zero_grad` after the step: no weight has a gradient when the step begins."""
+    model = mlp()
+    optimizer = ADAMW(model.parameters(), lr=0.1, weight_decay=0.0)
+    sparse = sparsify(model, decay=2.0, include=EVERYTHING).attach(optimizer)
+    old = sparse.weights[0].dense.detach().clone()
+    pruned = ~sparse.weights[0].mask.mask
+
+    def closure():
+        loss = 0 * model(torch.ones(2, 16)).sum()
+        loss.backward()
+        return loss
+
+    optimizer.zero_grad()
+    optimizer.step(closure)
+    torch.testing.assert_close(sparse.weights[0].dense[pruned], 0.8 * old[pruned])
+
+
+def test_an_optimizer_in_a_wrapper_is_the_one_inside():
+    class Prepared(torch.optim.Optimizer):  # as accelerate's: it never calls Optimizer.__init__
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        @property
+        def param_groups(self):
+            return self.optimizer.param_groups
+
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    sparse = sparsify(model, include=EVERYTHING).attach(Prepared(optimizer))
+    train(model, optimizer)
+    assert sparse.steps == 3
+
+
+def test_the_usual_decay_is_that_of_the_optimizer():
+    for kind, decay in ((SGD, DECAY), (ADAMW, DECOUPLED_DECAY)):
+        model = mlp()
+        assert sparsify(model).attach(kind(model.parameters())).current_decay == decay
+        model = mlp()
+        assert sparsify(model, decay=3.0).attach(kind(model.parameters())).current_decay == 3.0
+    model = mlp()
+    assert sparsify(model).attach(SGD(model.parameters()), decoupled=True).current_decay == DECAY
+
+
+def test_a_second_phase_counts_its_own_steps():
+    model = mlp()
+    sparse = sparsify(model, include=EVERYTHING)
+    first, second = SGD(model.parameters(), lr=0.1), SGD(model.parameters(), lr=0.01)
+    sparse.attach(first)
+    train(model, first, steps=5)
+    sparse.attach(second, steps=10, freeze_masks=0.4)
+    frozen = []
+    for _ in range(10):
+        frozen.append(sparse.frozen)
+        train(model, second, steps=1)
+    assert frozen == [False] * 6 + [True] * 4
+    assert sparse.steps == 15
+    with pytest.raises(UsageError, match="steps 0 must be 1 or more"):
+        sparse.attach(second, steps=0)
+
+
+def test_masks_that_are_none_are_made_anew():
+    """Another pattern's buffers, and averages of masks, are N:M of nothing."""
+    other, model = mlp(), mlp()
+    sparsify(other, "3:4", include=EVERYTHING)
+    sparse = sparsify(model, "1:4", include=EVERYTHING)
+    model.load_state_dict(other.state_dict())
+    plain = plain_state_dict(model)
+    assert torch.equal(sparse.finalize()[0].weight, plain["0.weight"])
+    for layer in (model[0], model[2], model[4]):
+        assert is_nm(layer.weight, "linear", 1, "channel", Pattern(1, 4))
+        assert (layer.weight != 0).sum() == layer.weight.numel() // 4
+
+
+def test_weights_that_are_computed_stay_dense_with_the_reason():
+    model = mlp()
+    nn.utils.parametrizations.weight_norm(model[2])
+    nn.utils.weight_norm(model[4])
+    sparse = sparsify(model, include=EVERYTHING)
+    reasons = {row.name: row.reason for row in sparse.plan.rows}
+    assert reasons["0.weight"] is None
+    assert reasons["2.weight"] == "under WeightNorm: fold it in first, by torch.nn.utils.parametrize.remove_parametrizations"
+    assert "make it a parameter first" in reasons["4.weight"]
+    train(model, SGD(model.parameters(), lr=0.1))
+    sparse.finalize()
+    assert is_nm(model[0].weight, "linear", 1, "channel")
+
+
+def test_what_cannot_be_masked_leaves_no_other_weight_masked():
+    model = mlp()
+    sparsify(model, include=["4.weight"])
+    before = sorted(model.state_dict())
+    with pytest.raises(ModelError, match=r"'4\.weight' is parametrized already"):
+        sparsify(model, include=EVERYTHING)
+    assert sorted(model.state_dict()) == before

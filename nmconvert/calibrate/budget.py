@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -27,6 +26,7 @@ from nmconvert.calibrate.replay import Batch, as_call, call_model, outputs_of
 from nmconvert.errors import UsageError, WeightError
 from nmconvert.hugging_face import without_caches
 from nmconvert.matrix import MatrixView
+from nmconvert.model import copied
 from nmconvert.packing import coding_for
 from nmconvert.pattern import Axis, Pattern
 
@@ -306,7 +306,7 @@ def top1_drop(model: nn.Module, batches: Sequence[Batch], recipe: Recipe) -> Cal
 
     def drop(plan: Chosen) -> float:
         dense = [_first(model, batch) for batch in batches[cut:]]
-        copy = deepcopy(model)
+        copy = copied(model)
         if plan:
             prune_model(copy, batches[:cut], plan, recipe)
         same = [(_first(copy, b) == d).float().mean() for b, d in zip(batches[cut:], dense, strict=True)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ from nmconvert.calibrate.together import Loss
 from nmconvert.errors import DataError, ModelError, WeightError
 from nmconvert.hugging_face import without_caches
 from nmconvert.matrix import MatrixView
+from nmconvert.model import copied
 from nmconvert.norms import norms
 from nmconvert.pattern import Axis, Pattern
 
@@ -172,7 +172,7 @@ class _Run:
         said: Sequence[Said],
     ):
         self.model, self.recipe, self.progress = model, recipe, progress
-        self.dense = deepcopy(model).requires_grad_(False)
+        self.dense = copied(model).requires_grad_(False)
         self.answer, self.answer_dense = (answer_of(m, batches[0]) for m in (model, self.dense))
         self.sites = find_sites(model, plan)
         held = max(1, round(len(batches) * recipe.held_out))

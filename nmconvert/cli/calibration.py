@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +27,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "exact", "admm", "auto")
 """`nmconvert.solvers.sparsegpt.METHODS`, without the import of torch that it costs."""
 
+_READ_BY_TASKS = {*(f"{part}images" for part in ("", "train_", "val_", "test_")), "ids"}  # arrays
+
 _SECONDS = 30.0  # between lines of progress in a log
 
 
@@ -40,8 +43,8 @@ def calibration_options(function: F) -> F:
         click.option("--task", type=click.Choice(TASKS), default="classification", show_default=True,
                      help="Whose formats DATA is read in."),
         click.option("--calib", metavar="DATA",
-                     help="Calibrate on these samples (labels are not looked at); for an ONNX file also an .npz with an array "
-                     "for each of its inputs, a sample a row."),
+                     help="Calibrate on these samples (labels are not looked at); also an .npz with an array for each of the "
+                     "model's inputs, named as in forward or in the ONNX file, a sample a row."),
     ):  # fmt: skip
         function = option(function)
     return function
@@ -70,12 +73,12 @@ class Samples:
     def batches(self, folder: Path, model: nn.Module | None, dense: Callable[[], Any]) -> list[Batch]:
         """What ``model`` takes of them, in batches; eight, where all would be in one.
 
-        ``folder`` may have the model's tokenizer; without a model it is an ONNX file, and the data may be arrays named like its
+        ``folder`` may have the model's tokenizer; without a model it is an ONNX file. The data may be arrays named like the
         inputs. ``dense()`` is the model with its weights, which answers where it reads answers and the data has none.
         """
         from nmconvert.tasks import build_task, calibration_inputs
 
-        if model is None and (arrays := _arrays_of_inputs(Path(self.data), folder)):
+        if arrays := _arrays_of_inputs(Path(self.data), model, folder):
             parts = self._parts(len(next(iter(arrays.values()))))
             return [{name: array[part] for name, array in arrays.items()} for part in parts]
         reader = build_task(self.task, self.settings, folder=folder)
@@ -94,34 +97,63 @@ class Samples:
         return parts
 
 
-def _arrays_of_inputs(calib: Path, checkpoint: Path) -> dict[str, Tensor]:
-    """The arrays of an ``.npz`` file that has one of its type, a sample a row, for each input of an ONNX file; else none.
+def _arrays_of_inputs(calib: Path, model: nn.Module | None, checkpoint: Path) -> dict[str, Tensor]:
+    """The arrays of an ``.npz`` file that has one, a sample a row, for each input of a model or an ONNX file; else none.
 
     Raises:
         DataError: they differ in their number of samples.
     """
-    from nmconvert.checkpoint import is_onnx
-
-    if calib.suffix != ".npz" or not calib.is_file() or not is_onnx(checkpoint):
+    if calib.suffix != ".npz" or not calib.is_file():
         return {}
     import numpy as np
-    import onnx
     import torch
+
+    needed, wanted = _inputs_of_module(model) if model is not None else _inputs_of_graph(checkpoint)
+    with suppress(OSError, ValueError, BadZipFile), np.load(calib) as file:
+        given = {name for name in wanted if name in file.files}
+        if not given or not needed <= given or (_READ_BY_TASKS & set(file.files)) - given:
+            return {}
+        arrays = {name: file[name] for name in wanted if name in given}
+        sorts = {name: _sort(array.dtype.kind) for name, array in arrays.items()}
+        if any(wanted[name] not in (None, sort) for name, sort in sorts.items()) or _are_pixels(arrays.get("images")):
+            return {}  # bytes of images, say, which a task makes numbers of
+        if len(counts := {array.shape[:1] for array in arrays.values()}) > 1:
+            told = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(arrays.items()))
+            raise DataError(f"{calib}: its arrays hold {len(counts)} numbers of samples: {told}")
+        return {name: torch.from_numpy(_single(array)) for name, array in arrays.items()}
+    return {}
+
+
+def _inputs_of_graph(checkpoint: Path) -> tuple[set[str], dict[str, str | None]]:
+    """Which inputs an ONNX file needs, and of which sort each is; none of what is no ONNX file."""
+    from nmconvert.checkpoint import is_onnx
+
+    if not is_onnx(checkpoint):
+        return set(), {}
+    import numpy as np
+    import onnx
 
     from nmconvert.calibrate.onnx_driver import input_types
 
     types = input_types(onnx.load(checkpoint, load_external_data=False).graph)
-    wanted = {name: _sort(np.dtype(dtype).kind) for name, dtype in types.items()}
-    with suppress(OSError, ValueError, BadZipFile), np.load(calib) as file:
-        if set(wanted) <= set(file.files):
-            arrays = {name: file[name] for name in wanted}
-            if any(_sort(arrays[name].dtype.kind) != sort for name, sort in wanted.items()):
-                return {}  # bytes of images, say, which a task makes numbers of
-            if len(counts := {array.shape[:1] for array in arrays.values()}) > 1:
-                told = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(arrays.items()))
-                raise DataError(f"{calib}: its arrays hold {len(counts)} numbers of samples: {told}")
-            return {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return {}
+    return set(types), {name: _sort(np.dtype(dtype).kind) for name, dtype in types.items()}
+
+
+def _inputs_of_module(model: nn.Module) -> tuple[set[str], dict[str, str | None]]:
+    """Which arguments ``forward`` needs, and which it takes, of any sort."""
+    parameters = [
+        p for p in signature(model.forward).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    return {p.name for p in parameters if p.default is p.empty}, {p.name: None for p in parameters}
+
+
+def _are_pixels(array: Any) -> bool:
+    return array is not None and array.dtype.kind == "u"
+
+
+def _single(array: Any) -> Any:
+    """NumPy's own floats, which are double, as torch's."""
+    return array.astype("float32") if array.dtype == "float64" else array
 
 
 def _sort(kind: str) -> str:

@@ -177,7 +177,7 @@ def _from_checkpoint(
     dtype: torch.dtype | None,
     trust: bool,
 ) -> _Source:
-    from nmconvert.model import load
+    from nmconvert.model import cast, load
 
     path = checkpoint.path
     spec, arguments = manifest.said_model(path, model, model_arguments)
@@ -193,7 +193,7 @@ def _from_checkpoint(
         raise UsageError(f"no input has a dimension {beyond[0]} to leave open with --dynamic: the last one is {rank - 1}")
     module = load(spec, path, arguments, trust=trust)
     if dtype is not None:
-        module = module.to(dtype)
+        module = cast(module, dtype)
     storage = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     traced: Traced = trace(module, inputs, dynamic)
     settings = {"model": spec, "model_arguments": arguments, "input": [str(spec) for spec in inputs]}
@@ -238,7 +238,7 @@ def _write(source: Path, output: Path, flavour: str, loaded: _Source, values: st
     if flavour == "compressed":
         fuse(model)
     if flavour == "inlined":
-        model = onnx.inliner.inline_local_functions(model)
+        model = without_empty_ends(onnx.inliner.inline_local_functions(model))
     manifest = replace(
         loaded.manifest.after("export", flavour=flavour, **({"values": values} if values else {})),
         layers=tuple(compressed.layers) if flavour != "dense" else tuple(sparse_layers(model, patterns)),
@@ -259,6 +259,15 @@ def _write(source: Path, output: Path, flavour: str, loaded: _Source, values: st
     nbytes = output.stat().st_size + sum(path.stat().st_size for path in output.parent.glob(f"{output.name}*.data"))
     notes = (*loaded.notes, *_memory_notes(needed, free))
     return ExportResult(source, output, flavour, nbytes, compressed, differences[0], notes, fold)
+
+
+def without_empty_ends(model: ModelProto) -> ModelProto:
+    """``model``, whose nodes do not list the inputs that they leave out at the end: OpenVINO and quantisers trip over them."""
+    for graph, _ in graphs(model):
+        for node in graph.node:
+            while node.input and not node.input[-1]:
+                del node.input[-1]
+    return model
 
 
 def _memory_notes(needed: int, free: float) -> Iterator[str]:

@@ -218,7 +218,8 @@ def _outputs(module: nn.Module, arguments: Mapping[str, torch.Tensor]) -> list[n
     except Exception as error:  # a module's code may raise anything
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in arguments.items())
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise ExportError(f"the model fails on {shapes}: {type(error).__name__}: {reason}; is --input right?") from error
+        hint = "; is --input right? Ids are --input 1,16:int64" if "Long, Int" in reason else "; is --input right?"
+        raise ExportError(f"the model fails on {shapes}: {type(error).__name__}: {reason}{hint}") from error
 
 
 def _flatten(outputs: Any) -> list[npt.NDArray[Any]]:

@@ -14,7 +14,8 @@ The mask is a parametrization (`torch.nn.utils.parametrize`), so the parameter i
 and whatever knows modules (deepcopy, state_dict, compile, autocast, DDP, FSDP2) knows this. The decay is applied by hooks
 of the optimiser, outside autograd: once per step, however many processes, accumulated batches or loss scales there are.
 With SGD it is added to the gradient, as in the paper. With any other optimiser it is decoupled, as AdamW's weight decay:
-inside the gradient, the second moment would divide it away again (and be spoilt by it: STEP, ICML 2023).
+inside the gradient, the second moment would divide it away again (and be spoilt by it: STEP, ICML 2023). While it trains,
+`nmconvert.srste.plain_state_dict` gives the weights as they would be once finalized, for checkpoints that others read.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nmconvert.srste.masked import WeightMask, plain_state_dict
 from nmconvert.srste.sparse import (
     ANNEALS,
     DECAY,
+    DECOUPLED_DECAY,
     METHODS,
     Anneal,
     Method,
@@ -36,6 +38,7 @@ from nmconvert.srste.sparse import (
 __all__ = [
     "ANNEALS",
     "DECAY",
+    "DECOUPLED_DECAY",
     "METHODS",
     "Anneal",
     "Method",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nmconvert import dist
+from nmconvert.detect import most_in_a_group
 from nmconvert.errors import ModelError
 from nmconvert.masks import magnitude_mask, update_magnitude_mask
 from nmconvert.matrix import Kind, MatrixView
@@ -85,6 +86,11 @@ class WeightMask(nn.Module):
         mask = mask if crosses else dist.assemble(mask, like=weight)
         return mask.contiguous() if dist.is_sharded(weight) else mask
 
+    def checked(self, mask: Tensor, weight: Tensor) -> Tensor:
+        """``mask``, if it keeps at most n of every m, else that of ``weight``."""
+        matrix = self._view(mask).to_matrix(mask).cpu().numpy()
+        return mask if most_in_a_group(matrix, self.pattern.m) <= self.pattern.n else self.mask_of(weight)
+
     def grouped_dims(self, rank: int) -> set[int]:
         """The dimensions of the weight that its groups run along: it must not be sharded along these."""
         if self.kind == "conv_transpose":
@@ -114,6 +120,35 @@ class SparseWeight:
         return parameter
 
 
+def obstacle(module: nn.Module, attribute: str) -> str | None:
+    """Why a weight cannot be put under a mask: it is computed from other parameters, or is none."""
+    if parametrize.is_parametrized(module, attribute):
+        others = [type(step).__name__.lstrip("_") for step in module.parametrizations[attribute]]  # type: ignore[index]
+        if not all(name == WeightMask.__name__ for name in others):
+            return f"under {others[0]}: fold it in first, by torch.nn.utils.parametrize.remove_parametrizations"
+    elif attribute not in module._parameters:
+        return "computed from other tensors (weight_norm, spectral_norm, prune) or a buffer: make it a parameter first"
+    return None
+
+
+def mask_weights(model: nn.Module, rows: Sequence[Row]) -> list[SparseWeight]:
+    """Put the weights of ``rows`` under their masks: all, or where that fails none.
+
+    Raises:
+        ModelError: as `mask_weight`.
+    """
+    made: list[SparseWeight] = []
+    try:
+        for row in rows:
+            made.append(mask_weight(model, row))
+    except BaseException:
+        for weight in made:
+            for module, attribute in weight.owners:
+                parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+        raise
+    return made
+
+
 def mask_weight(model: nn.Module, row: Row) -> SparseWeight:
     """Put the weight of a pruned ``row`` under its mask, in every module that shares it.
 
@@ -127,7 +162,8 @@ def mask_weight(model: nn.Module, row: Row) -> SparseWeight:
     try:
         module = model.get_submodule(path)
         if parametrize.is_parametrized(module, attribute):
-            raise ModelError(f"'{row.name}' is parametrized already: finalize the model first")
+            why = obstacle(module, attribute) or "parametrized already: finalize the model first"
+            raise ModelError(f"'{row.name}' is {why}")
         parameter = getattr(module, attribute)
     except AttributeError as error:
         raise ModelError(f"the model has no weight '{row.name}': was it pruned from another model?") from error
@@ -155,7 +191,9 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Sharded tensors are gathered: every process has to call this, and gets all of them.
     """
-    prefixes = {f"{path}parametrizations.{attribute}.": f"{path}{attribute}" for path, _, attribute, _ in masked_weights(model)}
+    found = list(masked_weights(model))
+    prefixes = {f"{path}parametrizations.{attribute}.": f"{path}{attribute}" for path, _, attribute, _ in found}
+    masks = {f"{path}parametrizations.{attribute}.": mask for path, _, attribute, mask in found}
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     plain = {}
     for name, value in state.items():
@@ -164,7 +202,8 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if prefix is None:
             plain[name] = value.detach().clone(memory_format=torch.contiguous_format)
         elif name == f"{prefix}original":
-            plain[prefixes[prefix]] = value.masked_fill(~state[f"{prefix}0.mask"], 0.0).contiguous()
+            mask = masks[prefix].checked(state[f"{prefix}0.mask"], value)
+            plain[prefixes[prefix]] = value.masked_fill(~mask, 0.0).contiguous()
     return plain
 
 

@@ -18,7 +18,7 @@ from nmconvert.model import layers
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.plan import Plan, make_plan
 from nmconvert.rules import output_layers
-from nmconvert.srste.masked import SparseWeight, mask_weight, masked_weights
+from nmconvert.srste.masked import SparseWeight, mask_weights, masked_weights, obstacle
 from nmconvert.srste.passes import add_pruned
 from nmconvert.tensor import TensorInfo, dtype_name
 
@@ -31,6 +31,7 @@ Anneal = Literal["constant", "rise", "fall"]
 ANNEALS: tuple[Anneal, ...] = get_args(Anneal)
 
 DECAY = 2e-4  # λ of the paper
+DECOUPLED_DECAY = 10.0  # for optimisers whose learning rates are those of Adam: 1 % a step at 1e-3
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class Sparse:
     Attributes:
         weights: the masked weights.
         plan: a row for every weight, with the reason of those that stay dense.
-        decay: λ; by default 2e-4 (the paper).
-        steps: optimiser steps taken; where several optimisers are attached, those of the first.
+        decay: λ; by default 2e-4 (the paper), or 10 once an optimiser other than SGD is attached.
+        steps: optimiser steps taken; where several optimisers are attached, those of the first, and of one that is attached
+            later, once there were steps, from then on.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, method: Method, decay: float | None) -> None:
@@ -63,12 +65,15 @@ class Sparse:
             raise UsageError(f"decay {decay} must be 0 or more")
         self.model, self.plan, self.method = model, plan, method
         self.decay = DECAY if decay is None else decay
-        self.weights = [mask_weight(model, row) for row in plan.pruned]
+        self._decay_is_told = decay is not None
+        self.weights = mask_weights(model, plan.pruned)
         self.steps = 0
         self._total_steps: int | None = None
         self._anneal: Anneal = "constant"
         self._freeze_at: float = 0.0 if method == "fixed-mask" else float("inf")
-        self._hooks: list[Any] = []
+        self._hooks: dict[int, list[Any]] = {}  # of each optimiser
+        self._counts: Optimizer | None = None  # whose steps are counted
+        self._begin = 0  # how many there were when it was attached
         self._flips: Tensor | int = 0
         self._reset_statistics()
         self._follow_steps()
@@ -86,43 +91,58 @@ class Sparse:
     ) -> Sparse:
         """Have every ``optimizer.step()`` apply the decay and then renew the masks; returns self.
 
+        Attached once more, an optimiser has what is said last. Averages of the weights (`torch.optim.swa_utils`) take
+        ``use_buffers=False``: masks are buffers, and no averages of them are masks.
+
         Args:
-            optimizer: any; the weights that it does not hold keep their masks.
+            optimizer: any, also as accelerate wraps it; the weights that it does not hold keep their masks.
             decoupled: w ← w - lr·λ·(1-mask)·w before the step, rather than λ·(1-mask)·w in the gradient. Left out: for
                 all but SGD.
-            steps: how many steps there will be; needed by the two below.
+            steps: how many steps there will be from now on; needed by the two below.
             anneal: how λ goes over the steps.
             freeze_masks: share of the steps, at the end, for which masks stand still and pruned weights rest.
 
         Raises:
             UsageError: the optimiser holds none of the sparse weights; ``steps`` is missing; ``freeze_masks`` is no share.
         """
+        optimizer = _unwrapped(optimizer)
         self._check(optimizer, steps, anneal, freeze_masks)
+        if self._counts is None or (self.steps and self._counts is not optimizer):
+            self._counts, self._begin = optimizer, self.steps
+        adaptive = not isinstance(getattr(optimizer, "optim", optimizer), torch.optim.SGD)  # `optim`: of ZeRO's wrapper
+        if adaptive and not self._decay_is_told:
+            self.decay = DECOUPLED_DECAY
         if steps is not None:
             self._total_steps, self._anneal = steps, anneal
             if self.method != "fixed-mask":
                 self._freeze_at = round(steps * (1 - freeze_masks)) if freeze_masks else float("inf")
-        in_gradient = isinstance(optimizer, torch.optim.SGD) if decoupled is None else not decoupled
+        in_gradient = not adaptive if decoupled is None else not decoupled
 
         def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if in_gradient and (len(args) > 1 or kwargs.get("closure") is not None):
-                raise UsageError("optimizer.step(closure) computes gradients too late for the decay: call backward first")
-            self._apply_decay(optimizer, in_gradient)
-
-        counts = not self._hooks  # of several optimisers, the first
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            if in_gradient and closure is not None:
+                raise UsageError(
+                    "optimizer.step(closure) computes gradients too late for the decay: call backward first, or attach with "
+                    "decoupled=True"
+                )
+            self._apply_decay(optimizer, in_gradient, gradients_to_come=closure is not None)
 
         def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.frozen:
                 self._renew_masks(optimizer)
-            self.steps += counts
+            self.steps += optimizer is self._counts
             self._follow_steps()
 
-        self._hooks += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        for hook in self._hooks.get(id(optimizer), []):
+            hook.remove()
+        self._hooks[id(optimizer)] = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
         self._follow_steps()
         return self
 
     def _check(self, optimizer: Optimizer, steps: int | None, anneal: Anneal, freeze_masks: float) -> None:
         check_choice("anneal", anneal, ANNEALS)
+        if steps is not None and steps < 1:
+            raise UsageError(f"steps {steps} must be 1 or more")
         if not 0 <= freeze_masks <= 1:
             raise UsageError(f"freeze_masks {freeze_masks} must be a share of the training, 0 to 1")
         if steps is None and (anneal != "constant" or freeze_masks):
@@ -136,7 +156,7 @@ class Sparse:
     @property
     def frozen(self) -> bool:
         """Whether the masks stand still."""
-        return self.steps >= self._freeze_at
+        return self.steps - self._begin >= self._freeze_at
 
     @property
     def current_decay(self) -> float:
@@ -145,17 +165,17 @@ class Sparse:
             return 0.0
         if self._anneal == "constant" or not self._total_steps:
             return self.decay
-        risen = (1 - cos(pi * min(1.0, self.steps / self._total_steps))) / 2
+        risen = (1 - cos(pi * min(1.0, (self.steps - self._begin) / self._total_steps))) / 2
         return self.decay * (risen if self._anneal == "rise" else 1 - risen)
 
     @torch.no_grad()
-    def _apply_decay(self, optimizer: Optimizer, in_gradient: bool) -> None:
+    def _apply_decay(self, optimizer: Optimizer, in_gradient: bool, *, gradients_to_come: bool) -> None:
         decay = self.current_decay
         if not decay:
             return
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimiser unscales gradients itself, later
         skipped = getattr(optimizer, "found_inf", None)  # and then skips the step itself, too
-        for weight, group in self._held(optimizer):
+        for weight, group in self._held(optimizer, gradients_to_come=gradients_to_come):
             w = dist.local(weight.dense)
             mask = dist.local_part(weight.mask.mask, like=weight.dense)
             if in_gradient:
@@ -174,11 +194,12 @@ class Sparse:
         for weight in self.weights:
             weight.mask.straight_through = not self.frozen
 
-    def _held(self, optimizer: Optimizer) -> Iterator[tuple[SparseWeight, dict[str, Any]]]:
+    def _held(self, optimizer: Optimizer, *, gradients_to_come: bool = False) -> Iterator[tuple[SparseWeight, dict[str, Any]]]:
         """The sparse weights that the optimiser is about to change, or has changed, each with its parameter group."""
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for weight in self.weights:
-            if id(weight.dense) in group_of and weight.dense.grad is not None:
+            changes = weight.dense.grad is not None or (gradients_to_come and weight.dense.requires_grad)
+            if changes and id(weight.dense) in group_of:
                 yield weight, group_of[id(weight.dense)]
 
     # -- state --------------------------------------------------------------------------------------------------------
@@ -241,18 +262,21 @@ class Sparse:
     def finalize(self) -> nn.Module:
         """Make the model plain again, each weight exactly N:M in the parameter it had; returns the model.
 
+        A mask that is none of its pattern, as where another model's buffers were loaded or averaged, is made anew.
+
         Raises:
             ModelError: the model is sharded (gather it first); it then is as it was.
         """
         for weight in self.weights:
             if dist.is_sharded(weight.dense):
                 raise ModelError(f"'{weight.name}' is sharded over ranks: gather the model before it is finalized")
-        for hook in self._hooks:
+        for hook in [hook for hooks in self._hooks.values() for hook in hooks]:
             hook.remove()
         for weight in self.weights:
+            weight.mask.mask.copy_(weight.mask.checked(weight.mask.mask, weight.dense))
             for module, attribute in weight.owners:
                 parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
-        self._hooks, self.weights = [], []
+        self._hooks, self.weights = {}, []
         return self.model
 
 
@@ -269,12 +293,15 @@ def sparsify(
 ) -> Sparse:
     """Put ``model`` under SR-STE, in place: convolutions, linear layers, packed attention and Hugging Face Conv1D.
 
+    Before it is wrapped (DDP, FSDP2). Values that are assigned to a weight meanwhile become its dense ones
+    (``module.weight = …``); what changes it in place has to change ``module.parametrizations.weight.original``.
+
     Args:
         model: its parameters stay the same objects, so an optimiser may be made before or after.
         pattern: n:m, n kept of m.
         axis: along which convolutions are grouped, ``channel`` or ``kernel``.
         method: see `Method`.
-        decay: λ; left out: 2e-4.
+        decay: λ; left out: 2e-4 with SGD, 10 with others, which is decoupled, and times a learning rate like Adam's.
         patterns: (glob on weight names, pattern or None for dense) for some; the last that matches wins.
         include: globs; only these, the first and last layer too where named.
         exclude: globs that stay dense.
@@ -288,6 +315,14 @@ def sparsify(
     infos = weights_of(model)
     plan = make_plan(infos, Pattern.parse(pattern), axis, layers=chosen, include=include, exclude=exclude)
     return sparsify_plan(model, plan, method=method, decay=decay)
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """What steps inside, of an optimiser that accelerate has prepared."""
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    found: Optimizer = optimizer
+    return found
 
 
 def sparsify_plan(model: nn.Module, plan: Plan, *, method: Method = "sr-ste", decay: float | None = None) -> Sparse:
@@ -311,6 +346,7 @@ def weights_of(model: nn.Module) -> list[TensorInfo]:
             kind=layer.kind,
             groups=layer.groups,
             output=layer.tensor in outputs,
+            reason=obstacle(layer.module, layer.parameter),
         )
         for layer in found
     ]

@@ -98,7 +98,11 @@ def _from_arrays(path: Path, split: Split, *, whole: bool = False) -> Source:
 
 def _pick(stored: Mapping[str, Any], prefix: str, path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
     if f"{prefix}images" not in stored:
-        raise DataError(f"{path}: has no array 'images' (or 'train_images', …), only {', '.join(stored) or 'nothing'}")
+        there = ", ".join(stored) or "nothing"
+        raise DataError(
+            f"{path}: has no array 'images' (or 'train_images', …), only {there}; --calib takes arrays that are named as the "
+            "model's inputs, too"
+        )
     pixels = stored[f"{prefix}images"]
     labels = stored[f"{prefix}labels"] if f"{prefix}labels" in stored else np.full(len(pixels), -1)
     if pixels.dtype == np.uint8 and pixels.ndim == 3:
@@ -129,8 +133,13 @@ def _from_folder(path: Path, split: Split) -> Source:
 
 
 def _read_item(dataset: Any, index: int) -> tuple[Any, int]:
-    image, label = dataset[index]
-    return image, int(label)
+    item = dataset[index]
+    if not isinstance(item, tuple | list) or len(item) != 2 or not hasattr(item[0], "dtype"):
+        raise DataError(
+            f"sample {index} is a {type(item).__name__}, and not (image, label); a model of several inputs is calibrated on an "
+            ".npz with an array for each, named as in forward"
+        )
+    return item[0], int(item[1])
 
 
 def _read_array(pixels: NDArray[Any], labels: NDArray[Any], numbers: Sequence[int], index: int) -> tuple[Any, int]:

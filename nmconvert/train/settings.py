@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nmconvert.errors import UsageError
-from nmconvert.srste import Anneal, Method
+from nmconvert.srste import DECOUPLED_DECAY, Anneal, Method
 
 OptimizerName = Literal["sgd", "adamw"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -30,7 +30,7 @@ class Usual:
     """λ: in SGD's gradient, where a momentum of 0.9 makes it act tenfold, or decoupled in AdamW."""
 
 
-USUAL: dict[OptimizerName, Usual] = {"sgd": Usual(0.02, 0.1), "adamw": Usual(1e-3, 10.0)}
+USUAL: dict[OptimizerName, Usual] = {"sgd": Usual(0.02, 0.1), "adamw": Usual(1e-3, DECOUPLED_DECAY)}
 OPTIMIZER_OF: dict[str, OptimizerName] = {"classification": "sgd"}
 """By task; of all others it is AdamW."""
 

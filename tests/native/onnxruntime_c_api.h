@@ -11,6 +11,8 @@ struct OrtSession;
 struct OrtRunOptions;
 struct OrtMemoryInfo;
 struct OrtValue;
+struct OrtAllocator;
+struct OrtTensorTypeAndShapeInfo;
 enum { ORT_LOGGING_LEVEL_WARNING = 2, OrtArenaAllocator = 1, OrtMemTypeDefault = 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT = 1 };
 
 struct OrtApi {
@@ -25,12 +27,20 @@ struct OrtApi {
   OrtStatus* (*CreateSessionOptions)(OrtSessionOptions**);
   void* slots_11[18];
   OrtStatus* (*RegisterCustomOpsLibrary)(OrtSessionOptions*, const char*, void**);
-  void* slots_30[19];
+  void* slots_30[6];
+  OrtStatus* (*SessionGetInputName)(const OrtSession*, size_t, OrtAllocator*, char**);
+  OrtStatus* (*SessionGetOutputName)(const OrtSession*, size_t, OrtAllocator*, char**);
+  void* slots_38[11];
   OrtStatus* (*CreateTensorWithDataAsOrtValue)(const OrtMemoryInfo*, void*, size_t, const int64_t*, size_t, int, OrtValue**);
   void* slot_50;
   OrtStatus* (*GetTensorMutableData)(OrtValue*, void**);
-  void* slots_52[17];
+  void* slots_52[12];
+  OrtStatus* (*GetTensorShapeElementCount)(const OrtTensorTypeAndShapeInfo*, size_t*);
+  OrtStatus* (*GetTensorTypeAndShape)(const OrtValue*, OrtTensorTypeAndShapeInfo**);
+  void* slots_66[3];
   OrtStatus* (*CreateCpuMemoryInfo)(int, int, OrtMemoryInfo**);
+  void* slots_70[8];
+  OrtStatus* (*GetAllocatorWithDefaultOptions)(OrtAllocator**);
 };
 
 struct OrtApiBase {

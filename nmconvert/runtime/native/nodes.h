@@ -25,9 +25,8 @@ class Call : public Node {
   const Real* residual(const Context& context, const std::vector<int64_t>& out, Buffers<Real>& buffers) const {
     if (!op_.residual) return nullptr;
     const Constant input = context.input(op_.inputs() - 1);
-    const Real* values = reals<Real>(input, buffers.residual);
-    if (!values || input.shape != out) throw InvalidNode("the residual is " + describe(input.shape) + ", the output " + describe(out));
-    return values;
+    if (input.shape != out) throw InvalidNode("the residual is " + describe(input.shape) + ", the output " + describe(out));
+    return reals<Real>(input, buffers.residual);
   }
 
   const Operator& op_;
