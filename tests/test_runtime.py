@@ -480,6 +480,14 @@ def test_the_number_of_threads_changes_no_bit(isa: str, stored: Any) -> None:
 
 
 @needs_kernels
+def test_what_is_no_model_is_onnxruntimes_to_say(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"\x0a\xff\xff")
+    for source in (tmp_path / "a.onnx", b"\x0a\xff\xff"):
+        with pytest.raises(Exception, match=r"(?i)protobuf|\[ONNXRuntimeError\]"):
+            runtime.session(source)
+
+
+@needs_kernels
 def test_concurrent_runs_of_one_session_agree() -> None:
     from concurrent.futures import ThreadPoolExecutor
 

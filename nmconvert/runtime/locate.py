@@ -15,7 +15,7 @@ from nmconvert.errors import KernelsUnavailableError
 LIBRARY_VARIABLE = "NMCONVERT_KERNELS"  # the path of a library to use instead, or "off"
 ISA_VARIABLE = "NMCONVERT_ISA"  # an instruction set to use instead of the best
 _NAME = "libnmconvert.dylib" if sys.platform == "darwin" else "libnmconvert.so"
-_REBUILD = "reinstall nmconvert where a C++17 compiler is found (pip install --force-reinstall --no-deps nmconvert)"
+_REBUILD = "install nmconvert anew where a C++17 compiler is found (pip install --force-reinstall --no-deps FOLDER, of its source)"
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,19 @@ def kernels() -> Kernels:
     if wanted == "off":
         return Kernels(reason=f"switched off by {LIBRARY_VARIABLE}=off", remedy=f"unset {LIBRARY_VARIABLE}")
     path = Path(wanted) if wanted else _installed()
+    rebuild = f"unset {LIBRARY_VARIABLE}" if wanted else _REBUILD
     if path is None or not path.is_file():
-        where = f" at {path}" if path else ""
-        return Kernels(reason=f"the library of kernels is not there{where}: it was not built", remedy=_REBUILD)
+        why = f"at {path}, as {LIBRARY_VARIABLE} says" if wanted else "it was not built"
+        return Kernels(reason=f"the library of kernels is not there: {why}", remedy=rebuild)
     try:
         native = ctypes.CDLL(str(path))
         native.NmconvertIsa.restype = native.NmconvertVersion.restype = ctypes.c_char_p
         isa, version = native.NmconvertIsa().decode(), native.NmconvertVersion().decode()
     except (OSError, AttributeError) as error:
-        return Kernels(path, reason=f"{path.name} cannot be loaded: {error}", remedy=_REBUILD)
+        return Kernels(path, reason=f"{path.name} cannot be loaded: {error}", remedy=rebuild)
     if version and version != nmconvert.__version__:
         reason = f"{path.name} is of version {version}, nmconvert of {nmconvert.__version__}"
-        return Kernels(path, isa, version, reason, _REBUILD)
+        return Kernels(path, isa, version, reason, rebuild)
     if not isa:
         forced = os.environ.get(ISA_VARIABLE)
         reason = f"this CPU ({platform.machine()}) has no instruction set that they were written for"

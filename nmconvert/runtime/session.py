@@ -106,10 +106,14 @@ def _chosen(
     if dense == [] or _size(source) > _LARGEST:
         return source, True
     import onnx
+    from google.protobuf.message import DecodeError
 
     from nmconvert.runtime import choice
 
-    model = onnx.load_model_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+    try:
+        model = onnx.load_model_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+    except DecodeError:
+        return source, True  # onnxruntime will say so
     if _size(source) + choice.dense_bytes(model) > _LARGEST:
         return source, True
     if dense is None:
