@@ -15,7 +15,7 @@ from nmconvert.errors import KernelsUnavailableError
 LIBRARY_VARIABLE = "NMCONVERT_KERNELS"  # the path of a library to use instead, or "off"
 ISA_VARIABLE = "NMCONVERT_ISA"  # an instruction set to use instead of the best
 _NAME = "libnmconvert.dylib" if sys.platform == "darwin" else "libnmconvert.so"
-_REBUILD = "install nmconvert anew where a C++17 compiler is found (pip install --force-reinstall --no-deps FOLDER, of its source)"
+_REBUILD = "install nmconvert anew where a C++17 compiler is found (pip install --force-reinstall --no-deps FOLDER)"
 
 
 @dataclass(frozen=True)
