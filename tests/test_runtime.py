@@ -559,7 +559,7 @@ def test_layers_that_are_no_choice_are_named() -> None:
     ("variable", "value", "says"),
     [
         ("NMCONVERT_KERNELS", "off", "switched off"),
-        ("NMCONVERT_KERNELS", "/nowhere/libnmconvert.so", "was not built"),
+        ("NMCONVERT_KERNELS", "/nowhere/libnmconvert.so", "as NMCONVERT_KERNELS says"),
         ("NMCONVERT_KERNELS", __file__, "cannot be loaded"),
         ("NMCONVERT_ISA", "vax", "NMCONVERT_ISA=vax"),
     ],

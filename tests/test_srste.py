@@ -597,6 +597,12 @@ def test_a_second_phase_counts_its_own_steps():
         train(model, second, steps=1)
     assert frozen == [False] * 6 + [True] * 4
     assert sparse.steps == 15
+    sparse.attach(second, steps=4, freeze_masks=0.5)  # a third, of the same optimiser
+    frozen = []
+    for _ in range(4):
+        frozen.append(sparse.frozen)
+        train(model, second, steps=1)
+    assert frozen == [False] * 2 + [True] * 2
     with pytest.raises(UsageError, match="steps 0 must be 1 or more"):
         sparse.attach(second, steps=0)
 
@@ -635,3 +641,9 @@ def test_what_cannot_be_masked_leaves_no_other_weight_masked():
     with pytest.raises(ModelError, match=r"'4\.weight' is parametrized already"):
         sparsify(model, include=EVERYTHING)
     assert sorted(model.state_dict()) == before
+
+
+def test_one_glob_and_a_dict_of_patterns_will_do():
+    model = mlp()
+    sparse = sparsify(model, "1:4", patterns={"2.*": "2:4"}, include="*", exclude="4.*")
+    assert {row.name: str(row.pattern) for row in sparse.plan.pruned} == {"0.weight": "1:4", "2.weight": "2:4"}

@@ -140,10 +140,12 @@ def _inputs_of_graph(checkpoint: Path) -> tuple[set[str], dict[str, str | None]]
 
 
 def _inputs_of_module(model: nn.Module) -> tuple[set[str], dict[str, str | None]]:
-    """Which arguments ``forward`` needs, and which it takes, of any sort."""
-    parameters = [
-        p for p in signature(model.forward).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
+    """Which arguments ``forward`` needs, and which it takes, of any sort; none where it does not say, as in TorchScript."""
+    try:
+        said = signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return set(), {}
+    parameters = [p for p in said if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return {p.name for p in parameters if p.default is p.empty}, {p.name: None for p in parameters}
 
 

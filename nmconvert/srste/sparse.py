@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Any, Literal, get_args
@@ -55,8 +55,8 @@ class Sparse:
         weights: the masked weights.
         plan: a row for every weight, with the reason of those that stay dense.
         decay: λ; by default 2e-4 (the paper), or 10 once an optimiser other than SGD is attached.
-        steps: optimiser steps taken; where several optimisers are attached, those of the first, and of one that is attached
-            later, once there were steps, from then on.
+        steps: optimiser steps taken; where several optimisers are attached, those of the first, or of the last that was
+            attached with ``steps`` once there were some.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, method: Method, decay: float | None) -> None:
@@ -107,7 +107,9 @@ class Sparse:
         """
         optimizer = _unwrapped(optimizer)
         self._check(optimizer, steps, anneal, freeze_masks)
-        if self._counts is None or (self.steps and self._counts is not optimizer):
+        if self._counts is None:
+            self._counts = optimizer
+        elif self.steps and steps is not None:  # a second phase
             self._counts, self._begin = optimizer, self.steps
         adaptive = not isinstance(getattr(optimizer, "optim", optimizer), torch.optim.SGD)  # `optim`: of ZeRO's wrapper
         if adaptive and not self._decay_is_told:
@@ -287,7 +289,7 @@ def sparsify(
     axis: Axis = "channel",
     method: Method = "sr-ste",
     decay: float | None = None,
-    patterns: Sequence[tuple[str, str | Pattern | None]] = (),
+    patterns: Sequence[tuple[str, str | Pattern | None]] | Mapping[str, str | Pattern | None] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> Sparse:
@@ -302,8 +304,8 @@ def sparsify(
         axis: along which convolutions are grouped, ``channel`` or ``kernel``.
         method: see `Method`.
         decay: λ; left out: 2e-4 with SGD, 10 with others, which is decoupled, and times a learning rate like Adam's.
-        patterns: (glob on weight names, pattern or None for dense) for some; the last that matches wins.
-        include: globs; only these, the first and last layer too where named.
+        patterns: (glob on weight names, pattern or None for dense) for some, or a dict; the last that matches wins.
+        include: globs, or one; only these, the first and last layer too where named.
         exclude: globs that stay dense.
 
     Raises:
@@ -311,7 +313,9 @@ def sparsify(
         UsageError: a glob that matches nothing, an unknown method or axis.
         ModelError: the model is sparse already.
     """
-    chosen = [(glob, None if p is None else Pattern.parse(p)) for glob, p in patterns]
+    include, exclude = ([globs] if isinstance(globs, str) else globs for globs in (include, exclude))
+    pairs = patterns.items() if isinstance(patterns, Mapping) else patterns
+    chosen = [(glob, None if p is None else Pattern.parse(p)) for glob, p in pairs]
     infos = weights_of(model)
     plan = make_plan(infos, Pattern.parse(pattern), axis, layers=chosen, include=include, exclude=exclude)
     return sparsify_plan(model, plan, method=method, decay=decay)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from nmconvert import dist
 from nmconvert.errors import DataError, NmconvertError, UsageError
+from nmconvert.model import copied
 from nmconvert.norms import estimated_anew, norms
 from nmconvert.plan import Plan
 from nmconvert.srste import plain_state_dict, sparsify_plan
@@ -139,7 +139,7 @@ class Run:
         self.parallel = dist.parallelize(self.model, shard_dim=shard_dim, not_shared=self.sparse.mask_names())
         if self.teacher is not None and settings.shard:
             dist.parallelize(self.teacher, shard_dim=lambda parameter: 0)
-        self.average = copy.deepcopy(self.model).requires_grad_(False) if settings.ema is not None else None
+        self.average = copied(self.model).requires_grad_(False) if settings.ema is not None else None
         self.optimizer = settings.make_optimizer(self.model)
         self.sparse.attach(self.optimizer, steps=self.steps, anneal=settings.anneal, freeze_masks=settings.freeze_masks)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
