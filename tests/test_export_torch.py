@@ -307,3 +307,15 @@ def test_hugging_face_folders(tmp_path: Path, kind: str, layers: int) -> None:
     with torch.no_grad():
         expected = again(**arguments).logits
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_reasons_of_the_plan_are_told_under_a_prefix_too(tmp_path: Path) -> None:
+    """As Lightning writes it: the names of the file are not those of the graph."""
+    told = []
+    for prefix in ("", "model."):
+        state = {prefix + name: value for name, value in net().state_dict().items()}
+        torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+        pruned = prune(tmp_path / "a.ckpt", Pattern(2, 4), model=net())
+        told.append(export(pruned.output, model=SPEC.format("net"), inputs=IMAGE).compressed.dense)
+    assert told[0] == told[1]
+    assert "output layer" in told[1]["head.weight"]

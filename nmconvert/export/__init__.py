@@ -177,7 +177,7 @@ def _from_checkpoint(
     dtype: torch.dtype | None,
     trust: bool,
 ) -> _Source:
-    from nmconvert.model import cast, load
+    from nmconvert.model import cast, load, matched_names
 
     path = checkpoint.path
     spec, arguments = manifest.said_model(path, model, model_arguments)
@@ -197,6 +197,8 @@ def _from_checkpoint(
     storage = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     traced: Traced = trace(module, inputs, dynamic)
     settings = {"model": spec, "model_arguments": arguments, "input": [str(spec) for spec in inputs]}
+    own = matched_names(list(manifest.dense), module)
+    manifest = replace(manifest, dense={own[name]: reason for name, reason in manifest.dense.items()})
     return _Source(
         traced.model,
         traced.feed,
