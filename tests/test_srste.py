@@ -582,6 +582,25 @@ def test_the_usual_decay_is_that_of_the_optimizer():
         assert sparsify(model, decay=3.0).attach(kind(model.parameters())).current_decay == 3.0
     model = mlp()
     assert sparsify(model).attach(SGD(model.parameters()), decoupled=True).current_decay == DECAY
+    model = mlp()
+    assert sparsify(model).attach(torch.optim.Adadelta(model.parameters())).current_decay == DECAY  # its rate is 1
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_decay_takes_no_more_than_all(tensor):
+    lr = torch.tensor(1.0) if tensor else 1.0
+    model = mlp()
+    sparse = sparsify(model, decay=5.0, include=EVERYTHING)
+    optimizer = ADAMW([p for p in model.parameters() if p.dim() > 1], lr=lr, weight_decay=0.0, foreach=False)
+    sparse.attach(optimizer)
+    for weight in sparse.weights:
+        weight.dense.grad = torch.zeros_like(weight.dense)
+    pruned = [~weight.mask.mask for weight in sparse.weights]
+    optimizer.step()
+    assert all((weight.dense[mask] == 0).all() for weight, mask in zip(sparse.weights, pruned, strict=True))
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(UsageError, match="no learning rate"):
+        sparse.attach(optimizer)
 
 
 def test_a_second_phase_counts_its_own_steps():

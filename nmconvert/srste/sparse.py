@@ -31,7 +31,8 @@ Anneal = Literal["constant", "rise", "fall"]
 ANNEALS: tuple[Anneal, ...] = get_args(Anneal)
 
 DECAY = 2e-4  # λ of the paper
-DECOUPLED_DECAY = 10.0  # for optimisers whose learning rates are those of Adam: 1 % a step at 1e-3
+DECOUPLED_DECAY = 10.0  # for learning rates like Adam's: 1 % a step at 1e-3
+_LIKE_ADAMS = 0.01  # learning rates up to this
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Sparse:
     Attributes:
         weights: the masked weights.
         plan: a row for every weight, with the reason of those that stay dense.
-        decay: λ; by default 2e-4 (the paper), or 10 once an optimiser other than SGD is attached.
+        decay: λ; by default 2e-4 (the paper), or 10 once an optimiser other than SGD with a rate of 0.01 or less is attached.
         steps: optimiser steps taken; where several optimisers are attached, those of the first, or of the last that was
             attached with ``steps`` once there were some.
     """
@@ -112,7 +113,7 @@ class Sparse:
         elif self.steps and steps is not None:  # a second phase
             self._counts, self._begin = optimizer, self.steps
         adaptive = not isinstance(getattr(optimizer, "optim", optimizer), torch.optim.SGD)  # `optim`: of ZeRO's wrapper
-        if adaptive and not self._decay_is_told:
+        if adaptive and not self._decay_is_told and max(group["lr"] for group in optimizer.param_groups) <= _LIKE_ADAMS:
             self.decay = DECOUPLED_DECAY
         if steps is not None:
             self._total_steps, self._anneal = steps, anneal
@@ -143,6 +144,8 @@ class Sparse:
 
     def _check(self, optimizer: Optimizer, steps: int | None, anneal: Anneal, freeze_masks: float) -> None:
         check_choice("anneal", anneal, ANNEALS)
+        if any(group["lr"] is None for group in optimizer.param_groups):
+            raise UsageError("the optimizer has no learning rate (lr=None), of which the decay is a multiple: give it one")
         if steps is not None and steps < 1:
             raise UsageError(f"steps {steps} must be 1 or more")
         if not 0 <= freeze_masks <= 1:
@@ -185,7 +188,9 @@ class Sparse:
                 gradient = dist.local(weight.dense.grad)  # type: ignore[arg-type]
                 add_pruned(gradient, w, mask, signed if scale is None else scale * signed)
             else:
-                add_pruned(w, w, mask, -group["lr"] * decay * (1.0 if skipped is None else 1.0 - skipped))
+                rate = group["lr"] * decay
+                most = rate.clamp(max=1.0) if isinstance(rate, Tensor) else min(rate, 1.0)  # all of it
+                add_pruned(w, w, mask, -most * (1.0 if skipped is None else 1.0 - skipped))
 
     @torch.no_grad()
     def _renew_masks(self, optimizer: Optimizer) -> None:
@@ -303,7 +308,7 @@ def sparsify(
         pattern: n:m, n kept of m.
         axis: along which convolutions are grouped, ``channel`` or ``kernel``.
         method: see `Method`.
-        decay: λ; left out: 2e-4 with SGD, 10 with others, which is decoupled, and times a learning rate like Adam's.
+        decay: λ; left out: 2e-4, or 10 with other optimisers than SGD, where it is times a learning rate like Adam's.
         patterns: (glob on weight names, pattern or None for dense) for some, or a dict; the last that matches wins.
         include: globs, or one; only these, the first and last layer too where named.
         exclude: globs that stay dense.
