@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from glob import escape
 from pathlib import Path
 from statistics import mode
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,11 @@ def prune(
     )
     plan = planned(pattern, layers=layers)
     if calibration and calibration.budget:
-        plan = planned(pattern, layers=[*layers, *calibration.choose(checkpoint, plan, model)])
+        chosen = calibration.choose(checkpoint, plan, model)
+        plan = planned(pattern, layers=[*layers, *chosen])
+        left = {glob for glob, one in chosen if one is None}
+        rows = (replace(row, reason="left so by --budget") if escape(row.name) in left else row for row in plan.rows)
+        plan = Plan(tuple(rows))
         pattern = mode([row.pattern for row in plan.pruned if row.pattern] or [pattern])
     need_pruned(source, plan)
     if output is None:

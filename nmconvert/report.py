@@ -176,6 +176,10 @@ def finetune_report(result: FinetuneResult) -> RenderableType:
     parts: list[RenderableType] = [table(result.training.rows, result.metric)]
     if result.training.judged_by_teacher:
         parts.append(Text("The data has no labels: agreement with the teacher is what was measured."))
+    if result.worse_by:
+        parts.append(
+            Text(f"{result.metric} is {result.worse_by:.4g} worse than at the start: try a lower --lr, or more epochs.")
+        )
     taught = f"taught by {result.teacher.name}" if result.teacher else "without a teacher"
     return Group(*parts, Text(f"Wrote {result.output}, {taught}; curves beside it."))
 

@@ -458,7 +458,12 @@ def test_a_model_of_several_inputs_is_calibrated_on_arrays_by_their_names(nm: An
     np.savez("two.npz", x=arrays["x"])
     run = nm(*how, "--calib", "two.npz")
     assert (run.status, run.err.count("\n")) == (1, 1)
-    assert "has no array 'images' (or 'train_images', …), only x; --calib takes arrays that are named as the" in run.err
+    assert "two.npz: has arrays for the model's inputs x, and none for steps" in run.err
+    np.savez("two.npz", other=arrays["x"])
+    assert (
+        "has no array 'images' (or 'train_images', …), only other; --calib takes arrays that are"
+        in nm(*how, "--calib", "two.npz").err
+    )
 
 
 def test_samples_that_are_no_pairs(nm: Any, folder: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ from nmconvert.train.batches import Batches
 from nmconvert.train.curves import curves_svg
 from nmconvert.train.diagnose import slow_in
 from nmconvert.train.log import Log, Row
+from nmconvert.train.loop import Training
+from nmconvert.train.stage import FinetuneResult
 
 CLASSES = 4
 TASK = Classification(mean=(0.5,), std=(0.25,), flip=False)
@@ -472,3 +475,26 @@ def test_the_learning_rate_warms_up_and_falls():
     assert rates[2] == pytest.approx(0.1)
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert 0 < rates[-1] < 0.005
+
+
+def _read_with_nan(read, index):
+    image, label = read(index)
+    image = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255)
+    return (image * float("nan") if index == 3 else image), label
+
+
+def test_a_sample_that_is_not_finite_is_named_not_the_learning_rate(dense):
+    bad = Samples(partial(_read_with_nan, partial(samples().__getitem__)), 96)
+    good = Samples(partial(_read_with_nan, samples(seed=1).__getitem__), 3)
+    with pytest.raises(DataError, match="holds NaN or infinity: repair the data"):
+        run(model=copy.deepcopy(dense), data=bad, validation=good)
+    with pytest.raises(DataError, match=r"sample 3 of those to be measured holds NaN or infinity"):
+        run(model=copy.deepcopy(dense), validation=bad)
+
+
+def test_a_run_that_ends_below_its_start_says_so():
+    rows = (Row("dense", {"top1": 90.0}), Row("start", {"top1": 80.0}), Row("1", {"top1": 75.5}))
+    made = FinetuneResult(Path("a"), Path("b"), Path("c"), None, "top1", Training(rows, 1, {}, stopped_early=False))
+    assert made.worse_by == 4.5
+    assert replace(made, higher_is_better=False).worse_by == 0
+    assert replace(made, training=replace(made.training, rows=rows[:2])).worse_by == 0

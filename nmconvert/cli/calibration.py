@@ -101,7 +101,7 @@ def _arrays_of_inputs(calib: Path, model: nn.Module | None, checkpoint: Path) ->
     """The arrays of an ``.npz`` file that has one, a sample a row, for each input of a model or an ONNX file; else none.
 
     Raises:
-        DataError: they differ in their number of samples.
+        DataError: one is missing, or they differ in their number of samples.
     """
     if calib.suffix != ".npz" or not calib.is_file():
         return {}
@@ -111,8 +111,11 @@ def _arrays_of_inputs(calib: Path, model: nn.Module | None, checkpoint: Path) ->
     needed, wanted = _inputs_of_module(model) if model is not None else _inputs_of_graph(checkpoint)
     with suppress(OSError, ValueError, BadZipFile), np.load(calib) as file:
         given = {name for name in wanted if name in file.files}
-        if not given or not needed <= given or (_READ_BY_TASKS & set(file.files)) - given:
+        if not given or (_READ_BY_TASKS & set(file.files)) - given:
             return {}
+        if missing := [name for name in wanted if name in needed - given]:
+            there = ", ".join(sorted(given))
+            raise DataError(f"{calib}: has arrays for the model's inputs {there}, and none for {', '.join(missing)}")
         arrays = {name: file[name] for name in wanted if name in given}
         sorts = {name: _sort(array.dtype.kind) for name, array in arrays.items()}
         if any(wanted[name] not in (None, sort) for name, sort in sorts.items()) or _are_pixels(arrays.get("images")):

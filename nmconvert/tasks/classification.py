@@ -142,6 +142,7 @@ class Classification:
         for batch in loader:
             if batch.size:
                 need_labels(batch)
+                _check_finite(batch, sum(count for count, *_ in counts))
                 with torch.inference_mode():
                     logits = predict(batch.inputs).float()
                 _check_labels(batch, logits)
@@ -156,6 +157,14 @@ def _count(logits: Tensor, labels: Tensor) -> tuple[int, int, int, float]:
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum")
     return len(labels), int(best[:, 0].sum()), int(best.sum()), float(loss)
+
+
+def _check_finite(batch: Batch, before: int) -> None:
+    """Raise where an image holds NaN or infinity; ``before`` it and its batch this process has measured so many."""
+    if isinstance(batch.inputs, Tensor) and batch.inputs.is_floating_point():
+        bad = (~torch.isfinite(batch.inputs).flatten(1).all(1)).nonzero()
+        if len(bad):
+            raise DataError(f"sample {before + int(bad[0])} of those to be measured holds NaN or infinity: repair or remove it")
 
 
 def _check_labels(batch: Batch, logits: Tensor) -> None:

@@ -34,6 +34,11 @@ def first_bad_layer(model: nn.Module, forward: Callable[[], object]) -> str:
     return "no layer's output holds NaN or infinity, only the loss does"
 
 
+def not_finite(inputs: Any) -> bool:
+    """Whether what a model is given holds NaN or infinity."""
+    return any(tensor.is_floating_point() and not torch.isfinite(tensor).all() for tensor in _tensors(inputs))
+
+
 def slow_in(precision: str, device: torch.device) -> str | None:
     """Why a precision costs time on this device rather than saving it, with the remedy; or None."""
     able = torch.backends.cpu.get_cpu_capability()
@@ -44,7 +49,7 @@ def slow_in(precision: str, device: torch.device) -> str | None:
 
 def _watch(name: str, bad: list[str]) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        if not bad and any(t.is_floating_point() and not torch.isfinite(t).all() for t in _tensors(output)):
+        if not bad and not_finite(output):
             bad.append(name)
 
     return hook

@@ -24,7 +24,7 @@ from nmconvert.srste import plain_state_dict, sparsify_plan
 from nmconvert.tasks import Batch, Predict, Task, misfits_named
 from nmconvert.train import state
 from nmconvert.train.batches import Batches, validation_loader
-from nmconvert.train.diagnose import first_bad_layer, out_of_memory_named, slow_in
+from nmconvert.train.diagnose import first_bad_layer, not_finite, out_of_memory_named, slow_in
 from nmconvert.train.log import Display, Log, Reporter, Row
 from nmconvert.train.settings import Settings, seed_step
 
@@ -198,6 +198,10 @@ class Run:
         return loss if not weight else (1 - weight) * loss + weight * self.task.distill(self.parallel, self.teacher, batch)
 
     def _stop_not_finite(self, loss: float, parts: Sequence[Batch]) -> None:
+        if any(not_finite(batch.inputs) for batch in parts):
+            raise DataError(
+                f"a sample of step {self.step + 1} holds NaN or infinity: repair the data, or leave that sample out"
+            )
         where = first_bad_layer(self.model, lambda: [self.loss(batch) for batch in parts])
         good = None if self.folder is None else state.latest(self.folder)
         kept = "nothing was saved yet" if good is None else f"{good} is the last good state"

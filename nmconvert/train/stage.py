@@ -111,6 +111,16 @@ class FinetuneResult:
     teacher: Path | None
     metric: str
     training: Training
+    higher_is_better: bool = True
+
+    @property
+    def worse_by(self) -> float:
+        """How much worse the metric is than before the first step; 0 where it is not."""
+        start = next((row for row in self.training.rows if row.label == "start"), None)
+        if start is None:
+            return 0.0
+        gained = self.training.rows[-1].metrics[self.metric] - start.metrics[self.metric]
+        return max(0.0, -gained if self.higher_is_better else gained)
 
     @property
     def curves(self) -> Path:
@@ -185,7 +195,7 @@ def finetune(
                 shape = manifest.settings.get("input") or _input_shape(does, validation)
                 _write(checkpoint, names, files.output, training, manifest.with_settings(**asdict(said), input=shape), told)
         dist.barrier()
-    return FinetuneResult(source, files.output, files.log, dense, does.metric, training)
+    return FinetuneResult(source, files.output, files.log, dense, does.metric, training, does.higher_is_better)
 
 
 def default_output(source: Path) -> Path:
