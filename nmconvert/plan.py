@@ -82,18 +82,16 @@ def _decide(info: TensorInfo, choices: _Choices, decided: dict[str, Row]) -> Row
     )
     if pattern is None:
         return Row(info, reason=f"dense, by --layer '{glob}'")
-    included = info.name == glob or _matching(info.name, choices.include) is not None
-    if choices.include and not included and info.shared_with is None:
-        return Row(info, reason=NOT_INCLUDED)
-    if reason := _impossible(info):
-        return Row(info, reason=reason)
     if info.shared_with is not None and info.shared_with in decided:
         first = decided[info.shared_with]
         return Row(info, reason=f"shares its storage with {first.name}" + (", pruned there" if first.pattern else ""))
     if excluded := _matching(info.name, choices.exclude):
         return Row(info, reason=f"excluded by '{excluded}'")
+    included = info.name == glob or _matching(info.name, choices.include) is not None
     if choices.include and not included:
         return Row(info, reason=NOT_INCLUDED)
+    if reason := _impossible(info):
+        return Row(info, reason=reason)
     assumed = info.kind is None
     is_output = info.output or info.own_name in choices.outputs
     against = rule_against(info.name, info.shape, info.kind, groups=info.groups, is_output=is_output)

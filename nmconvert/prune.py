@@ -93,10 +93,7 @@ def prune(
     plan = planned(pattern, layers=layers)
     if calibration and calibration.budget:
         chosen = calibration.choose(checkpoint, plan, model)
-        plan = planned(pattern, layers=[*layers, *chosen])
-        left = {glob for glob, one in chosen if one is None}
-        rows = (replace(row, reason="left so by --budget") if escape(row.name) in left else row for row in plan.rows)
-        plan = Plan(tuple(rows))
+        plan = _left_by_budget(planned(pattern, layers=[*layers, *chosen]), chosen)
         pattern = mode([row.pattern for row in plan.pruned if row.pattern] or [pattern])
     need_pruned(source, plan)
     if output is None:
@@ -159,6 +156,13 @@ def plan_for(
         tensors = _calibrated(checkpoint, tensors)
     tensors = _mark_copies(checkpoint, tensors)
     return make_plan(tensors, pattern, axis, layers=layers, include=include, exclude=exclude, target=target)
+
+
+def _left_by_budget(plan: Plan, chosen: Sequence[tuple[str, Pattern | None]]) -> Plan:
+    """``plan``, in which the tensors that ``chosen`` leaves dense have the budget as a reason, and no --layer."""
+    left = {glob for glob, pattern in chosen if pattern is None}
+    rows = (replace(row, reason="left so by --budget") if escape(row.name) in left else row for row in plan.rows)
+    return Plan(tuple(rows))
 
 
 def need_pruned(source: Path, plan: Plan) -> None:

@@ -17,7 +17,7 @@ from nmconvert.calibrate.onnx_driver import check, compared, graph_inputs, prune
 from nmconvert.calibrate.onnx_module import GraphModule
 from nmconvert.calibrate.onnx_ops import window_pads
 from nmconvert.cli import calibration, group
-from nmconvert.cli.calibration import Samples
+from nmconvert.cli.calibration import CalibrationData
 from nmconvert.detect import satisfies
 from nmconvert.errors import DataError, ModelError, WeightError
 from nmconvert.onnx_graph import tensor_infos
@@ -607,7 +607,7 @@ def test_arrays_by_the_names_of_the_inputs(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {"ids": rng.integers(0, 20, (24, 5)), "mask": rng.integers(0, 2, (24, 5, 1)).astype(np.float32)}
     np.savez(tmp_path / "inputs.npz", **arrays, unused=np.zeros(3))
-    given = Samples(str(tmp_path / "inputs.npz"), "classification", {}, 20, 8, seed=0)
+    given = CalibrationData(str(tmp_path / "inputs.npz"), "classification", {}, 20, 8, seed=0)
     batches = given.batches(tmp_path / "a.onnx", None, lambda: None)
     assert [{name: list(value.shape) for name, value in batch.items()} for batch in batches] == [
         {"ids": [n, 5], "mask": [n, 5, 1]} for n in (8, 8, 4)
@@ -645,7 +645,7 @@ def test_bytes_of_images_are_not_taken_for_the_graphs_input_of_that_name(tmp_pat
     model = graph_of([helper.make_node("Conv", ["images", "w1"], ["y"])], {"w1": (8, 3, 3, 3)}, inputs=("images",))
     onnx.save(model, tmp_path / "a.onnx")
     np.savez(tmp_path / "data.npz", images=np.full((16, 8, 8, 3), 255, np.uint8), labels=np.zeros(16, np.int64))
-    given = Samples(str(tmp_path / "data.npz"), "classification", {"size": "8"}, 8, 4, seed=0)
+    given = CalibrationData(str(tmp_path / "data.npz"), "classification", {"size": "8"}, 8, 4, seed=0)
     batch = given.batches(tmp_path / "a.onnx", None, lambda: None)[0]
     assert list(batch.shape) == [4, 3, 8, 8]
     assert float(batch.max()) < 3  # normalised

@@ -13,7 +13,7 @@ from PIL import Image
 from nmconvert import Pattern, hugging_face
 from nmconvert.checkpoint import open_checkpoint
 from nmconvert.cli import group
-from nmconvert.cli.calibration import Samples
+from nmconvert.cli.calibration import CalibrationData
 from nmconvert.detect import satisfies
 from nmconvert.errors import UsageError
 from nmconvert.manifest import Manifest
@@ -176,7 +176,7 @@ def test_calibration_reads_what_the_model_reads(tmp_path: Path, kind: str) -> No
     (tmp_path / "train.en").write_text(TEXT)
     how = ("--task", "language_model", "--task-arg", "block=16") if kind == "gpt2" else ("--task", "translation")
     errors = []
-    samples = Samples(str(data), how[1], {"block": "16"} if kind == "gpt2" else {}, 32, 8, seed=0)
+    samples = CalibrationData(str(data), how[1], {"block": "16"} if kind == "gpt2" else {}, 32, 8, seed=0)
     batches = samples.batches(folder, None, lambda: load(str(folder), folder))
     for name, more in (("magnitude", ()), ("solved", ("--calib", data, *how, "--samples", 32, "--batch-size", 8))):
         invoke("prune", folder, "--nm", "1:4", *more, "-o", tmp_path / name, "--quiet")
@@ -200,7 +200,7 @@ def test_calibrating_a_detector(tmp_path: Path) -> None:
         json.dumps({"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]})
     )
     model = build(str(folder))
-    samples = Samples(str(tmp_path), "detection", {}, 4, 2, seed=0)
+    samples = CalibrationData(str(tmp_path), "detection", {}, 4, 2, seed=0)
     batch = samples.batches(folder, model, lambda: pytest.fail("not asked"))[0]
     assert {name: list(value.shape) for name, value in batch.items()} == {
         "pixel_values": [2, 3, 32, 32], "pixel_mask": [2, 32, 32]
@@ -217,7 +217,7 @@ def test_batches_are_of_the_folders_tokenizer_and_its_decoder(tmp_path: Path) ->
     (tmp_path / "train.de").write_text("a dog\n" * 9)
 
     def batches(count: int) -> list[dict[str, torch.Tensor]]:
-        samples = Samples(str(data), "translation", {}, count, 4, seed=0)
+        samples = CalibrationData(str(data), "translation", {}, count, 4, seed=0)
         return samples.batches(folder, None, lambda: pytest.fail("not asked"))
 
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -233,7 +233,7 @@ def test_batches_are_of_the_folders_tokenizer_and_its_decoder(tmp_path: Path) ->
         asked.append(load(str(folder), folder))
         return asked[-1]
 
-    found = Samples(str(data), "translation", {"max_length": "6"}, 4, 2, seed=0).batches(folder, None, dense)
+    found = CalibrationData(str(data), "translation", {"max_length": "6"}, 4, 2, seed=0).batches(folder, None, dense)
     assert asked
     assert found[0]["decoder_input_ids"][0, 0] == 5
 

@@ -51,7 +51,7 @@ def calibration_options(function: F) -> F:
 
 
 @dataclass(frozen=True)
-class Samples:
+class CalibrationData:
     """Calibration data and how it is read: what the options say.
 
     Attributes:

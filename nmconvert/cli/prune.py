@@ -7,7 +7,14 @@ from pathlib import Path
 
 import click
 
-from nmconvert.cli.calibration import METHODS, Samples, calibration_data_named, calibration_options, folder_itself, teller
+from nmconvert.cli.calibration import (
+    METHODS,
+    CalibrationData,
+    calibration_data_named,
+    calibration_options,
+    folder_itself,
+    teller,
+)
 from nmconvert.cli.common import Printer, layer_patterns, model_options, output_options
 from nmconvert.errors import UsageError
 from nmconvert.pattern import AXES, Axis, Pattern
@@ -81,7 +88,7 @@ def command(
         from nmconvert.pace import Pace
 
         wanted = None if budget is None else Budget.parse(budget)
-        data = None if calib is None else Samples(calib, task, settings, samples, batch_size, seed)
+        data = None if calib is None else CalibrationData(calib, task, settings, samples, batch_size, seed)
         dense = partial(load_model, checkpoint, builds, model_arguments, trust=trust)
         batches = data.batches(Path(builds or checkpoint), built, dense) if data else ()
         recipe = Recipe(criterion=criterion or "auto", seed=seed)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from nmconvert.cli.calibration import Samples, calibration_data_named, calibration_options, folder_itself, teller
+from nmconvert.cli.calibration import CalibrationData, calibration_data_named, calibration_options, folder_itself, teller
 from nmconvert.cli.common import Printer, model_options, output_options
 from nmconvert.errors import UsageError
 from nmconvert.pattern import AXES, Axis, Pattern
@@ -52,7 +52,7 @@ def command(
     plan = plan_for(opened, chosen[0], axis, built, solved=True)
     need_pruned(checkpoint, plan)
     dense = partial(load_model, checkpoint, model, model_arguments, trust=trust)
-    batches = Samples(calib, task, settings, samples, batch_size, seed).batches(Path(model or checkpoint), built, dense)
+    batches = CalibrationData(calib, task, settings, samples, batch_size, seed).batches(Path(model or checkpoint), built, dense)
     with calibration_data_named(built):
         found = sensitivities(built, opened, plan, batches, chosen, teller(printer.quiet))
     from nmconvert.plot import sensitivities_svg, write_sensitivities
