@@ -32,7 +32,7 @@ inline Vector splat(float x) {
 }
 
 // Four floats, repeated through the vector; and one of the four in every lane. A load for each value would cost a load slot,
-// which the panel needs; the permutation runs where nothing else does.
+// which the panel needs.
 inline Vector four(const float* p) {
 #if NMC_WIDTH == 16
   return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
@@ -94,15 +94,22 @@ inline const float* place(const char* panel, uint64_t offsets) {
   return reinterpret_cast<const float*>(panel + (shifted & uint64_t{0xffff} << kShift));
 }
 
+// The I-th of four values in every lane. Where two rows share what they read, products are the bound and loads are not, and on Intel's
+// servers a permutation takes the place of a product: the value is loaded once more.
+template <int I, int Reads>
+inline Vector value_of(const float* values, Vector four) {
+  return W == 16 && Reads > 1 ? splat(values[I]) : one_of<I>(four);
+}
+
 // sum += value · panel row, for the I-th of four kept entries of R rows, read once for `Reads` of them.
 template <int I, int Reads, int N, int R>
-inline void accumulate(Vector (*sum)[N], const char* panel, const Vector (&values)[R], const uint64_t (&offsets)[R]) {
+inline void accumulate(Vector (*sum)[N], const char* panel, const float* values, const Vector (&quads)[R], const uint64_t (&offsets)[R]) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; r += Reads) {
     const float* source = place<I>(panel, offsets[r]);
     Vector value[Reads];
 #pragma GCC unroll 2
-    for (int i = 0; i < Reads; ++i) value[i] = one_of<I>(values[r + i]);
+    for (int i = 0; i < Reads; ++i) value[i] = value_of<I, Reads>(values + (r + i) * kStep, quads[r + i]);
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
       Vector x = load(source + n * W);
@@ -120,20 +127,21 @@ inline void step(Vector (&sum)[R][N], const char* panel, const float* values, co
   constexpr bool kTight = Reads > 1 && NMC_REGISTERS <= 16;
 #pragma GCC unroll 8
   for (int first = 0; first < R; first += kTogether) {
+    const float* const of_rows = values + first * kStep;
     Vector quads[kTogether];
     uint64_t words[kTogether];
 #pragma GCC unroll 8
     for (int r = 0; r < kTogether; ++r) {
-      quads[r] = four(values + (first + r) * kStep);
+      quads[r] = four(of_rows + r * kStep);
       words[r] = *reinterpret_cast<const Word*>(offsets + (first + r) * kStep);
     }
-    accumulate<0, Reads>(sum + first, panel, quads, words);
+    accumulate<0, Reads>(sum + first, panel, of_rows, quads, words);
     if (kTight) in_order();
-    accumulate<1, Reads>(sum + first, panel, quads, words);
+    accumulate<1, Reads>(sum + first, panel, of_rows, quads, words);
     if (kTight) in_order();
-    accumulate<2, Reads>(sum + first, panel, quads, words);
+    accumulate<2, Reads>(sum + first, panel, of_rows, quads, words);
     if (kTight) in_order();
-    accumulate<3, Reads>(sum + first, panel, quads, words);
+    accumulate<3, Reads>(sum + first, panel, of_rows, quads, words);
   }
 }
 
