@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nmconvert.calibrate.permute import Permutation
-    from nmconvert.calibrate.stage import Calibration
+    from nmconvert.calibrate.stage import Calibration, Choice
 
 Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """The new file, what the plan was, and what was done; ``permutations`` are those that were asked for."""
+    """The new file, what the plan was, and what was done; ``permutations`` and ``choice`` are what was asked for."""
 
     source: Path
     output: Path
@@ -47,6 +47,7 @@ class PruneResult:
     plan: Plan
     manifest: Manifest
     permutations: tuple[Permutation, ...] = ()
+    choice: Choice | None = None
 
     def layer(self, name: str) -> Layer:
         """What was done to a pruned tensor."""
@@ -91,9 +92,10 @@ def prune(
         plan_for, checkpoint, axis=axis, model=model, include=include, exclude=exclude, target=target, solved=solved_too
     )
     plan = planned(pattern, layers=layers)
-    if calibration and calibration.budget:
-        chosen = calibration.choose(checkpoint, plan, model)
-        plan = _left_by_budget(planned(pattern, layers=[*layers, *chosen]), chosen)
+    choice = calibration.choose(checkpoint, plan, model, calibration.budget) if calibration and calibration.budget else None
+    if choice:
+        chosen = [(escape(name), chosen_pattern) for name, chosen_pattern in choice.patterns]
+        plan = _left_by_budget(planned(pattern, layers=[*layers, *chosen]), choice)
         pattern = mode([row.pattern for row in plan.pruned if row.pattern] or [pattern])
     need_pruned(source, plan)
     if output is None:
@@ -122,7 +124,7 @@ def prune(
         raise WeightError(f"{source}: {error}") from error
     if calibration:
         resume.unlink(missing_ok=True)
-    return PruneResult(source, output, checkpoint.format, plan, manifest(), changes.permutations if changes else ())
+    return PruneResult(source, output, checkpoint.format, plan, manifest(), changes.permutations if changes else (), choice)
 
 
 def plan_for(
@@ -158,10 +160,10 @@ def plan_for(
     return make_plan(tensors, pattern, axis, layers=layers, include=include, exclude=exclude, target=target)
 
 
-def _left_by_budget(plan: Plan, chosen: Sequence[tuple[str, Pattern | None]]) -> Plan:
-    """``plan``, in which the tensors that ``chosen`` leaves dense have the budget as a reason, and no --layer."""
-    left = {glob for glob, pattern in chosen if pattern is None}
-    rows = (replace(row, reason="left so by --budget") if escape(row.name) in left else row for row in plan.rows)
+def _left_by_budget(plan: Plan, choice: Choice) -> Plan:
+    """``plan``, in which the tensors that ``choice`` leaves dense have the budget as a reason, and no --layer."""
+    left = {name for name, pattern in choice.patterns if pattern is None}
+    rows = (replace(row, reason="left so by --budget") if row.name in left else row for row in plan.rows)
     return Plan(tuple(rows))
 
 

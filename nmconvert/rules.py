@@ -23,8 +23,10 @@ _OUTPUT = re.compile(
     r"^(fc|linear|classifier|head|heads|lm_head|output|out|score|logits|predictions|cls|qa_outputs|proj_out|final)$"
 )
 _ANSWERS = re.compile(
-    r"^(cls_score|bbox_(pred|reg|ctrness)|\w+_logits|class_labels_classifier|logits_proj|head_dist|last_linear)$"
+    r"^(cls_score|bbox_(reg|ctrness)|(cls|obj|reg|box|bbox)_preds?|(\w+_)?logits|class_labels_classifier|logits_proj|"
+    r"head_dist|last_linear)$"
 )  # of several outputs
+_OF_SSD = re.compile(r"_head\.module_list\.\d+(\.1)?\.weight$")  # torchvision's, of each of several sizes
 _HIDDEN = re.compile(r"(^|\.)(transform|dense)\.")  # inside of a head
 _ROUTER = re.compile(r"(^|\.)(router(\.(layer|classifier))?|\w*(moe|mlp|ffn|feed_forward)\.gate)\.weight$")
 _EXPERTS = re.compile(r"(^|\.)experts?\.|_(proj|linear)(\.weight)?$")
@@ -54,20 +56,47 @@ def output_layers(tensors: Sequence[tuple[str, Sequence[int]]]) -> frozenset[str
     """The names of the network's output layers, as far as one part of a name says that it is one.
 
     Of matrices that is the last; where the listing does not say what is last (in alphabetical order, in shards), the one whose
-    first part says so; where no matrix is one, a 1×1 convolution may be. Embeddings and recurrent layers are none, wherever
-    they stand. What detectors call theirs are outputs, too.
+    first part says so; where no matrix is one, 1×1 convolutions may be, that or those at the end of each branch of a head.
+    Embeddings and recurrent layers are none, wherever they stand. What detectors call theirs are outputs, too.
     """
     parts = _own_parts([name for name, _ in tensors])
     matrices = [name for name, shape in tensors if len(shape) == 2 and not (is_embedding(name) or _RECURRENT.search(name))]
-    places = [name for name, shape in tensors if len(shape) == 4 and max(shape[2:]) == 1]
-    answers = [name for name, shape in tensors if len(shape) > 1 and _ANSWERS.match(".".join(parts[name][-2:-1]))]
+    ends = _ends(tensors, parts)
+    answers = [
+        name
+        for name, shape in tensors
+        if len(shape) > 1
+        and (_ANSWERS.match(".".join(parts[name][-2:-1])) or _ANSWERS.match(ends.get(name, "")) or _OF_SSD.search(name.lower()))
+    ]
     named = [name for name in matrices if _OUTPUT.match(parts[name][0])]
     last = [name for name in matrices[-1:] if name in named or _OUTPUT.match(".".join(parts[name][-2:-1]))] or named[-1:]
     if last and _HIDDEN.search(last[0]):
         last = [name for name in named if not _HIDDEN.search(name)][-1:] or last
-    if not (answers or last):
-        last = [name for name in places if _OUTPUT.match(parts[name][0])][-1:]
+    if not last:
+        places = [name for name, shape in tensors if len(shape) == 4 and max(shape[2:]) == 1 and _OUTPUT.match(parts[name][0])]
+        last = [name for name in places if name in ends and "".join(parts[name][-2:-1]).isdigit()] or places[-1:] * (
+            not answers
+        )
     return frozenset([*answers, *last])
+
+
+def _ends(tensors: Sequence[tuple[str, Sequence[int]]], parts: dict[str, list[str]]) -> dict[str, str]:
+    """The last weight of each branch, and those of its shape, which a list of outputs holds; with what the branch is called.
+
+    A branch is a module, or that before the first number in a name: ``head.box.0.weight`` and ``head.box.1.weight`` are of one.
+    """
+    branches: dict[tuple[str, ...], list[tuple[str, tuple[int, ...]]]] = {}
+    for name, shape in tensors:
+        if len(shape) > 1:
+            modules = parts[name][:-1]
+            number = next((i for i, part in enumerate(modules) if part.isdigit()), len(modules))
+            branches.setdefault(tuple(modules[:number]), []).append((name, tuple(shape)))
+    return {
+        name: ".".join(branch[-1:])
+        for branch, weights in branches.items()
+        for name, shape in weights
+        if shape == weights[-1][1]
+    }
 
 
 def _own_parts(names: Sequence[str]) -> dict[str, list[str]]:

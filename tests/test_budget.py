@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from strategies import patterns
 from torch import nn
 
-from nmconvert.calibrate.budget import Budget, Option, Sensitivity, choose, measure, meet, packed_share, top1_drop
+from nmconvert.calibrate.budget import Budget, Met, Option, Sensitivity, choose, measure, meet, packed_share, top1_drop
 from nmconvert.calibrate.driver import Recipe
 from nmconvert.checkpoint.base import FileCheckpoint
 from nmconvert.cli import group
@@ -85,14 +86,16 @@ def two_layers():
 
 def test_the_fragile_layer_stays_dense_where_the_budget_allows_it():
     one = (Pattern(1, 4), "channel")
-    assert meet(Budget("size", 0.71), two_layers(), never, never) == {"b": one}
-    assert meet(Budget("size", 0.4), two_layers(), never, never) == {"a": one, "b": one}
+    assert meet(Budget("size", 0.71), two_layers(), never, never).plan == {"b": one}
+    assert meet(Budget("size", 0.4), two_layers(), never, never).plan == {"a": one, "b": one}
 
 
 def test_what_is_not_pruned_counts_against_the_size():
     halves = [replace(s, options=tuple(replace(o, size=o.size / 2) for o in s.options)) for s in two_layers()]
     one = (Pattern(1, 4), "channel")
-    assert meet(Budget("size", 0.701), halves, never, never) == {"a": one, "b": one}
+    met = meet(Budget("size", 0.701), halves, never, never)
+    assert met.plan == {"a": one, "b": one}
+    assert met.reached == pytest.approx(0.7)
     with pytest.raises(UsageError, match=r"size<=0\.69 cannot be met: the smallest patterns give 0\.700, of which 0\.500"):
         meet(Budget("size", 0.69), halves, never, never)
 
@@ -111,10 +114,12 @@ class Stopwatch:
 
 
 def test_the_speedup_is_that_of_the_whole_model_and_layers_that_gain_nothing_stay_dense():
-    assert meet(Budget("speedup", 1.6), two_layers(), never, Stopwatch) == {"b": (Pattern(2, 4), "channel")}
-    assert meet(Budget("speedup", 2.0), two_layers(), never, Stopwatch) == {"b": (Pattern(1, 4), "channel")}
+    half = meet(Budget("speedup", 1.6), two_layers(), never, Stopwatch)
+    assert half.plan == {"b": (Pattern(2, 4), "channel")}
+    assert half.reached == pytest.approx(10 / 6)
+    assert meet(Budget("speedup", 2.0), two_layers(), never, Stopwatch).plan == {"b": (Pattern(1, 4), "channel")}
     slower = partial(Stopwatch, loss=0.5)
-    assert meet(Budget("speedup", 1.6), two_layers(), never, slower) == {"b": (Pattern(1, 4), "channel")}
+    assert meet(Budget("speedup", 1.6), two_layers(), never, slower).plan == {"b": (Pattern(1, 4), "channel")}
     with pytest.raises(UsageError, match=r"speedup>=2\.5 cannot be met: the fastest patterns give 2\.22 on this machine"):
         meet(Budget("speedup", 2.5), two_layers(), never, slower)
 
@@ -124,7 +129,7 @@ def test_a_speedup_that_asks_for_nothing_is_met_without_a_kernel():
         def layers(self, plan):
             return {}
 
-    assert meet(Budget("speedup", 1.0), two_layers(), never, Slow) == {}
+    assert meet(Budget("speedup", 1.0), two_layers(), never, Slow).plan == {}
 
 
 def test_the_drop_is_measured_and_held():
@@ -135,8 +140,9 @@ def test_the_drop_is_measured_and_held():
         asked.append(set(plan))
         return drops[frozenset(plan)]
 
-    assert set(meet(Budget("top1-drop", 2.0), two_layers(), drop, never)) == {"b"}
-    assert meet(Budget("top1-drop", 0.5), two_layers(), drop, never) == {}
+    met = meet(Budget("top1-drop", 2.0), two_layers(), drop, never)
+    assert (set(met.plan), met.reached) == ({"b"}, 1.0)
+    assert meet(Budget("top1-drop", 0.5), two_layers(), drop, never) == Met({}, 0.0)
     assert {"a", "b"} in asked
 
 
@@ -251,7 +257,8 @@ def test_the_report_of_a_permutation_says_what_it_keeps_and_where_it_was_refused
 
 
 def test_prune_under_a_budget_mixes_patterns_within_it(project):
-    invoke("prune", "net.pt", "--budget", "size<=0.4", *project, "-o", "mixed.pt")
+    shown = invoke("prune", "net.pt", "--budget", "size<=0.4", *project, "-o", "mixed.pt")
+    assert re.search(r"--budget 'size<=0\.4' is met: 0\.(3\d*|4) of the dense weights' bytes", shown)
     dense, mixed = torch.load("net.pt"), torch.load("mixed.pt")
     names = [n for n, t in dense.items() if t.dim() == 4 and (mixed[n] == 0).any()]
     assert names
@@ -345,7 +352,7 @@ def test_a_budget_of_size_is_met_by_the_exported_file(bare):
     weights = sum(tensor.nbytes for tensor in torch.load("net.pt").values())
     constants = onnx.load("small.onnx").graph.initializer
     packed = sum(len(c.raw_data) for c in constants if not c.name.startswith("nmconvert."))  # tables that do not grow
-    assert packed <= 0.6 * weights
+    assert packed / weights <= told["budget"]["reached"] <= 0.6
     invoke("verify", "small.onnx")
 
 

@@ -455,6 +455,12 @@ def test_a_model_of_several_inputs_is_calibrated_on_arrays_by_their_names(nm: An
     with torch.no_grad():
         errors = [float((model(x, steps) - dense(x, steps)).square().mean()) for model in (solved, magnitude)]
     assert errors[0] < 0.8 * errors[1]
+    np.savez("two.npz", **arrays, maks=arrays["x"])
+    told = nm(*how, "--calib", "two.npz", "-o", "again.pt")
+    assert (told.status, "warning: two.npz: maks not read: the model's inputs are called scale, steps, x" in told.err) == (
+        0,
+        True,
+    )
     np.savez("two.npz", x=arrays["x"])
     run = nm(*how, "--calib", "two.npz")
     assert (run.status, run.err.count("\n")) == (1, 1)

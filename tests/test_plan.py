@@ -203,6 +203,28 @@ MODELS: dict[str, dict[str, tuple[tuple[int, ...], str | None]]] = {
         "head.classification_head.cls_logits.weight": ((819, 256, 3, 3), "the output layer"),
         "head.regression_head.bbox_reg.weight": ((36, 256, 3, 3), "the output layer"),
     },
+    "torchvision ssd": {
+        "backbone.features.2.weight": ((64, 64, 3, 3), None),
+        "head.classification_head.module_list.0.weight": ((364, 512, 3, 3), "the output layer"),
+        "head.classification_head.module_list.1.weight": ((546, 1024, 3, 3), "the output layer"),
+        "head.regression_head.module_list.0.weight": ((16, 512, 3, 3), "the output layer"),
+        "head.regression_head.module_list.1.weight": ((24, 1024, 3, 3), "the output layer"),
+    },
+    "a detector of branches": {
+        "body.0.0.weight": ((64, 64, 3, 3), None),
+        "head.logits.0.0.weight": ((64, 64, 3, 3), None),
+        "head.logits.1.weight": ((10, 64, 1, 1), "the output layer"),
+        "head.box.0.0.weight": ((64, 64, 3, 3), None),
+        "head.box.1.weight": ((4, 64, 1, 1), "the output layer"),
+    },
+    "yolox": {
+        "backbone.dark2.0.conv.weight": ((64, 32, 3, 3), None),
+        "head.stems.0.conv.weight": ((128, 256, 1, 1), None),
+        "head.cls_convs.0.0.conv.weight": ((128, 128, 3, 3), None),
+        "head.cls_preds.0.weight": ((80, 128, 1, 1), "the output layer"),
+        "head.cls_preds.1.weight": ((80, 128, 1, 1), "the output layer"),
+        "head.obj_preds.0.weight": ((1, 128, 1, 1), "the output layer"),
+    },
     "torchvision efficientnet": {
         "features.1.0.block.1.fc1.weight": ((8, 32, 1, 1), None),
         "features.1.0.block.1.fc2.weight": ((96, 4, 1, 1), "too few to gain from: 4 input channels"),

@@ -323,6 +323,12 @@ def test_resume_refuses_another_run(tmp_path):
         run(Settings(epochs=1, batch=32), folder=tmp_path, resume=True)
 
 
+def test_resume_without_a_state_says_that_it_begins_anew(tmp_path):
+    with pytest.warns(UserWarning, match=r"--resume: there is no state in .* to go on from; this run begins anew"):
+        again = run(Settings(epochs=1, batch=32), folder=tmp_path / "none", resume=True)
+    assert same(again.weights, run(Settings(epochs=1, batch=32), folder=tmp_path / "first").weights)
+
+
 def test_a_finished_run_resumes_to_its_result(tmp_path):
     first = run(Settings(epochs=2, batch=32), folder=tmp_path)
     again = run(Settings(epochs=2, batch=32), folder=tmp_path, resume=True)

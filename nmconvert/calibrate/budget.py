@@ -67,6 +67,17 @@ class Budget:
             raise UsageError(f"'{text}': every model meets a speedup of less than 1")
         return cls(goal, limit)
 
+    def __str__(self) -> str:
+        return f"{self.goal}{'>=' if self.goal == 'speedup' else '<='}{self.limit:g}"
+
+
+@dataclass(frozen=True)
+class Met:
+    """What meets a budget: parameter → pattern and axis, dense ones left out; and what that comes to, in the budget's unit."""
+
+    plan: dict[str, tuple[Pattern, Axis]]
+    reached: float
+
 
 @dataclass(frozen=True)
 class Option:
@@ -221,8 +232,8 @@ def meet(
     sensitivities: Sequence[Sensitivity],
     drop: Callable[[Chosen], float],
     clock: Callable[[], Clock],
-) -> dict[str, tuple[Pattern, Axis]]:
-    """The plan with the least loss that meets ``budget``: parameter → pattern and axis; dense layers are left out.
+) -> Met:
+    """The plan with the least loss that meets ``budget``.
 
     ``drop`` measures a plan, in points, and is called for ``top1-drop`` only; ``clock`` is made for ``speedup`` only.
 
@@ -240,39 +251,42 @@ def meet(
         raise UsageError(
             f"size<={budget.limit:g} cannot be met: the smallest patterns give {least:.3f}, of which {others:.3f} is not pruned"
         )
-    return _choice(sensitivities, sizes, budget.limit - others)
+    plan = _choice(sensitivities, sizes, budget.limit - others)
+    patterns = {name: pattern for name, (pattern, _) in plan.items()}
+    return Met(plan, others + sum(next(o.size for o in s.options if o.pattern == patterns.get(s.name)) for s in sensitivities))
 
 
 def _good_enough(
     limit: float, sensitivities: Sequence[Sensitivity], sizes: Sequence[Sequence[float]], drop: Callable[[Chosen], float]
-) -> dict[str, tuple[Pattern, Axis]]:
+) -> Met:
     """The smallest plan whose ``drop`` is at most ``limit``."""
     low, high = sum(min(layer) for layer in sizes), sum(max(layer) for layer in sizes)
-    best: dict[str, tuple[Pattern, Axis]] = {}
+    best = Met({}, 0.0)
     for _ in range(_SEARCHES):
         middle = (low + high) / 2
         plan = _choice(sensitivities, sizes, middle)
-        if drop(plan) <= limit:
-            best, high = plan, middle
+        if (dropped := drop(plan)) <= limit:
+            best, high = Met(plan, dropped), middle
         else:
             low = middle
     return best
 
 
-def _fast_enough(limit: float, sensitivities: Sequence[Sensitivity], clock: Clock) -> dict[str, tuple[Pattern, Axis]]:
+def _fast_enough(limit: float, sensitivities: Sequence[Sensitivity], clock: Clock) -> Met:
     """The plan that leaves its layers the most time and is ``limit`` times faster as a whole."""
     seconds = _seconds(sensitivities, clock)
     low, high = sum(min(layer) for layer in seconds), sum(layer[0] for layer in seconds)
-    best = _choice(sensitivities, seconds, low) if high else {}
-    if (fastest := clock.speedup(best)) < limit:
-        raise UsageError(f"speedup>={limit:g} cannot be met: the fastest patterns give {fastest:.2f} on this machine")
+    fastest = _choice(sensitivities, seconds, low) if high else {}
+    best = Met(fastest, clock.speedup(fastest))
+    if best.reached < limit:
+        raise UsageError(f"speedup>={limit:g} cannot be met: the fastest patterns give {best.reached:.2f} on this machine")
     if not high:  # no pattern makes any layer faster, and none has to
-        return {}
+        return best
     for _ in range(_SEARCHES):
         middle = (low + high) / 2
         plan = _choice(sensitivities, seconds, middle)
-        if clock.speedup(plan) >= limit:
-            best, low = plan, middle
+        if (speedup := clock.speedup(plan)) >= limit:
+            best, low = Met(plan, speedup), middle
         else:
             high = middle
     return best

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from glob import escape
 from pathlib import Path
 
 import torch
@@ -47,6 +46,15 @@ class Changes:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What a budget chose: the pattern (None: dense) of each tensor, by the checkpoint's names, and what that comes to."""
+
+    patterns: tuple[tuple[str, Pattern | None], ...]
+    budget: Budget
+    reached: float
+
+
+@dataclass(frozen=True)
 class Calibration:
     """How :func:`nmconvert.prune.prune` prunes with data.
 
@@ -68,19 +76,17 @@ class Calibration:
     progress: Progress = lambda line: None
     clock: Callable[[nn.Module | ModelProto, Batch], Clock] | None = None
 
-    def choose(self, checkpoint: Checkpoint, plan: Plan, model: nn.Module | None) -> list[tuple[str, Pattern | None]]:
-        """The pattern (None: dense) of each tensor that ``plan`` prunes, by its checkpoint's name, so that the budget is met.
+    def choose(self, checkpoint: Checkpoint, plan: Plan, model: nn.Module | None, budget: Budget) -> Choice:
+        """A pattern for each tensor that ``plan`` prunes, so that ``budget`` is met.
 
         Raises:
             UsageError: no choice meets it, or there is no model, and it is needed.
         """
-        if self.budget is None:
-            return []
         subject = Subject.of(model, checkpoint, plan, self.batches, "--budget")
         found = subject.sensitivities(plan, PATTERNS, self.progress)
-        chosen = meet(self.budget, found, subject.drop(), partial(self._clock, subject.source))
-        shown = subject.shown
-        return [(escape(row.name), chosen.get(shown[row.name], (None, None))[0]) for row in plan.pruned if row.name in shown]
+        met = meet(budget, found, subject.drop(), partial(self._clock, subject.source))
+        shown = {row.name: subject.shown[row.name] for row in plan.pruned if row.name in subject.shown}
+        return Choice(tuple((name, met.plan.get(own, (None, None))[0]) for name, own in shown.items()), budget, met.reached)
 
     def _clock(self, model: nn.Module | ModelProto) -> Clock:
         if self.clock is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -116,6 +117,11 @@ def _arrays_of_inputs(calib: Path, model: nn.Module | None, checkpoint: Path) ->
         if missing := [name for name in wanted if name in needed - given]:
             there = ", ".join(sorted(given))
             raise DataError(f"{calib}: has arrays for the model's inputs {there}, and none for {', '.join(missing)}")
+        if others := sorted(set(file.files) - given):
+            warnings.warn(
+                f"{calib}: {', '.join(others)} not read: the model's inputs are called {', '.join(sorted(wanted))}",
+                stacklevel=2,
+            )
         arrays = {name: file[name] for name in wanted if name in given}
         sorts = {name: _sort(array.dtype.kind) for name, array in arrays.items()}
         if any(wanted[name] not in (None, sort) for name, sort in sorts.items()) or _are_pixels(arrays.get("images")):

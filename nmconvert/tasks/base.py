@@ -219,7 +219,7 @@ def misfits_named(model: object) -> Iterator[None]:
         if isinstance(error, AttributeError | ImportError | KeyError | NameError):
             raise ModelError(f"{name} fails, which its code has to mend: {said}. --debug shows where") from error
         raise ModelError(
-            f"{name} cannot take this data: {said}. Is it of another size, another number of channels (--mean and --std have "
+            f"{name} cannot take this data: {said}. Is it of another size, another number of channels (mean and std have "
             "one value each), or another --task? --debug shows where"
         ) from error
 
@@ -232,7 +232,9 @@ def _in_a_module(error: BaseException) -> bool:
 def need_labels(batch: Batch) -> None:
     """Raise where the batch has no labels to compare with."""
     if not batch.labelled:
-        raise DataError("the data has no labels: give some, or finetune with a --teacher and --distill 1, which needs none")
+        raise DataError(
+            "the data has no labels to compare with: give some (only finetune can do without: --teacher and --distill 1)"
+        )
 
 
 def _move(value: Any, device: torch.device | str) -> Any:

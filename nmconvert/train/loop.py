@@ -85,6 +85,8 @@ def train(
     _check_folder(settings, folder, resume)
     run = Run(model, plan, task, data, validation, settings, teacher, folder, device or torch.device("cpu"))
     resumed_at = run.resume() if resume else None
+    if resume and resumed_at is None and dist.rank() == 0:
+        warnings.warn(f"--resume: there is no state in {folder} to go on from; this run begins anew", stacklevel=2)
     with run.reporter(log, resumed_at, display) as report:
         if resumed_at is None:
             report.rows(0, run.validate_before())
