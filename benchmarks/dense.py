@@ -136,7 +136,9 @@ def train(name: str, work: Path) -> dict[str, float]:
     torch.manual_seed(0)
     model, state = recipe.build(), work / f"{name}.state"
     log = work / f"{name}.jsonl"
-    run(model, Plan(()), learner, samples, held_out, recipe.settings, folder=state, log=log, resume=True, display=True)
+    run(
+        model, Plan(()), learner, samples, held_out, recipe.settings, folder=state, log=log, resume=state.is_dir(), display=True
+    )
     metrics = measured(task, model.eval(), folder) | {"seconds": perf_counter() - began}
     torch.save({"state_dict": model.state_dict(), **metrics}, work / f"{name}.pt")
     shutil.rmtree(state)

@@ -105,7 +105,7 @@ def sessions(shape: Shape, pattern: str, threads: int) -> tuple[onnxruntime.Infe
     if not linear:
         pad = shape.weight[2] // 2
         attributes = {"strides": [shape.stride] * 2, "pads": [pad] * 4}
-    sparse = layer("Linear" if linear else "Conv", weight, list(shape.x), {"B": bias}, **attributes)
+    sparse = layer("SparseLinear" if linear else "SparseConv", weight, list(shape.x), {"B": bias}, **attributes)
     nodes = [helper.make_node("Conv", ["x", "W", "B"], ["y"], **attributes)]
     if linear:
         nodes = [helper.make_node("MatMul", ["x", "W"], ["p"]), helper.make_node("Add", ["p", "B"], ["y"])]

@@ -46,7 +46,7 @@ def two_layers() -> onnx.ModelProto:
     """x [b, 64] → MatMul → MatMul, two shapes."""
     rng = np.random.default_rng(0)
     first, second = random_weight(rng, "matmul", (64, 32), "1:4"), random_weight(rng, "matmul", (32, 16), "2:4")
-    nodes = [call("MatMul", first, ["x"], "h", "first."), call("MatMul", second, ["h"], "y", "second.")]
+    nodes = [call("SparseMatMul", first, ["x"], "h", "first."), call("SparseMatMul", second, ["h"], "y", "second.")]
     return model(nodes, [*initializers(first, "first."), *initializers(second, "second.")], ["b", 64])
 
 
@@ -204,7 +204,7 @@ def test_real_measurements_are_kept_by_shape(cache: Path, tmp_path: Path, monkey
     path = file(two_layers(), tmp_path)
     runtime.session(path, inputs=[InputSpec("x", (5, 64))])
     ((_, known),) = json.loads(cache.read_text("utf-8")).items()
-    assert sum(key.startswith('["MatMul", [[5, ') for key in known) == 2
+    assert sum(key.startswith('["SparseMatMul", [[5, ') for key in known) == 2
     assert all(value > 0 for key, value in known.items() if key.startswith("["))
 
 
@@ -241,11 +241,11 @@ def test_a_call_in_a_branch_is_left_as_it_is(cache: Path, tmp_path: Path) -> Non
     rng = np.random.default_rng(0)
     weight = random_weight(rng, "matmul", (32, 32), "2:4")
     value = helper.make_tensor_value_info("r", TensorProto.FLOAT, ["t", 32])
-    then = helper.make_graph([call("MatMul", weight, ["x"], "r")], "then", [], [value])
+    then = helper.make_graph([call("SparseMatMul", weight, ["x"], "r")], "then", [], [value])
     other = helper.make_graph([helper.make_node("Identity", ["x"], ["r"])], "else", [], [value])
     node = helper.make_node("If", ["flag"], ["y"], then_branch=then, else_branch=other)
     proto = model([node], [*initializers(weight), tensor("flag", np.array(False))], ["t", 32])
-    reference = layer("MatMul", weight, ["t", 32])
+    reference = layer("SparseMatMul", weight, ["t", 32])
     proto.functions.extend(reference.functions)
     session = runtime.session(file(proto, tmp_path))
     x = np.ones((2, 32), np.float32)
@@ -256,7 +256,7 @@ def test_a_call_in_a_branch_is_left_as_it_is(cache: Path, tmp_path: Path) -> Non
 def test_a_residual_is_measured_with_a_bias_and_without(cache: Path, tmp_path: Path, bias: bool) -> None:
     """What is left out among the inputs is left out of a profile as well."""
     weight = random_weight(np.random.default_rng(0), "matmul", (32, 32), "2:4")
-    proto = layer("GemmAdd", weight, ["t", 32], {"B": np.ones(32, np.float32)} if bias else None)
+    proto = layer("SparseGemmAdd", weight, ["t", 32], {"B": np.ones(32, np.float32)} if bias else None)
     proto.graph.node[0].input.append("residual")
     proto.graph.node.insert(0, helper.make_node("Relu", ["x"], ["residual"]))
     session = runtime.session(file(proto, tmp_path), inputs=[InputSpec("x", (4, 32))])
@@ -265,7 +265,7 @@ def test_a_residual_is_measured_with_a_bias_and_without(cache: Path, tmp_path: P
     np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, rtol=1e-4, atol=1e-4)
     ((_, known),) = json.loads(cache.read_text("utf-8")).items()
     met = [json.loads(key) for key in known if key.startswith("[")]
-    assert [shapes for name, shapes, _ in met if name == "GemmAdd"] in ([[[4, 32], [32] if bias else [], [4, 32]]], [])
+    assert [shapes for name, shapes, _ in met if name == "SparseGemmAdd"] in ([[[4, 32], [32] if bias else [], [4, 32]]], [])
 
 
 def test_bench_measures_models_and_layers(cache: Path, tmp_path: Path) -> None:
@@ -314,11 +314,11 @@ def test_bench_against_another_model_is_refused(cache: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("function", "shape", "pattern", "x_shape", "extra", "attributes"),
     [
-        ("MatMul", (64, 32), "2:4", [5, 64], {}, {}),
-        ("LinearGelu", (64, 32), "2:32", [5, 64], {"B": (32,)}, {}),
-        ("Gemm", (32, 64), "1:4", [5, 64], {}, {"alpha": 0.5, "beta": 1.0, "transA": 0, "transB": 1}),
-        ("ConvAddRelu", (16, 20, 3, 3), "1:16", [1, 20, 8, 8], {"B": (16,), "Z": (1, 16, 6, 6)}, {}),
-        ("ConvClip", (16, 20, 3, 3), "3:5", [1, 20, 8, 8], {"B": (16,)}, {"low": -0.5, "high": 0.5, "pads": [1] * 4}),
+        ("SparseMatMul", (64, 32), "2:4", [5, 64], {}, {}),
+        ("SparseLinearGelu", (64, 32), "2:32", [5, 64], {"B": (32,)}, {}),
+        ("SparseGemm", (32, 64), "1:4", [5, 64], {}, {"alpha": 0.5, "beta": 1.0, "transA": 0, "transB": 1}),
+        ("SparseConvAddRelu", (16, 20, 3, 3), "1:16", [1, 20, 8, 8], {"B": (16,), "Z": (1, 16, 6, 6)}, {}),
+        ("SparseConvClip", (16, 20, 3, 3), "3:5", [1, 20, 8, 8], {"B": (16,)}, {"low": -0.5, "high": 0.5, "pads": [1] * 4}),
     ],
 )
 @pytest.mark.parametrize("stored", [np.float32, np.float16, np.int8])
@@ -351,7 +351,7 @@ def test_bench_of_layers_without_kernels_says_so(tmp_path: Path) -> None:
     node = helper.make_node("MatMul", ["W", "X"], ["Y"])
     onnx.save(model_of([node], {"W": sparse_weight("linear", (64, 32), "2:4")}, [32, 8]), tmp_path / "a.onnx")
     export(tmp_path / "a.onnx", output=tmp_path / "b.onnx")
-    with pytest.raises(UsageError, match=r"b\.onnx: its compressed layers \(MatMulLeft\) have no kernels"):
+    with pytest.raises(UsageError, match=r"b\.onnx: its compressed layers \(SparseMatMulLeft\) have no kernels"):
         bench(tmp_path / "b.onnx")
 
 

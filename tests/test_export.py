@@ -13,6 +13,7 @@ from containers import sha256
 from numpy.testing import assert_allclose
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx_models import conv_net, model_of, op_types, random_input, run, session, sparse_weight, value
+from onnxruntime import quantization
 from test_onnx_graph import branch, if_model
 
 from nmconvert.arrays import digest
@@ -274,9 +275,46 @@ def test_weights_behind_nodes_lose_the_nodes(tmp_path: Path, cast: int) -> None:
     ]
     model = model_of(nodes, {}, ["n", 64], element=cast)
     result = exported(model, tmp_path)
-    assert [node.op_type for node in onnx.load(result.output).graph.node] == ["MatMul"]
+    assert [node.op_type for node in onnx.load(result.output).graph.node] == ["SparseMatMul"]
     x = random_input((3, 64), helper.tensor_dtype_to_np_dtype(cast))
     assert np.array_equal(run(result.output, x), run(model, x))
+
+
+class Samples(quantization.CalibrationDataReader):
+    """Three batches of random inputs."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        self.left = [{name: random_input(shape, seed=seed)} for seed in range(3)]
+
+    def get_next(self) -> dict[str, Any] | None:
+        return self.left.pop() if self.left else None
+
+
+def test_quantisers_and_compose_take_a_compressed_file_and_leave_its_sparse_layers_alone(tmp_path: Path) -> None:
+    """They look at the types of nodes, not at their domains."""
+    weights = {
+        "W": sparse_weight("matmul", (64, 32), "2:4"),
+        "V": random_input((32, 16)),
+        "T": sparse_weight("linear", (8, 16), "2:4"),
+    }
+    nodes = [make("MatMul", ["X", "W"], ["a"]), make("MatMul", ["a", "V"], ["b"]), make("Gemm", ["b", "T"], ["Y"], transB=1)]
+    sparse = exported(model_of(nodes, weights, ["n", 64]), tmp_path).output
+    x = random_input((5, 64), seed=3)
+    expected, out = run(sparse, x), tmp_path / "quantised.onnx"
+    ours = [node.op_type for node in onnx.load(sparse).graph.node if node.domain == DOMAIN]
+    assert ours == ["SparseMatMul", "SparseGemm"]
+    quantization.quantize_dynamic(sparse, out)
+    assert [node.op_type for node in onnx.load(out).graph.node if node.domain == DOMAIN] == ours
+    assert "MatMulInteger" in op_types(out)
+    assert_allclose(run(out, x), expected, atol=0.03 * np.abs(expected).max())
+    for form in quantization.QuantFormat:
+        quantization.quantize_static(sparse, out, Samples("X", (5, 64)), quant_format=form)
+        assert [node.op_type for node in onnx.load(out).graph.node if node.domain == DOMAIN] == ours
+        assert_allclose(run(out, x), expected, atol=0.05 * np.abs(expected).max())
+        with_kernels = session_on_kernels(str(out), providers=["CPUExecutionProvider"]).run(None, {"X": x})[0]
+        assert_allclose(with_kernels, expected, atol=0.05 * np.abs(expected).max())
+    renamed = onnx.compose.add_prefix(onnx.load(sparse), "own.")
+    assert np.array_equal(run(renamed, x), expected)
 
 
 def test_functions_of_the_model_itself_stay(tmp_path: Path) -> None:

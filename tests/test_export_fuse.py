@@ -48,16 +48,17 @@ def unfused(fused: str, opset: int = 20) -> tuple[onnx.ModelProto, dict[str, np.
     """A model of a layer and the operators after it, and a feed."""
     rng = np.random.default_rng(0)
     dtype = np.int8 if FUNCTIONS[fused].scaled else np.float32
-    base = next(name for name in ("Conv", "MatMul", "Linear", "Gemm") if fused.removeprefix(SCALED).startswith(name))
+    bases = ("SparseConv", "SparseMatMul", "SparseLinear", "SparseGemm")
+    base = next(name for name in bases if fused.removeprefix(SCALED).startswith(name))
     rows = 24
     bias = on_grid(rng.standard_normal(rows))
-    if base == "Conv":
+    if base == "SparseConv":
         weight = random_weight(rng, "conv", (rows, 16, 3, 3), "2:4", dtype=dtype)
         shape, out, attributes = [2, 16, 9, 10], [2, rows, 9, 10], {"pads": [1] * 4}
     else:
         weight = random_weight(rng, "matmul", (32, rows), "2:4", dtype=dtype)
-        shape, out = ([9, 32], [9, rows]) if base == "Gemm" else ([2, 7, 32], [2, 7, rows])
-        attributes = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0} if base == "Gemm" else {}
+        shape, out = ([9, 32], [9, rows]) if base == "SparseGemm" else ([2, 7, 32], [2, 7, rows])
+        attributes = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0} if base == "SparseGemm" else {}
     if not FUNCTIONS[fused].scaled:
         weight = weight_of(on_grid(weight.view.to_matrix(weight.dense)), weight.view, weight.pattern, quantized=False)
     inputs = ["x", "B"] if FUNCTIONS[fused].takes_bias else ["x"]
@@ -161,7 +162,7 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_gelu_that_is_spelt_out_is_found_and_nothing_else(spelling: str) -> None:
-    proto, feed = unfused("LinearGelu")
+    proto, feed = unfused("SparseLinearGelu")
     lines, is_gelu = SPELLINGS[spelling]
     names = {"x": "h"}  # what the layer gives
     nodes = [
@@ -174,13 +175,13 @@ def test_a_gelu_that_is_spelt_out_is_found_and_nothing_else(spelling: str) -> No
     proto.graph.initializer.extend(tensor(name, np.float32(number)) for name, number in constants.items())
     expected = run(proto, feed)
     assert fuse(proto) == (len(lines) if is_gelu else 0)
-    name = "LinearGeluTanh" if any(line.startswith("Tanh") for line in lines) else "LinearGelu"
-    assert proto.graph.node[0].op_type == (name if is_gelu else "Linear")
+    name = "SparseLinearGeluTanh" if any(line.startswith("Tanh") for line in lines) else "SparseLinearGelu"
+    assert proto.graph.node[0].op_type == (name if is_gelu else "SparseLinear")
     np.testing.assert_allclose(run(proto, feed), expected, atol=2e-6)
 
 
 def nodes_after(change: Any) -> list[str]:
-    proto, _ = unfused("ConvAddRelu")
+    proto, _ = unfused("SparseConvAddRelu")
     change(proto)
     fuse(proto)
     return [node.op_type for node in proto.graph.node]
@@ -190,29 +191,29 @@ def test_nothing_is_fused_that_something_else_reads() -> None:
     def read_twice(proto: onnx.ModelProto) -> None:
         proto.graph.output.append(helper.make_tensor_value_info("h", TensorProto.FLOAT, [2, 24, 9, 10]))
 
-    assert nodes_after(read_twice) == ["Conv", "Add", "Relu"]
+    assert nodes_after(read_twice) == ["SparseConv", "Add", "Relu"]
 
 
 def test_an_addition_of_unknown_shape_stays() -> None:
-    assert nodes_after(lambda proto: proto.graph.ClearField("value_info")) == ["Conv", "Add", "Relu"]
+    assert nodes_after(lambda proto: proto.graph.ClearField("value_info")) == ["SparseConv", "Add", "Relu"]
 
 
 def test_other_types_stay() -> None:
     def computes_halves(proto: onnx.ModelProto) -> None:
         next(a for a in proto.graph.node[0].attribute if a.name == "compute").i = TensorProto.FLOAT16
 
-    assert nodes_after(computes_halves) == ["Conv", "Add", "Relu"]
+    assert nodes_after(computes_halves) == ["SparseConv", "Add", "Relu"]
 
 
 def test_silu_of_torch_is_found() -> None:
-    proto, feed = unfused("LinearSilu")
+    proto, feed = unfused("SparseLinearSilu")
     x = torch.from_numpy(run(proto, feed))
     assert fuse(proto) == 2
     assert torch.allclose(torch.from_numpy(run(proto, feed)), x, atol=1e-6)
 
 
 def test_a_sum_of_two_layers_is_fused_into_one_of_them() -> None:
-    proto, feed = unfused("ConvAddRelu")
+    proto, feed = unfused("SparseConvAddRelu")
     other = onnx.NodeProto()
     other.CopyFrom(proto.graph.node[0])
     other.output[0] = "z"
@@ -222,5 +223,5 @@ def test_a_sum_of_two_layers_is_fused_into_one_of_them() -> None:
     del feed["z"]
     expected = run(proto, feed)
     fuse(proto)
-    assert sorted(node.op_type for node in proto.graph.node) == ["Conv", "ConvAddRelu"]
+    assert sorted(node.op_type for node in proto.graph.node) == ["SparseConv", "SparseConvAddRelu"]
     np.testing.assert_allclose(run(proto, feed), expected, atol=2e-6)

@@ -116,7 +116,7 @@ def test_a_state_dict_with_its_model(exported_net: tuple[Path, ExportResult]) ->
     operators = {node.op_type for node in model.graph.node}
     assert "BatchNormalization" not in operators
     calls = [node.op_type for node in model.graph.node if node.domain == DOMAIN]
-    assert sorted(calls) == ["Conv", "ConvRelu", "ConvTranspose", "GemmGelu"]
+    assert sorted(calls) == ["SparseConv", "SparseConvRelu", "SparseConvTranspose", "SparseGemmGelu"]
     assert result.notes == ()
     assert result.compressed.packed_bytes <= 0.532 * result.compressed.dense_bytes
     for batch in (1, 2, 7):

@@ -122,9 +122,9 @@ def test_linear_layers(
     expected = x.astype(np.float64) @ weight.dense
     terms = (np.abs(x) @ np.abs(weight.dense) + np.abs(bias)).max(initial=0)
     assert_close(
-        with_kernels(layer("MatMul", weight, ["b", "t", columns]), threads).run(None, {"x": x})[0], expected, terms=terms
+        with_kernels(layer("SparseMatMul", weight, ["b", "t", columns]), threads).run(None, {"x": x})[0], expected, terms=terms
     )
-    proto = layer("Linear", weight, ["b", "t", columns], {"B": bias})
+    proto = layer("SparseLinear", weight, ["b", "t", columns], {"B": bias})
     assert_close(with_kernels(proto, threads).run(None, {"x": x})[0], expected + bias, terms=terms)
 
 
@@ -154,7 +154,7 @@ def test_convolutions(isa: str, seed: int, stored: Any, pattern: str, axis: Any,
     weight = random_weight(rng, "conv", (outputs, inputs, *kernel), pattern, axis, stored)
     x = rng.standard_normal((batch, groups * inputs, *size)).astype(np.float32)
     bias = rng.standard_normal(outputs).astype(np.float32)
-    proto = layer("Conv", weight, ["b", groups * inputs, *(f"d{d}" for d in range(rank))], {"B": bias}, **attributes)
+    proto = layer("SparseConv", weight, ["b", groups * inputs, *(f"d{d}" for d in range(rank))], {"B": bias}, **attributes)
     got = with_kernels(proto, draw(st.sampled_from([1, 2]))).run(None, {"x": x})[0]
     terms = convolve(np.abs(x), replace(weight, dense=np.abs(weight.dense)), np.abs(bias), **attributes).max(initial=0)
     assert_close(got, convolve(x, weight, bias, **attributes), terms=terms)
@@ -175,7 +175,7 @@ def test_rows_that_share_columns(isa: str, kept: str, outputs: int, side: int) -
     matrix = np.where(nm_mask(torch.from_numpy(scores), pattern).numpy(), noise / 27, 0).astype(np.float32)
     weight = weight_of(matrix, view, pattern, quantized=False)
     x = rng.standard_normal((1, 192, side, side)).astype(np.float32)
-    proto = layer("Conv", weight, list(x.shape), group=2, pads=[1] * 4)
+    proto = layer("SparseConv", weight, list(x.shape), group=2, pads=[1] * 4)
     assert_close(with_kernels(proto, 2).run(None, {"x": x})[0], convolve(x, weight, group=2, pads=[1] * 4))
 
 
@@ -216,9 +216,9 @@ def test_convolutions_of_the_sizes_of_networks(
     bias = rng.standard_normal(50).astype(np.float32)
     expected = convolve(x, weight, bias, **attributes)
     residual = rng.standard_normal(expected.shape).astype(np.float32)
-    plain = layer("ConvRelu", weight, list(x.shape), {"B": bias}, **attributes)
+    plain = layer("SparseConvRelu", weight, list(x.shape), {"B": bias}, **attributes)
     assert_close(with_kernels(plain, 2).run(None, {"x": x})[0], np.maximum(expected, 0))
-    added = layer("ConvAddRelu", weight, list(x.shape), {"B": bias, "Z": residual}, **attributes)
+    added = layer("SparseConvAddRelu", weight, list(x.shape), {"B": bias, "Z": residual}, **attributes)
     assert_close(with_kernels(added).run(None, {"x": x})[0], np.maximum(expected + residual, 0))
 
 
@@ -237,7 +237,7 @@ def test_pixels_of_convolutions_of_one_pixel_are_read_where_they_are(isa: str, s
     attributes = {"pads": [0] * 2 * len(size), **attributes}
     expected = convolve(x, weight, **attributes)
     residual = rng.standard_normal(expected.shape).astype(np.float32)
-    for model_of, more in (("Conv", {}), ("ConvAdd", {"Z": residual})):
+    for model_of, more in (("SparseConv", {}), ("SparseConvAdd", {"Z": residual})):
         session = with_kernels(layer(model_of, weight, list(x.shape), more, **attributes))
         assert_close(session.run(None, {"x": x})[0], expected + more.get("Z", 0))
 
@@ -246,10 +246,10 @@ def test_pixels_of_convolutions_of_one_pixel_are_read_where_they_are(isa: str, s
 @pytest.mark.parametrize("tokens", [1, 20, None])
 def test_a_sum_replaces_its_residual_only_where_nothing_reads_that(isa: str, tokens: int | None, read: str) -> None:
     rng = np.random.default_rng(8)
-    kind, function, shape = ("matmul", "Linear", (96, 96)) if tokens else ("conv", "Conv", (96, 96, 1, 1))
+    kind, function, shape = ("matmul", "SparseLinear", (96, 96)) if tokens else ("conv", "SparseConv", (96, 96, 1, 1))
     x_shape = [2, tokens, 96] if tokens else [2, 96, 28, 8]
     weights = [random_weight(rng, kind, shape, "2:4") for _ in range(2)]  # type: ignore[arg-type]
-    added = f"{function}AddRelu" if kind == "conv" else "LinearAdd"
+    added = f"{function}AddRelu" if kind == "conv" else "SparseLinearAdd"
     nodes = [
         call(function, weights[0], ["x", "B"], "z", "a."),
         call(added, weights[1], ["z" if read == "twice" else "x", "B", "z"], "s", "b."),
@@ -265,7 +265,7 @@ def test_a_sum_replaces_its_residual_only_where_nothing_reads_that(isa: str, tok
 def test_pixels_picked_for_a_linear_layer_are_not_overwritten_by_it(isa: str) -> None:
     rng = np.random.default_rng(0)
     weight = random_weight(rng, "conv", (3, 8, 1), "2:4")
-    session = with_kernels(layer("Conv", weight, ["b", 8, "d"], strides=[3], pads=[0, 0]))
+    session = with_kernels(layer("SparseConv", weight, ["b", 8, "d"], strides=[3], pads=[0, 0]))
     for batch in (2, 3, 3):
         x = rng.standard_normal((batch, 8, 3)).astype(np.float32)
         assert_close(session.run(None, {"x": x})[0], convolve(x, weight, strides=[3], pads=[0, 0]))
@@ -275,7 +275,7 @@ def test_pixels_picked_for_a_linear_layer_are_not_overwritten_by_it(isa: str) ->
 def test_auto_pad_is_that_of_the_body(isa: str, mode: str) -> None:
     rng = np.random.default_rng(0)
     weight = random_weight(rng, "conv", (8, 16, 3, 2), "2:4")
-    proto = layer("Conv", weight, [1, 16, "h", "w"], auto_pad=mode, strides=[2, 1])
+    proto = layer("SparseConv", weight, [1, 16, "h", "w"], auto_pad=mode, strides=[2, 1])
     x = rng.standard_normal((1, 16, 9, 8)).astype(np.float32)
     assert_close(with_kernels(proto).run(None, {"x": x})[0], without(proto).run(None, {"x": x})[0])
 
@@ -298,7 +298,7 @@ def test_every_gemm_is_that_of_the_body(isa: str, stored: Any, shape: Any, x_sha
     rng = np.random.default_rng(1)
     weight = random_weight(rng, "linear" if attributes.get("transB") else "matmul", shape, "2:4", dtype=stored)
     extra = {} if bias is None else {"B": np.asarray(rng.standard_normal(bias), np.float32)}
-    proto = layer("Gemm", weight, ["a", "b"], extra, **attributes)
+    proto = layer("SparseGemm", weight, ["a", "b"], extra, **attributes)
     x = rng.standard_normal(x_shape).astype(np.float32)
     assert_close(with_kernels(proto).run(None, {"x": x})[0], without(proto).run(None, {"x": x})[0])
 
@@ -308,13 +308,18 @@ def test_a_transposed_input_of_16_bits(isa: str, shape: Any, tokens: int) -> Non
     rng = np.random.default_rng(1)
     weight = random_weight(rng, "matmul", shape, "2:4", dtype=np.float16)
     x = rng.standard_normal((shape[0], tokens)).astype(np.float16)
-    got = with_kernels(layer("Gemm", weight, ["a", "b"], kind=TensorProto.FLOAT16, transA=1)).run(None, {"x": x})[0]
+    got = with_kernels(layer("SparseGemm", weight, ["a", "b"], kind=TensorProto.FLOAT16, transA=1)).run(None, {"x": x})[0]
     assert_close(got, x.T.astype(np.float64) @ weight.dense.astype(np.float64), 1e-2)
 
 
 @pytest.mark.parametrize(
     ("function", "bias", "attributes"),
-    [("Gemm", (1, 10), {"beta": 0.5}), ("Gemm", (1, 1), {}), ("Linear", (1, 1), {}), ("Gemm", (1,), {"beta": 0.5})],
+    [
+        ("SparseGemm", (1, 10), {"beta": 0.5}),
+        ("SparseGemm", (1, 1), {}),
+        ("SparseLinear", (1, 1), {}),
+        ("SparseGemm", (1,), {"beta": 0.5}),
+    ],
 )
 def test_no_tokens_and_a_bias_that_is_spread(isa: str, function: str, bias: Any, attributes: Any) -> None:
     weight = random_weight(np.random.default_rng(1), "matmul", (24, 10), "2:4")
@@ -324,16 +329,20 @@ def test_no_tokens_and_a_bias_that_is_spread(isa: str, function: str, bias: Any,
 
 @pytest.mark.parametrize(
     ("function", "shape", "x"),
-    [("ConvAdd", (16, 16, 1, 1), (0, 16, 4, 4)), ("LinearAdd", (16, 16), (0, 16)), ("LinearAdd", (16, 16), (3, 0, 16))],
+    [
+        ("SparseConvAdd", (16, 16, 1, 1), (0, 16, 4, 4)),
+        ("SparseLinearAdd", (16, 16), (0, 16)),
+        ("SparseLinearAdd", (16, 16), (3, 0, 16)),
+    ],
 )
 def test_an_empty_batch_with_a_residual(isa: str, function: str, shape: Any, x: Any) -> None:
-    weight = random_weight(np.random.default_rng(1), "conv" if function == "ConvAdd" else "matmul", shape, "2:4")
+    weight = random_weight(np.random.default_rng(1), "conv" if function == "SparseConvAdd" else "matmul", shape, "2:4")
     extra = {"B": np.ones(16, np.float32), "Z": np.zeros(x, np.float32)}
     got = with_kernels(layer(function, weight, [None] * len(x), extra)).run(None, {"x": np.zeros(x, np.float32)})[0]
     assert got.shape == x
 
 
-@pytest.mark.parametrize(("function", "names"), [("MatMulAdd", "Z"), ("LinearAdd", "BZ")])
+@pytest.mark.parametrize(("function", "names"), [("SparseMatMulAdd", "Z"), ("SparseLinearAdd", "BZ")])
 def test_a_vector_has_a_vector_added(isa: str, function: str, names: str) -> None:
     rng = np.random.default_rng(1)
     extra = {name: rng.standard_normal(10).astype(np.float32) for name in names}
@@ -351,7 +360,7 @@ def test_batched_weights_broadcast_as_in_numpy(isa: str, stored: Any, shape: Any
     rng = np.random.default_rng(2)
     weight = random_weight(rng, "matmul", shape, "2:4", dtype=stored)
     x = rng.standard_normal(x_shape).astype(np.float32)
-    proto = layer("MatMul", weight, [f"d{d}" for d in range(len(x_shape))], y_rank=y_rank)
+    proto = layer("SparseMatMul", weight, [f"d{d}" for d in range(len(x_shape))], y_rank=y_rank)
     assert_close(with_kernels(proto).run(None, {"x": x})[0], x.astype(np.float64) @ weight.dense)
 
 
@@ -365,11 +374,11 @@ def test_types_of_storage_and_computation(isa: str, stored: Any, compute: int, t
     tolerance = max(tolerance, 1e-5 if stored is np.float64 and compute == TensorProto.FLOAT else 0.0)
     weight = random_weight(rng, "conv", (12, 16, 3, 3), "2:4", dtype=stored)
     x = rng.standard_normal((1, 16, 6, 7)).astype(dtype)
-    got = with_kernels(layer("Conv", weight, [1, 16, 6, 7], kind=compute, pads=[1] * 4)).run(None, {"x": x})[0]
+    got = with_kernels(layer("SparseConv", weight, [1, 16, 6, 7], kind=compute, pads=[1] * 4)).run(None, {"x": x})[0]
     assert got.dtype == dtype
     assert_close(got, convolve(x, weight, pads=[1] * 4), tolerance)
     weight = random_weight(rng, "matmul", (32, 10), "1:4", dtype=stored)
-    session = with_kernels(layer("MatMul", weight, ["t", 32], kind=compute))
+    session = with_kernels(layer("SparseMatMul", weight, ["t", 32], kind=compute))
     for tokens in (1, 2, 4, 7):
         x = rng.standard_normal((tokens, 32)).astype(dtype)
         got = session.run(None, {"x": x})[0]
@@ -382,7 +391,7 @@ def test_values_at_the_ends_of_16_bits(isa: str, stored: Any, value: float) -> N
     """Subnormal halves and the largest; what is not finite cannot be packed, but a file may hold it."""
     weight = random_weight(np.random.default_rng(13), "matmul", (32, 20), "2:4", dtype=stored)
     weight.packed.values[3] = value
-    proto, x = layer("MatMul", weight, ["t", 32]), np.ones((1, 32), np.float32)
+    proto, x = layer("SparseMatMul", weight, ["t", 32]), np.ones((1, 32), np.float32)
     got, expected = with_kernels(proto).run(None, {"x": x})[0], without(proto).run(None, {"x": x})[0]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
@@ -396,7 +405,7 @@ def test_rows_of_int8_that_are_zero_or_huge(isa: str, tokens: int) -> None:
     matrix[7, 0] = 1e20
     weight = weight_of(matrix, view, pattern, quantized=True)
     x = rng.standard_normal((tokens, 64)).astype(np.float32)
-    proto = layer("MatMul", weight, ["t", 64])
+    proto = layer("SparseMatMul", weight, ["t", 64])
     expected = x.astype(np.float64) @ weight.dense
     for session in (with_kernels(proto), without(proto)):
         got = session.run(None, {"x": x})[0]
@@ -411,8 +420,8 @@ def test_what_is_not_finite_spoils_only_what_reads_it(isa: str, value: float, st
     linear = random_weight(rng, "matmul", (96, 40), "2:4", dtype=stored)
     conv = random_weight(rng, "conv", (40, 32, 3, 3), "2:4", dtype=stored)
     for proto, shape, at in (
-        (layer("MatMul", linear, ["t", 96]), (40, 96), (17,)),
-        (layer("Conv", conv, [2, 32, 20, 12], pads=[1] * 4), (2, 32, 20, 12), (1, slice(None), 7, 5)),
+        (layer("SparseMatMul", linear, ["t", 96]), (40, 96), (17,)),
+        (layer("SparseConv", conv, [2, 32, 20, 12], pads=[1] * 4), (2, 32, 20, 12), (1, slice(None), 7, 5)),
     ):
         x = rng.standard_normal(shape).astype(np.float32)
         expected = with_kernels(proto).run(None, {"x": x})[0]
@@ -434,14 +443,14 @@ def test_inputs_of_any_size_and_beside_an_outlier(isa: str, outlier: float, scal
     conv = random_weight(rng, "conv", (40, 32, 3, 3), "2:4", dtype=stored)
     x = rng.standard_normal((40, 96)).astype(np.float32) * np.float32(scale)
     x[5, 3] *= outlier
-    got = with_kernels(layer("MatMul", linear, ["t", 96])).run(None, {"x": x})[0]
+    got = with_kernels(layer("SparseMatMul", linear, ["t", 96])).run(None, {"x": x})[0]
     expected = x.astype(np.float64) @ linear.dense
     for token in range(40):
         scaled = 1 / float(np.abs(expected[token]).max())
         assert_close(got[token] * scaled, expected[token] * scaled)
     x = rng.standard_normal((2, 32, 20, 12)).astype(np.float32) * np.float32(scale)
     x[1, 2, 3, 4] *= outlier
-    got = with_kernels(layer("Conv", conv, [2, 32, 20, 12], pads=[1] * 4)).run(None, {"x": x})[0]
+    got = with_kernels(layer("SparseConv", conv, [2, 32, 20, 12], pads=[1] * 4)).run(None, {"x": x})[0]
     expected = convolve(x, conv, pads=[1] * 4)
     scaled = 1 / float(np.abs(expected[0]).max())
     assert_close(got[0] * scaled, expected[0] * scaled)  # the image without the outlier
@@ -452,7 +461,7 @@ def test_inputs_at_the_ends_of_floats(isa: str, largest: float) -> None:
     linear = random_weight(np.random.default_rng(17), "matmul", (64, 40), "2:4")
     x = np.zeros((20, 64), np.float32)
     x[np.arange(20), np.arange(20)] = np.float32(largest)
-    got = with_kernels(layer("MatMul", linear, ["t", 64])).run(None, {"x": x})[0]
+    got = with_kernels(layer("SparseMatMul", linear, ["t", 64])).run(None, {"x": x})[0]
     expected = np.clip(x.astype(np.float64) @ linear.dense, -np.finfo(np.float32).max, np.finfo(np.float32).max)
     finite = np.isfinite(got)
     assert finite.mean() > 0.5  # products of the largest float and weights beyond 1 are infinite
@@ -466,13 +475,13 @@ def test_the_number_of_threads_changes_no_bit(isa: str, stored: Any) -> None:
     conv = random_weight(rng, "conv", (64, 32, 3, 3), "1:4", dtype=stored)
     pointwise = random_weight(rng, "conv", (64, 32, 1, 1), "2:4", dtype=stored)
     for proto, shape in (
-        (layer("MatMul", linear, ["t", 640]), (1, 640)),
-        (layer("MatMul", linear, ["t", 640]), (70, 640)),
-        (layer("Conv", conv, [1, 32, 30, 30], pads=[1] * 4), (1, 32, 30, 30)),
-        (layer("Conv", conv, [3, 32, 7, 7], pads=[1] * 4), (3, 32, 7, 7)),
-        (layer("Conv", pointwise, [2, 32, 28, 28], pads=[0] * 4), (2, 32, 28, 28)),
-        (layer("Conv", conv, [4, 32, 24, 24], pads=[1] * 4), (4, 32, 24, 24)),  # whole images for each thread
-        (layer("Conv", pointwise, [9, 32, 46, 46], pads=[0] * 4, strides=[2, 2]), (9, 32, 46, 46)),
+        (layer("SparseMatMul", linear, ["t", 640]), (1, 640)),
+        (layer("SparseMatMul", linear, ["t", 640]), (70, 640)),
+        (layer("SparseConv", conv, [1, 32, 30, 30], pads=[1] * 4), (1, 32, 30, 30)),
+        (layer("SparseConv", conv, [3, 32, 7, 7], pads=[1] * 4), (3, 32, 7, 7)),
+        (layer("SparseConv", pointwise, [2, 32, 28, 28], pads=[0] * 4), (2, 32, 28, 28)),
+        (layer("SparseConv", conv, [4, 32, 24, 24], pads=[1] * 4), (4, 32, 24, 24)),  # whole images for each thread
+        (layer("SparseConv", pointwise, [9, 32, 46, 46], pads=[0] * 4, strides=[2, 2]), (9, 32, 46, 46)),
     ):
         x = rng.standard_normal(shape).astype(np.float32)
         first, *others = (with_kernels(proto, threads).run(None, {"x": x})[0].tobytes() for threads in (1, 2, 4))
@@ -492,7 +501,7 @@ def test_concurrent_runs_of_one_session_agree() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     rng = np.random.default_rng(5)
-    session = with_kernels(layer("Conv", random_weight(rng, "conv", (32, 16, 3, 3), "2:4"), [1, 16, "h", "w"]), 2)
+    session = with_kernels(layer("SparseConv", random_weight(rng, "conv", (32, 16, 3, 3), "2:4"), [1, 16, "h", "w"]), 2)
     inputs = [rng.standard_normal((1, 16, 8 + i % 5, 20)).astype(np.float32) for i in range(40)]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda x: session.run(None, {"x": x})[0], inputs))
@@ -505,11 +514,11 @@ def test_concurrent_runs_of_one_session_agree() -> None:
 def test_what_was_prepacked_on_a_guess_gives_way_to_what_is_met(isa: str, batch: int) -> None:
     rng = np.random.default_rng(11)
     linear, conv = random_weight(rng, "matmul", (64, 40), "2:4"), random_weight(rng, "conv", (40, 16, 3, 3), "1:4")
-    session = with_kernels(layer("MatMul", linear, ["batch", 3, 64]))
+    session = with_kernels(layer("SparseMatMul", linear, ["batch", 3, 64]))
     for size in (batch, 7, batch):
         x = rng.standard_normal((size, 3, 64)).astype(np.float32)
         assert_close(session.run(None, {"x": x})[0], x.astype(np.float64) @ linear.dense)
-    session = with_kernels(layer("Conv", conv, ["batch", 16, 9, 9]))
+    session = with_kernels(layer("SparseConv", conv, ["batch", 16, 9, 9]))
     for size in (batch, 7, batch):
         x = rng.standard_normal((size, 16, 9, 9)).astype(np.float32)
         assert_close(session.run(None, {"x": x})[0], convolve(x, conv))
@@ -523,7 +532,7 @@ def test_weights_are_prepacked_when_the_session_is_made(shape: list[Any], grows:
     """The first run takes no memory for weights, except where only it shows how many tokens there are."""
     rng = np.random.default_rng(12)
     weight = random_weight(rng, "matmul", (2048, 4096), "2:4")
-    session = with_kernels(layer("MatMul", weight, shape))
+    session = with_kernels(layer("SparseMatMul", weight, shape))
     before = resident_megabytes()
     session.run(None, {"x": np.ones((1, 2048), np.float32)})
     assert (resident_megabytes() - before > 12) == grows  # 16 MB of values, 2 MB of positions
@@ -538,7 +547,7 @@ def resident_megabytes() -> float:
 @needs_kernels
 def test_session_takes_over_by_itself(tmp_path: Path) -> None:
     rng = np.random.default_rng(6)
-    proto = layer("MatMul", random_weight(rng, "matmul", (32, 16), "2:4"), ["t", 32])
+    proto = layer("SparseMatMul", random_weight(rng, "matmul", (32, 16), "2:4"), ["t", 32])
     path = tmp_path / "model.onnx"
     onnx.save(proto, path)
     settings = onnxruntime.SessionOptions()
@@ -547,7 +556,7 @@ def test_session_takes_over_by_itself(tmp_path: Path) -> None:
     session = runtime.session(path, settings)
     x = rng.standard_normal((3, 32)).astype(np.float32)
     assert_close(session.run(None, {"x": x})[0], without(proto).run(None, {"x": x})[0])
-    assert '"op_name" : "MatMul"' in Path(session.end_profiling()).read_text()
+    assert '"op_name" : "SparseMatMul"' in Path(session.end_profiling()).read_text()
 
 
 def test_layers_that_are_no_choice_are_named() -> None:
@@ -573,7 +582,7 @@ def test_without_kernels_a_warning_and_the_body(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(KernelsUnavailableError, match=says):
         runtime.library()
     with pytest.warns(RuntimeWarning, match=says):
-        session = runtime.session(layer("MatMul", weight, ["t", 32]).SerializeToString())
+        session = runtime.session(layer("SparseMatMul", weight, ["t", 32]).SerializeToString())
     x = rng.standard_normal((3, 32)).astype(np.float32)
     assert_close(session.run(None, {"x": x})[0], x.astype(np.float64) @ weight.dense)
 
@@ -615,7 +624,7 @@ def test_a_node_that_contradicts_itself_is_an_error_at_load(damage: str) -> None
         kept = [attribute for attribute in node.attribute if attribute.name != name]
         del node.attribute[:]
         node.attribute.extend([*kept, helper.make_attribute(name, value)])
-    with pytest.raises(Exception, match=r"nmconvert\.Conv"):
+    with pytest.raises(Exception, match=r"nmconvert\.SparseConv"):
         with_kernels(proto)
 
 
@@ -646,7 +655,7 @@ def test_a_stride_beyond_the_image_takes_no_more_memory_than_that(isa: str) -> N
     weight = random_weight(rng, "conv", (8, 8, 3, 3), "2:4")
     attributes: dict[str, Any] = {"pads": [1] * 4, "strides": [1, 2**20]}
     x = rng.standard_normal((1, 8, 9, 9)).astype(np.float32)
-    got = with_kernels(layer("Conv", weight, [1, 8, 9, 9], **attributes)).run(None, {"x": x})[0]
+    got = with_kernels(layer("SparseConv", weight, [1, 8, 9, 9], **attributes)).run(None, {"x": x})[0]
     assert_close(got, convolve(x, weight, **attributes))
 
 
@@ -654,7 +663,7 @@ def test_a_stride_beyond_the_image_takes_no_more_memory_than_that(isa: str) -> N
 @pytest.mark.parametrize("pad", [20_000, 2**20])
 def test_pads_of_gigabytes_are_an_error_of_the_run(isa: str, pad: int) -> None:
     weight = random_weight(np.random.default_rng(1), "conv", (8, 8, 3, 3), "2:4")
-    session = with_kernels(layer("Conv", weight, [1, 8, "h", "w"], pads=[pad] * 4, strides=[pad] * 2))
+    session = with_kernels(layer("SparseConv", weight, [1, 8, "h", "w"], pads=[pad] * 4, strides=[pad] * 2))
     with pytest.raises(Exception, match="with its pads would have"):
         session.run(None, {"x": np.zeros((1, 8, 9, 9), np.float32)})
 
@@ -662,7 +671,7 @@ def test_pads_of_gigabytes_are_an_error_of_the_run(isa: str, pad: int) -> None:
 @needs_kernels
 @pytest.mark.parametrize(("kept", "values"), [(0, 0), (1, 1)])
 def test_a_small_file_is_no_large_weight(kept: int, values: int) -> None:
-    proto = layer("MatMul", random_weight(np.random.default_rng(1), "matmul", (32, 64), "2:4"), ["t", 32])
+    proto = layer("SparseMatMul", random_weight(np.random.default_rng(1), "matmul", (32, 64), "2:4"), ["t", 32])
     width, side = 4096, 2**13
     arrays = {
         "values": np.zeros(values, np.float32),
@@ -694,7 +703,7 @@ def test_a_scale_that_does_not_fit_is_an_error_at_load(scale: str) -> None:
     proto = conv_model(stored=np.int8)
     constant = next(c for c in proto.graph.initializer if c.name == "scale")
     constant.CopyFrom(tensor("scale", SCALES[scale]))
-    with pytest.raises(Exception, match=r"nmconvert\.ScaledConv: .*scale"):
+    with pytest.raises(Exception, match=r"nmconvert\.ScaledSparseConv: .*scale"):
         with_kernels(proto)
 
 
@@ -727,9 +736,9 @@ def fuzzed_models() -> dict[str, tuple[onnx.ModelProto, np.ndarray]]:
     x = rng.standard_normal((6, 40)).astype(np.float32)
     return {
         "Conv": (conv_model(["b", 32, "h", "w"]), rng.standard_normal((1, 32, 9, 9)).astype(np.float32)),
-        "Gemm": (layer("Gemm", gemm, ["t", 40], {"B": extra["B"]}, **gemm_attributes), x),
-        "LinearAdd": (layer("LinearAdd", linear, ["t", 40], extra), x),
-        "ScaledLinearAdd": (layer("LinearAdd", scaled, ["t", 40], extra), x),
+        "Gemm": (layer("SparseGemm", gemm, ["t", 40], {"B": extra["B"]}, **gemm_attributes), x),
+        "LinearAdd": (layer("SparseLinearAdd", linear, ["t", 40], extra), x),
+        "ScaledLinearAdd": (layer("SparseLinearAdd", scaled, ["t", 40], extra), x),
         "ScaledConv": (conv_model(["b", 32, "h", "w"], np.int8), rng.standard_normal((1, 32, 9, 9)).astype(np.float32)),
     }
 
@@ -779,6 +788,6 @@ def conv_model(x_shape: list[Any] | None = None, stored: Any = np.float32) -> on
     rng = np.random.default_rng(9)
     weight = random_weight(rng, "conv", (16, 32, 3, 3), "2:4", dtype=stored)
     node = call(
-        "Conv", weight, ["x", ""], "y", pads=[0] * 4, strides=[1, 1], dilations=[1, 1], group=1, compute=TensorProto.FLOAT
+        "SparseConv", weight, ["x", ""], "y", pads=[0] * 4, strides=[1, 1], dilations=[1, 1], group=1, compute=TensorProto.FLOAT
     )
     return model([node], initializers(weight), x_shape or [1, 32, 9, 9])

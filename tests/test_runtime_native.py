@@ -38,7 +38,7 @@ def test_a_cpp_program_needs_one_call(tmp_path: Path) -> None:
     build = [COMPILER, "-std=c++17", "-I", headers, str(ROOT / "examples" / "run_model.cpp"), "-o", str(program)]
     subprocess.run([*map(str, build), f"-L{tmp_path}", "-lonnxruntime", f"-Wl,-rpath,{tmp_path}"], check=True)
     weight = random_weight(np.random.default_rng(0), "matmul", (32, 16), "2:4")
-    onnx.save(layer("MatMul", weight, ["t", 32]), tmp_path / "model.onnx")
+    onnx.save(layer("SparseMatMul", weight, ["t", 32]), tmp_path / "model.onnx")
     command = [str(program), str(runtime.library()), str(tmp_path / "model.onnx"), "3", "32"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     printed = [float(line) for line in run.stdout.split()]
@@ -122,7 +122,7 @@ def test_a_library_that_does_not_fit_is_left_alone(
     monkeypatch.setenv("NMCONVERT_KERNELS", str(compiled(source, tmp_path)))
     weight = random_weight(np.random.default_rng(1), "matmul", (32, 16), "2:4")
     with pytest.warns(RuntimeWarning, match=says):
-        session = runtime.session(layer("MatMul", weight, ["t", 32]).SerializeToString())
+        session = runtime.session(layer("SparseMatMul", weight, ["t", 32]).SerializeToString())
     x = np.ones((3, 32), np.float32)
     np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weight.dense, rtol=1e-5, atol=1e-6)
 
@@ -134,7 +134,7 @@ def test_the_library_registers_nothing_on_a_cpu_that_it_does_not_know(monkeypatc
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(library))
     weight = random_weight(np.random.default_rng(2), "matmul", (32, 16), "2:4")
-    session = onnxruntime.InferenceSession(layer("MatMul", weight, ["t", 32]).SerializeToString(), options)
+    session = onnxruntime.InferenceSession(layer("SparseMatMul", weight, ["t", 32]).SerializeToString(), options)
     x = np.ones((3, 32), np.float32)
     np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weight.dense, rtol=1e-5, atol=1e-6)
 
@@ -212,7 +212,7 @@ def test_without_a_compiler_the_package_is_built_without_kernels(tmp_path: Path)
 def test_another_onnxruntime_gives_the_same_answers(tmp_path: Path, stored: Any) -> None:
     rng = np.random.default_rng(3)
     weight = random_weight(rng, "conv", (16, 32, 3, 3), "2:4", dtype=stored)
-    proto = layer("ConvRelu", weight, [1, 32, 9, 9], {"B": rng.standard_normal(16).astype(np.float32)})
+    proto = layer("SparseConvRelu", weight, [1, 32, 9, 9], {"B": rng.standard_normal(16).astype(np.float32)})
     onnx.save(proto, tmp_path / "model.onnx")
     program = """
 import sys, numpy, onnxruntime

@@ -163,7 +163,7 @@ def test_damaged_manifest_and_malformed_calls(files: dict[str, Path], tmp_path: 
     with pytest.raises(CheckpointError, match=r"changed\.onnx: its nmconvert manifest is damaged"):
         verify(changed(files, "compressed", tmp_path, cut))
     for name, value in (("n", 0), ("axis", "depth"), ("perm", [0, 0, 1, 2]), ("shape", [0]), ("code_shape", [1])):
-        with pytest.raises(CheckpointError, match=r"changed\.onnx: node 'first' \(ConvRelu\) is malformed"):
+        with pytest.raises(CheckpointError, match=r"changed\.onnx: node 'first' \(SparseConvRelu\) is malformed"):
             verify(changed(files, "compressed", tmp_path, lambda model, n=name, v=value: set_attribute(model, n, v)))
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from nmconvert.errors import CheckpointError, NmconvertError, WeightError
-from nmconvert.export.functions import FUNCTIONS, GEMM_DEFAULTS
+from nmconvert.export.functions import FUNCTIONS, default_attributes
 from nmconvert.manifest import Layer
 from nmconvert.matrix import MatrixView
 from nmconvert.onnx_graph import DENSE, DOMAIN, SCALED, VALUES_SUFFIX, Constants, attribute, graphs, packed_inputs
@@ -96,11 +96,10 @@ def call_node(
         stored=helper.np_dtype_to_tensor_dtype(packed.values.dtype),
         compute=compute,
     )
-    given = [attr for attr in operator_attributes if attr.name in FUNCTIONS[function].attributes]
-    node.attribute.extend(given)
-    if FUNCTIONS[function].op_type == "Gemm":
-        missing = GEMM_DEFAULTS.keys() - {attr.name for attr in given}
-        node.attribute.extend(helper.make_attribute(name, GEMM_DEFAULTS[name]) for name in sorted(missing))
+    given = {attr.name: attr for attr in operator_attributes if attr.name in FUNCTIONS[function].attributes}
+    node.attribute.extend(given.values())
+    defaults = default_attributes(FUNCTIONS[function].op_type, view.shape, given)
+    node.attribute.extend(helper.make_attribute(name, defaults[name]) for name in sorted(defaults.keys() - given.keys()))
     return node
 
 

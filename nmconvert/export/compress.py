@@ -17,7 +17,7 @@ from nmconvert.detect import satisfies
 from nmconvert.errors import WeightError
 from nmconvert.export.calls import call_node, initializer, mask_name, scale_name, table_name, values_name
 from nmconvert.export.find import sparsest_first
-from nmconvert.export.functions import DOMAIN_VERSION, FUNCTIONS, IR_VERSION, function_proto
+from nmconvert.export.functions import DOMAIN_VERSION, FUNCTIONS, IR_VERSION, called_functions
 from nmconvert.manifest import Layer
 from nmconvert.matrix import MatrixView
 from nmconvert.onnx_graph import (
@@ -27,7 +27,6 @@ from nmconvert.onnx_graph import (
     Constants,
     WeightUse,
     graphs,
-    opset,
     remove_unused_constants,
     tensor_infos,
     used_names,
@@ -67,8 +66,7 @@ def compress(
     for graph, scope in graphs(model):
         packer.replace_in(graph, scope)
     if result.layers:
-        used = {node.op_type for graph, _ in graphs(model) for node in graph.node if node.domain == DOMAIN}
-        model.functions.extend(function_proto(name, opset(model)) for name in sorted(used))
+        model.functions.extend(called_functions(model))
         model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
         model.ir_version = max(model.ir_version, IR_VERSION)
     remove_unused_constants(model)
@@ -192,7 +190,7 @@ class _Packer:
     ) -> NodeProto:
         node, weight = use.node, use.source.name
         left = use.kind in ("linear", "matmul") and use.position == 0
-        function = "Linear" if bias else node.op_type + ("Left" if left else "")
+        function = f"Sparse{'Linear' if bias else node.op_type}{'Left' if left else ''}"
         parts = [values_name(weight), mask_name(weight), self._table(packed)]
         if packed.scale is not None:
             function = FUNCTIONS[function].with_scale.name

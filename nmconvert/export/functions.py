@@ -4,20 +4,22 @@ Every sparse layer of a compressed file is one call of such a function. A stock 
 it down to the dense weight when it loads the file; a session that has registered our library finds kernels of the same
 domain and names and never looks at the body. Both read the same call::
 
-    Y = nmconvert.Conv(X, values, mask, table, B)          B is always there, zeros if need be: see below
-    Y = nmconvert.ConvTranspose(X, values, mask, table, B)  B may be "" (none)
-    Y = nmconvert.MatMul(X, values, mask, table)            X · W
-    Y = nmconvert.Linear(X, values, mask, table, B)         X · W + B
-    Y = nmconvert.Gemm(X, values, mask, table, C)           alpha · X · W + beta · C, C may be ""
-    Y = nmconvert.MatMulLeft(X, values, mask, table)        W · X
-    Y = nmconvert.GemmLeft(X, values, mask, table, C)       alpha · W · X + beta · C, C may be ""
+    Y = nmconvert.SparseConv(X, values, mask, table, B)           B is always there, zeros if need be: see below
+    Y = nmconvert.SparseConvTranspose(X, values, mask, table, B)  B may be "" (none)
+    Y = nmconvert.SparseMatMul(X, values, mask, table)            X · W
+    Y = nmconvert.SparseLinear(X, values, mask, table, B)         X · W + B
+    Y = nmconvert.SparseGemm(X, values, mask, table, C)           alpha · X · W + beta · C, C may be ""
+    Y = nmconvert.SparseMatMulLeft(X, values, mask, table)        W · X
+    Y = nmconvert.SparseGemmLeft(X, values, mask, table, C)       alpha · W · X + beta · C, C may be ""
+
+No name is that of a standard operator: quantisers and other tools look at a node's type and not at its domain.
 
 What follows a layer in the graph can be fused into its call (:mod:`nmconvert.export.fuse`), so that a kernel does it while
-the output is still in registers: ``ConvRelu``, ``LinearAdd`` and so on, ``Conv``, ``MatMul``, ``Linear`` and ``Gemm`` with each
+the output is still in registers: ``SparseConvRelu``, ``SparseLinearAdd`` and so on, Conv, MatMul, Linear and Gemm with each
 of ``Relu``, ``Clip``, ``Silu``, ``Gelu``, ``GeluTanh``, ``Add`` and ``AddRelu``. They take the inputs of their base, those with
 Add a last one, ``Z``, of the output's shape, which is added before the activation; Clip has ``low`` and ``high``.
 
-Each has a twin for int8 values, ``ScaledConv`` and so on, with one more input, ``scale``, after the table.
+Each has a twin for int8 values, ``ScaledSparseConv`` and so on, with one more input, ``scale``, after the table.
 
 ``values``, ``mask``, ``table`` and ``scale`` are those of :mod:`nmconvert.packing`, always constant. Attributes of every call:
 
@@ -32,8 +34,8 @@ Each has a twin for int8 values, ``ScaledConv`` and so on, with one more input, 
 ``compute``    int     ONNX element type in which the operator computes; the weight is cast where it differs
 =============  ======  =========================================================================================
 
-and those of the standard operator: strides, pads, dilations, group, kernel_shape, auto_pad, output_padding and output_shape
-are left out where the original left them out; alpha, beta, transA and transB are always there, for a function has no defaults.
+and those of the standard operator, also where the original left them out, for a function has no defaults. Only output_shape,
+and with it or an auto_pad the pads and output_padding that these stand for, are left out where they were.
 
 Why B: an input "" of a function becomes an input "" of its Conv, and onnxruntime neither turns such a Conv into its NCHWc
 layout nor fuses a BatchNormalization or an Add into it. A bias of zeros costs nothing, and changes no bit.
@@ -46,15 +48,15 @@ for each byte.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import pi, sqrt
 from typing import Any
 
 import onnx
-from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, TensorProto, helper
 
-from nmconvert.onnx_graph import DOMAIN, SCALED
+from nmconvert.onnx_graph import DOMAIN, SCALED, graphs, opset
 
 DOMAIN_VERSION = 1
 OPSET = 18
@@ -71,7 +73,6 @@ _CONV = {
     "strides": AttributeProto.INTS,
 }
 _CONV_TRANSPOSE = _CONV | {"output_padding": AttributeProto.INTS, "output_shape": AttributeProto.INTS}
-GEMM_DEFAULTS: dict[str, float] = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 _CLIP = {"low": AttributeProto.FLOAT, "high": AttributeProto.FLOAT}
 _GEMM = {
     "alpha": AttributeProto.FLOAT,
@@ -107,15 +108,15 @@ class Function:
 
 _TAILS = ("Relu", "Clip", "Silu", "Gelu", "GeluTanh", "Add", "AddRelu")  # an Add, an activation, or both
 _BASES = (
-    Function("Conv", "Conv", ("X", "W", "B"), _CONV),
-    Function("MatMul", "MatMul", ("X", "W"), {}),
-    Function("Linear", "MatMul", ("X", "W"), {}, adds_bias=True),
-    Function("Gemm", "Gemm", ("X", "W", "B"), _GEMM),
+    Function("SparseConv", "Conv", ("X", "W", "B"), _CONV),
+    Function("SparseMatMul", "MatMul", ("X", "W"), {}),
+    Function("SparseLinear", "MatMul", ("X", "W"), {}, adds_bias=True),
+    Function("SparseGemm", "Gemm", ("X", "W", "B"), _GEMM),
 )
 _ALONE = (
-    Function("ConvTranspose", "ConvTranspose", ("X", "W", "B"), _CONV_TRANSPOSE),
-    Function("MatMulLeft", "MatMul", ("W", "X"), {}),
-    Function("GemmLeft", "Gemm", ("W", "X", "B"), _GEMM),
+    Function("SparseConvTranspose", "ConvTranspose", ("X", "W", "B"), _CONV_TRANSPOSE),
+    Function("SparseMatMulLeft", "MatMul", ("W", "X"), {}),
+    Function("SparseGemmLeft", "Gemm", ("W", "X", "B"), _GEMM),
 )
 
 
@@ -134,13 +135,40 @@ _PLAIN = (*_BASES, *_ALONE, *(_fused(base, tail) for base in _BASES for tail in 
 FUNCTIONS: dict[str, Function] = {f.name: f for plain in _PLAIN for f in (plain, plain.with_scale)}
 
 
-def function_proto(name: str, opset: int = OPSET) -> FunctionProto:
-    """The FunctionProto of ``FUNCTIONS[name]`` in operators of ``opset`` (13 or later), which should be its model's own."""
+def default_attributes(op_type: str, shape: Sequence[int], given: Mapping[str, AttributeProto]) -> dict[str, Any]:
+    """What ``op_type`` takes for attributes that are not among ``given``; ``shape`` is that of its weight."""
+    if op_type == "Gemm":
+        return {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
+    if op_type not in ("Conv", "ConvTranspose"):
+        return {}
+    rank = len(shape) - 2
+    defaults = {"dilations": [1] * rank, "group": 1, "kernel_shape": list(shape[2:]), "strides": [1] * rank}
+    padded = "auto_pad" in given and given["auto_pad"].s != b"NOTSET"
+    pads = {} if padded or "output_shape" in given else {"pads": [0] * 2 * rank}
+    if op_type == "ConvTranspose" and "output_shape" not in given:
+        pads["output_padding"] = [0] * rank
+    return {"auto_pad": "NOTSET", **defaults, **pads}
+
+
+def called_functions(model: ModelProto) -> list[FunctionProto]:
+    """The functions that ``model`` calls, in operators of its opset and with those attributes that some call gives."""
+    called: dict[str, set[str]] = {}
+    for graph, _ in graphs(model):
+        for node in graph.node:
+            if node.domain == DOMAIN:
+                called.setdefault(node.op_type, set()).update(attribute.name for attribute in node.attribute)
+    return [function_proto(name, opset(model), called[name]) for name in sorted(called)]
+
+
+def function_proto(name: str, opset: int = OPSET, given: Collection[str] | None = None) -> FunctionProto:
+    """The FunctionProto of ``FUNCTIONS[name]`` in operators of ``opset`` (13 or later), which should be its model's own.
+
+    Attributes of the standard operator that are not ``given`` are left out.
+    """
     function = FUNCTIONS[name]
+    attributes = {key: kind for key, kind in sorted(function.attributes.items()) if given is None or key in given}
     operator = helper.make_node(function.op_type, list(function.inputs), ["product"])
-    operator.attribute.extend(
-        _reference(key, key, kind) for key, kind in sorted(function.attributes.items()) if key not in _CLIP
-    )
+    operator.attribute.extend(_reference(key, key, kind) for key, kind in attributes.items() if key not in _CLIP)
     nodes = [*_rebuild_weight(scaled=function.scaled), operator]
     if function.adds_bias:
         nodes.append(_node("Add", ["product", "B"], "biased"))
@@ -160,7 +188,7 @@ def function_proto(name: str, opset: int = OPSET) -> FunctionProto:
         outputs=["Y"],
         nodes=nodes,
         opset_imports=[helper.make_opsetid("", opset)],
-        attributes=[*CALL_ATTRIBUTES, *sorted(function.attributes)],
+        attributes=[*CALL_ATTRIBUTES, *attributes],
     )
 
 

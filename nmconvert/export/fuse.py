@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from nmconvert.export.functions import FUNCTIONS, function_proto
+from nmconvert.export.functions import FUNCTIONS, called_functions
 from nmconvert.export.gelu import spelt_gelu
-from nmconvert.onnx_graph import DOMAIN, Constants, attribute, graphs, opset, remove_unused_constants, used_names
+from nmconvert.onnx_graph import DOMAIN, Constants, attribute, graphs, remove_unused_constants, used_names
 
 _INFINITY = float("inf")
 
@@ -29,10 +29,9 @@ def fuse(model: ModelProto) -> int:
         _Fuser(graph, scope, used_names(model)).run()
     fused = before - sum(len(graph.node) for graph, _ in graphs(model))
     remove_unused_constants(model)
-    used = {node.op_type for graph, _ in graphs(model) for node in graph.node if node.domain == DOMAIN}
     others = [function for function in model.functions if function.domain != DOMAIN]
     del model.functions[:]
-    model.functions.extend([*others, *(function_proto(name, opset(model)) for name in sorted(used))])
+    model.functions.extend([*others, *called_functions(model)])
     return fused
 
 

@@ -46,7 +46,7 @@ MARGIN = 1.05
 NOISY = 0.2  # a spread of the rounds' ratios
 _SECONDS = 0.03  # for each way of running a layer
 _OTHERS = ("B", "Z")  # inputs of a function beside X and its weight
-_LEFT_ALONE = ("ConvTranspose", "MatMulLeft", "GemmLeft")  # functions that have no kernel
+_LEFT_ALONE = ("SparseConvTranspose", "SparseMatMulLeft", "SparseGemmLeft")  # functions that have no kernel
 
 
 @dataclass(frozen=True)

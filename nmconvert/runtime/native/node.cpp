@@ -9,7 +9,7 @@ namespace {
 constexpr struct {
   const char* name;
   Base base;
-} kBases[] = {{"Conv", Base::kConv}, {"MatMul", Base::kMatMul}, {"Linear", Base::kLinear}, {"Gemm", Base::kGemm}};
+} kBases[] = {{"SparseConv", Base::kConv}, {"SparseMatMul", Base::kMatMul}, {"SparseLinear", Base::kLinear}, {"SparseGemm", Base::kGemm}};
 
 // What is fused into a call.
 constexpr struct {
