@@ -553,7 +553,7 @@ def test_session_takes_over_by_itself(tmp_path: Path) -> None:
     settings = onnxruntime.SessionOptions()
     settings.enable_profiling = True
     settings.profile_file_prefix = str(tmp_path / "profile")
-    session = runtime.session(path, settings)
+    session = runtime.session(path, settings, layers="sparse")
     x = rng.standard_normal((3, 32)).astype(np.float32)
     assert_close(session.run(None, {"x": x})[0], without(proto).run(None, {"x": x})[0])
     assert '"op_name" : "SparseMatMul"' in Path(session.end_profiling()).read_text()
