@@ -21,6 +21,7 @@ from nmconvert.checkpoint.onnx_file import read_whole_model, save_model
 from nmconvert.errors import CheckpointError, NmconvertError, UsageError, first_line
 from nmconvert.export import export
 from nmconvert.inputs import InputSpec, example_feed
+from nmconvert.manifest import Manifest
 from nmconvert.onnx_graph import DOMAIN, attribute, graphs
 from nmconvert.pattern import Pattern
 from nmconvert.runtime import kernels, session
@@ -131,6 +132,9 @@ def bench(
     if tuned is not None:
         check_apart([(tuned, "--tuned")], [model] if against is None else [model, against])
         check_target(tuned, "--tuned", made="an ONNX file")
+    manifest = Manifest.in_metadata(proto, str(model))
+    if manifest and not batches:
+        inputs = inputs or manifest.said_inputs()
     sizes = batches or (None,)
     feeds = [_feed(model, proto, inputs, size) for size in sizes]
     rows = []

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nmconvert import __version__
 from nmconvert.errors import CheckpointError, NmconvertError
@@ -19,6 +19,11 @@ from nmconvert.matrix import KINDS, MatrixView
 from nmconvert.pattern import AXES, Axis, Pattern
 from nmconvert.signature import is_ours, sign
 from nmconvert.tensor import PRUNABLE_DTYPES, Row, TensorInfo
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from nmconvert.inputs import InputSpec
 
 FORMAT = 1
 MANIFEST = "nmconvert.json"  # a record in a .pt zip, a file beside shards
@@ -105,6 +110,12 @@ class Manifest:
         known = self.settings.get("model_arguments") if spec == before else None
         return spec, arguments or known or {}
 
+    def said_inputs(self) -> list[InputSpec]:
+        """The example inputs of the model, as far as they were said."""
+        from nmconvert.inputs import InputSpec
+
+        return [InputSpec.parse(text) for text in self.settings.get("input") or []]
+
     def said_task(self, task: str | None, settings: Mapping[str, str] | None) -> tuple[str, Mapping[str, str]]:
         """The name of the task and its settings, each as given, or else as was said before of the same task."""
         before = self.settings.get("task")
@@ -135,6 +146,16 @@ class Manifest:
         return None if text is None else cls.from_json(text, str(file.path))
 
     @classmethod
+    def in_metadata(cls, model: ModelProto, source: str) -> Manifest | None:
+        """The manifest in the metadata of an ONNX model, the file ``source``, if it carries one.
+
+        Raises:
+            CheckpointError: as :meth:`from_json`.
+        """
+        text = metadata_text(model)
+        return None if text is None else cls.from_json(text, source)
+
+    @classmethod
     def from_json(cls, text: str, source: str) -> Manifest:
         """Read the manifest that file ``source`` carries.
 
@@ -159,6 +180,11 @@ class Manifest:
             raise CheckpointError(
                 f"{source}: its nmconvert manifest is damaged ({error!r}): start from the file that it was made from"
             ) from error
+
+
+def metadata_text(model: ModelProto) -> str | None:
+    """The manifest's JSON in the metadata of an ONNX model."""
+    return next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
 
 
 def _canonical(settings: Mapping[str, Any]) -> str:

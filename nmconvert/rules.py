@@ -28,14 +28,17 @@ _ANSWERS = re.compile(
 )  # of several outputs
 _OF_SSD = re.compile(r"_head\.module_list\.\d+(\.1)?\.weight$")  # torchvision's, of each of several sizes
 _HIDDEN = re.compile(r"(^|\.)(transform|dense)\.")  # inside of a head
-_ROUTER = re.compile(r"(^|\.)(router(\.(layer|classifier))?|\w*(moe|mlp|ffn|feed_forward)\.gate)\.weight$")
+_ROUTER = re.compile(r"(^|\.)(router(\.(layer|classifier))?|(\w*(moe|mlp|ffn|feed_forward)\.)?gate)\.weight$")
 _EXPERTS = re.compile(r"(^|\.)experts?\.|_(proj|linear)(\.weight)?$")
 _NO_WEIGHT = re.compile(r"(^|[._])(bias|a_log)$")
+_WEIGHT = re.compile(
+    r"(^|[._/])(weight|kernel|filters?|w)(_v|_orig)?$|weight\.original[01]?$"
+)  # of modules, and of their norms and masks
 _QUANTISED = re.compile(r"\.(qweight|qzeros|scb|absmax|quant_map|weight_scale(_inv)?|weight_format)$")
 _ADAPTER = re.compile(r"(^|\.)lora_(a|b|embedding_a|embedding_b)(\.|$)")
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")  # Hugging Face Conv1D (GPT-2) stores [I, O]
 _TRANSPOSED = re.compile(
-    r"deconv|upconv|conv_?transpose|convtranspose|transposed?_conv|(^|[._])up(_?sample)?\d*([._](?!proj)|$)"
+    r"deconv|upconv|conv_?t(\d|[._]|$)|upsampler\.\d|conv_?transpose|convtranspose|transposed?_conv|(^|[._])up(_?sample)?\d*([._](?!proj)|$)"
 )
 _WIDE = 16  # places of a kernel: a convolution in one dimension rarely has as many
 
@@ -123,7 +126,7 @@ def rule_against(name: str, shape: Sequence[int], kind: Kind | None, *, groups: 
     few channels in each, wherever it stands.
     """
     lower = name.lower()
-    if _ROUTER.search(lower) and len(shape) == 2 and shape[0] < shape[1]:
+    if _ROUTER.search(lower) and len(shape) == 2 and 2 * shape[0] < shape[1]:
         return "a router of experts, by its name: what it gets wrong, no expert makes good"
     if kind is None:
         if _NO_WEIGHT.search(lower):
@@ -140,6 +143,8 @@ def rule_against(name: str, shape: Sequence[int], kind: Kind | None, *, groups: 
             return "a recurrent layer, by its name: no runtime is faster with its zeros"
         if len(shape) == 2 and 1 in shape:
             return "a vector"
+        if len(shape) > 2 and not _WEIGHT.search(lower):
+            return "no layer's weight, by its name: which way it is read is not known"
     if len(shape) >= 3 and kind in (None, "conv", "conv_transpose"):
         if shape[1] == 1:
             return "depthwise, or a first layer: one input channel" if shape[0] > 1 else "a single filter"

@@ -190,8 +190,7 @@ def _attempt(what: str, action: Callable[[], object], success: str) -> Check:
 
 
 def _feed(checkpoint: OnnxCheckpoint, manifest: Manifest | None, inputs: Sequence[InputSpec]) -> dict[str, Array]:
-    said = manifest.settings.get("input") or [] if manifest else []
-    return example_feed(checkpoint.model, inputs or [InputSpec.parse(text) for text in said])
+    return example_feed(checkpoint.model, inputs or (manifest.said_inputs() if manifest else []))
 
 
 def _comparison(
@@ -268,6 +267,8 @@ def _compare_weights(mine: _Weights, theirs: _Weights) -> Iterator[Check]:
             other = other.transpose(turned)
         if layer.scale is not None:
             other, said = mine.rounded(name, other), "the same weight, rounded to int8"
+        elif weight.dtype.itemsize < other.dtype.itemsize:
+            other, said = other.astype(weight.dtype), f"the same weight, rounded to {weight.dtype.name}"
         same = weight.size == other.size and digest(np.sort(weight, axis=None)) == digest(np.sort(other, axis=None))
         if weight.shape == other.shape:
             same = digest(weight) == digest(other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from runtime_models import call, initializers, layer, model, random_weight, tens
 
 from nmconvert import runtime
 from nmconvert.bench import bench
-from nmconvert.checkpoint.onnx_file import save_model
+from nmconvert.checkpoint.onnx_file import save_model, set_metadata
 from nmconvert.cli.bench import command as bench_command
 from nmconvert.cli.doctor import command as doctor_command
 from nmconvert.cli.export import command as export_command
@@ -27,6 +28,7 @@ from nmconvert.errors import CheckpointError, NmconvertError, UsageError, Verifi
 from nmconvert.export import export
 from nmconvert.export.calls import packed_layers
 from nmconvert.inputs import InputSpec
+from nmconvert.manifest import METADATA_KEY, Manifest
 from nmconvert.pattern import Pattern
 from nmconvert.prune import prune
 from nmconvert.runtime import choice
@@ -410,3 +412,26 @@ def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     amiss = json.loads(CliRunner().invoke(doctor_command, ["--json"]).output)
     assert not amiss["fine"]
     assert next(f for f in amiss["facts"] if f["name"] == "native kernels")["remedy"] == "unset NMCONVERT_KERNELS"
+
+
+def gathering() -> onnx.ModelProto:
+    """A layer on rows of ``x`` that a second input picks: an index of 1 or more needs as many rows."""
+    proto = layer("SparseMatMul", random_weight(np.random.default_rng(6), "matmul", (32, 16), "2:4"), ["t", 32])
+    proto.graph.node[0].input[0] = "picked"
+    proto.graph.node.insert(0, helper.make_node("Gather", ["x", "rows"], ["picked"]))
+    proto.graph.input.append(helper.make_tensor_value_info("rows", TensorProto.INT64, ["n"]))
+    return proto
+
+
+def test_a_model_that_cannot_be_run_on_example_inputs_is_not_measured_and_runs(cache: Path) -> None:
+    proto = gathering()  # one row, of which random ones up to 7 would be picked
+    feed = {"x": np.ones((8, 32), np.float32), "rows": np.arange(4)}
+    with pytest.warns(RuntimeWarning, match=r"no layer was measured, all run on the kernels: .*Gather.*; give inputs="):
+        fast = runtime.session(proto.SerializeToString())
+    stock = onnxruntime.InferenceSession(proto.SerializeToString())
+    np.testing.assert_allclose(fast.run(None, feed)[0], stock.run(None, feed)[0], rtol=1e-5, atol=1e-5)
+    told = [InputSpec("x", (8, 32)), InputSpec("rows", (4,), "int64")]
+    with warnings.catch_warnings(action="error"):
+        runtime.session(proto.SerializeToString(), inputs=told)
+        set_metadata(proto, METADATA_KEY, Manifest(settings={"input": [str(spec) for spec in told]}).to_json())
+        runtime.session(proto.SerializeToString())

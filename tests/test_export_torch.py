@@ -25,6 +25,43 @@ from nmconvert.prune import prune
 HERE = Path(__file__).name
 
 
+class Decoder(nn.Module):
+    """Transposed convolutions that no name tells, and a weight that nothing reads."""
+
+    def __init__(self, unread: bool = False) -> None:
+        super().__init__()
+        self.d1 = nn.ConvTranspose2d(16, 32, 3)
+        self.d2 = nn.ConvTranspose2d(32, 16, 3)
+        self.extra = nn.Linear(32, 32) if unread else None
+        self.tail = nn.Conv2d(16, 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.tail(self.d2(self.d1(x).relu()).relu())
+        return z
+
+
+def unread() -> Decoder:
+    return Decoder(unread=True)
+
+
+def test_pruned_layers_that_are_not_packed_are_told_with_the_reason(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(unread().state_dict(), tmp_path / "a.pt")
+    pruned = prune(tmp_path / "a.pt", Pattern(2, 4)).output
+    result = export(pruned, model=SPEC.format("unread"), inputs=[InputSpec.parse("1,16,4,4")])
+    assert [layer.name for layer in result.compressed.layers] == ["tail.weight"]
+    why = "pruned as conv, by its name and shape, which it is not: prune again with --model"
+    assert result.compressed.dense == {
+        "d1.weight": why,
+        "d2.weight": why,
+        "extra.weight": "pruned, but the graph has no weight of that name: computed with before it is used, or not used",
+    }
+    torch.save(Decoder().state_dict(), tmp_path / "b.pt")
+    pruned = prune(tmp_path / "b.pt", Pattern(2, 4), exclude=["tail*"]).output
+    with pytest.raises(UsageError, match=r"none of its pruned weights can be packed: 'd1\.weight' was pruned as conv, "):
+        export(pruned, model=SPEC.format("Decoder"), inputs=[InputSpec.parse("1,16,4,4")])
+
+
 class Net(nn.Module):
     """Convolutions with BatchNorm, grouped and depthwise, a transposed one, and a classifier."""
 

@@ -51,7 +51,9 @@ def test_example_arrays_fit_their_type() -> None:
     rng = np.random.default_rng(0)
     integers = example_array([100], np.dtype("int64"), rng)
     assert (integers.min(), integers.max()) == (0, INTEGER_LIMIT - 1)
-    assert example_array([3], np.dtype("bool"), rng).all()
+    assert example_array([3], np.dtype("bool"), rng).tolist() == [True, False, True]
+    assert example_array([2, 2], np.dtype("bool"), rng).tolist() == [[True, False]] * 2
+    assert example_array([], np.dtype("bool"), rng).tolist() is True
     assert example_array([3], np.dtype("float16"), rng).dtype == np.float16
 
 

@@ -195,6 +195,68 @@ def test_a_wrong_proof_shows_in_a_run_and_is_taken_back(monkeypatch):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+class Choosing(Causal):
+    """Says where its largest outputs are, too."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y.argmax(-1)
+
+
+def test_a_wrong_proof_shows_where_the_model_chooses_too(monkeypatch):
+    monkeypatch.setitem(RULES, "scaled_dot_product_attention", lambda graph, node, operator: graph.first(node))
+    with pytest.raises(ModelError, match=r"the permuted model gives something else"):
+        permute_model(built(Choosing), example(Causal), plan_of(built(Choosing)))
+
+
+class Tied(nn.Module):
+    """Two layers share a weight: torch.export reads it by the name of the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.one, self.two, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 8)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        y = self.last(self.two(self.one(self.first(x).relu()).relu()).relu())
+        return y, y.argmax(-1)
+
+
+def test_a_weight_of_two_names_moves_once():
+    torch.manual_seed(0)
+    model, x = Tied().double().eval(), torch.randn(5, 8, dtype=torch.float64)
+    before = model(x)[0]
+    found = permute_model(model, x, dict.fromkeys(("one.weight", "last.weight"), (NM, "channel")))
+    assert any(report.after > report.before for report in found)
+    torch.testing.assert_close(model(x)[0], before, rtol=1e-10, atol=1e-12)
+
+
+class Routed(nn.Module):
+    """Two experts, each of the tokens that a router gives it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(16, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(2))
+        self.out = nn.Linear(16, 8)
+
+    def forward(self, x):
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            tokens = (self.gate(x).argmax(1) == number).nonzero().flatten()
+            y = y.index_add(0, tokens, expert(x[tokens]))
+        return self.out(y)
+
+
+def test_channels_of_tokens_that_the_data_routes_keep_their_order():
+    torch.manual_seed(0)
+    model, x = Routed().double().eval(), torch.randn(24, 16, dtype=torch.float64)
+    before = model(x)
+    found = permute_model(model, x, dict.fromkeys(("experts.0.2.weight", "out.weight"), (NM, "channel")))
+    assert "of a size that the data decides" in next(r.reason for r in found if r.names == ("experts.0.2.weight",))
+    torch.testing.assert_close(model(x), before, rtol=1e-10, atol=1e-12)
+
+
 def test_outputs_that_are_not_finite_are_no_sign_of_a_wrong_proof():
     batch = example(Residual).index_fill(0, torch.tensor(0), torch.nan)
     assert any(report.after > report.before for report in permute_model(built(Residual), batch, plan_of(built(Residual))))

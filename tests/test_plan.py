@@ -11,7 +11,7 @@ from nmconvert.errors import UsageError
 from nmconvert.matrix import Kind
 from nmconvert.pattern import Pattern
 from nmconvert.plan import Plan, make_plan
-from nmconvert.rules import unready
+from nmconvert.rules import guess_kind, unready
 from nmconvert.targets import TARGETS, usable_by
 from nmconvert.tensor import TensorInfo
 
@@ -209,6 +209,16 @@ MODELS: dict[str, dict[str, tuple[tuple[int, ...], str | None]]] = {
         "head.classification_head.module_list.1.weight": ((546, 1024, 3, 3), "the output layer"),
         "head.regression_head.module_list.0.weight": ((16, 512, 3, 3), "the output layer"),
         "head.regression_head.module_list.1.weight": ((24, 1024, 3, 3), "the output layer"),
+    },
+    "HF dac": {
+        "encoder.block.0.res_unit1.snake1.alpha": ((1, 64, 1), "no layer's weight"),
+        "encoder.block.0.res_unit1.conv1.weight": ((64, 64, 7), None),
+        "decoder.block.0.conv_t1.weight": ((64, 32, 4), None),
+    },
+    "a mixture": {
+        "layers.0.gate.weight": ((4, 32), "a router of experts"),
+        "layers.0.experts.0.w1.weight": ((64, 32), None),
+        "layers.0.glu.gate.weight": ((32, 32), None),
     },
     "a detector of branches": {
         "body.0.0.weight": ((64, 64, 3, 3), None),
@@ -471,3 +481,9 @@ def test_targets_of_the_command_line() -> None:
 
     (option,) = [parameter for parameter in command.params if parameter.name == "target"]
     assert set(option.type.to_info_dict()["choices"]) == set(TARGETS)
+
+
+@pytest.mark.parametrize("name", ["decoder.block.0.conv_t1.weight", "upsampler.0.weight", "up1.weight", "net.conv_t.weight"])
+def test_names_of_transposed_convolutions(name: str) -> None:
+    assert guess_kind(name, (64, 32, 4)) == "conv_transpose"
+    assert guess_kind("encoder.conv_to_x.weight", (64, 32, 4)) == "conv"

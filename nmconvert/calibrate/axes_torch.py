@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -41,12 +41,19 @@ def chooses(program: ExportedProgram) -> bool:
 
 def find_channels(program: ExportedProgram) -> Proof:
     """Which channels of the program's parameters and buffers may change places."""
-    signature = program.graph_signature
+    signature, own = program.graph_signature, _own_names(program.state_dict)
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    graph = _Graph(stored)
+    graph = _Graph({placeholder: own.get(name, name) for placeholder, name in stored.items()})
     for node in program.graph.nodes:
         graph.visit(node)
     return graph.walk.proof()
+
+
+def _own_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The first name of each tensor by each of its names: modules that share a weight have one each."""
+    first: dict[tuple[Any, ...], str] = {}
+    places = {name: (t.data_ptr(), t.shape, t.stride()) if t.numel() else (name,) for name, t in state.items()}
+    return {name: first.setdefault(place, name) for name, place in places.items()}
 
 
 class _Graph:
@@ -68,13 +75,16 @@ class _Graph:
         operator = _operator(node)
         rule = RULES.get(operator)
         result = None
-        if rule is not None and _shapes(node):
+        routed = any(not isinstance(size, int) for n in [node, *node.all_input_nodes] for shape in _shapes(n) for size in shape)
+        if rule is not None and _shapes(node) and not routed:
             result = rule(self, node, operator)
         if result is None:
             what = "the model's output" if node.op == "output" else operator
+            what = f"{what} of a size that the data decides" if routed else what
             for source in node.all_input_nodes:
                 self.walk.freeze(what, *self.all(source))
-            new = tuple(self.walk.fresh(shape, what) for shape in _shapes(node))
+            shapes = [tuple(size if isinstance(size, int) else 1 for size in shape) for shape in _shapes(node)]
+            new = tuple(self.walk.fresh(shape, what) for shape in shapes)
             result = new[0] if len(new) == 1 else new
         self.values[node] = result
 

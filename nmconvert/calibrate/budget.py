@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from nmconvert.calibrate.answers import answer_of
 from nmconvert.calibrate.correct import held_out_error
@@ -336,4 +337,10 @@ def _first(model: nn.Module, batch: Batch) -> Tensor:
         output = output[0]
     if not isinstance(output, Tensor):
         raise UsageError("top1-drop needs a model that returns one tensor of logits; use size<=… or speedup>=…")
-    return output.argmax(-1)
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    reads_tokens = bool(leaves) and not any(leaf.is_floating_point() for leaf in leaves)
+    if output.dim() == 3 and not reads_tokens:
+        raise UsageError(
+            f"top1-drop: which dimension of an output {list(output.shape)} are classes is not known; use size<=… or speedup>=…"
+        )
+    return output.argmax(1 if output.dim() > 3 else -1)

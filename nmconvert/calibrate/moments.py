@@ -62,9 +62,16 @@ class Moments:
     def __init__(self) -> None:
         self.count = 0
         self._sums: dict[str, Tensor] = {}
+        self._paired = True
 
     def add(self, x: Tensor, dense: Tensor) -> None:
-        """Take in tokens ``x`` and ``dense`` [tokens, K] that belong together; one tensor twice saves half of the work."""
+        """Take in tokens ``x`` and ``dense`` [tokens, K] that belong together; one tensor twice saves half of the work.
+
+        Tokens of another number were routed otherwise: which belong together is not known, and x stands for both from then on.
+        """
+        self._paired &= len(x) == len(dense)
+        if not self._paired:
+            dense = x
         step = max(1, _ENTRIES // x.shape[1])
         for part, other in zip(x.split(step), dense.split(step), strict=True):
             a = part.float()
@@ -90,7 +97,7 @@ class Moments:
     @property
     def mean_dense(self) -> Tensor:
         """Of x_dense: [K]."""
-        return self._sums.get("mean_dense", self._sums["mean"]) / self.count
+        return self._sums["mean_dense" if "mean_dense" in self._sums and self._paired else "mean"] / self.count
 
     @property
     def hessian(self) -> Tensor:
@@ -100,7 +107,7 @@ class Moments:
     @property
     def cross(self) -> Tensor:
         """Of x_dense xᵀ: [K, K]."""
-        return self._sums.get("cross", self._sums["hessian"]) / self.count
+        return self._sums["cross" if "cross" in self._sums and self._paired else "hessian"] / self.count
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """The two products about the means: what is left for the weights where a bias takes care of the means."""

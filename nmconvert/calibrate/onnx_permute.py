@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nmconvert.arrays import as_array, as_tensor
 from nmconvert.calibrate.axes_onnx import find_channels
-from nmconvert.calibrate.correct import disagreement
+from nmconvert.calibrate.correct import disagreement, disagreement_of_most
 from nmconvert.calibrate.onnx_driver import chooses, computed, graph_inputs, input_types, tolerance
 from nmconvert.calibrate.onnx_ops import constant_values
 from nmconvert.calibrate.permute import Permutation, Reader, reorder
@@ -38,9 +38,10 @@ def permute_onnx(
     for (name, dim), order in orders.items():
         tensor = changed[name] if name in changed else as_tensor(numpy_helper.to_array(tensors[name]).copy())
         changed[name] = tensor.index_select(dim, order)
-    if changed and not chooses(model):
+    if changed:
         names = [value.name for value in model.graph.output]
-        apart = disagreement(computed(with_tensors(model, changed), feeds, names), computed(model, feeds, names))
+        measure = disagreement_of_most if chooses(model) else disagreement
+        apart = measure(computed(with_tensors(model, changed), feeds, names), computed(model, feeds, names))
         if not apart <= tolerance(model):
             raise ModelError(f"the permuted graph gives something else (relative error {apart:.1e}): leave --permute out")
     return changed, done

@@ -8,7 +8,7 @@ function as before, up to rounding. (Pool and Yu 2021 do this for 2:4 on GPUs.)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nmconvert.calibrate.atoms import Ints, Proof
 from nmconvert.calibrate.axes_torch import chooses, exported, find_channels
-from nmconvert.calibrate.correct import AGREES, AGREES_IN_HALF, disagreement
+from nmconvert.calibrate.correct import AGREES, AGREES_IN_HALF, disagreement, disagreement_of_most
 from nmconvert.calibrate.replay import Batch, as_call, outputs_of
 from nmconvert.errors import ModelError
 from nmconvert.matrix import Kind, MatrixView
@@ -100,19 +100,17 @@ def permute_model(
     found = [layer for layer in layers(model) if layer.tensor in plan]
     readers = [Reader.of(layer.tensor, layer.weight, layer.kind, layer.groups, *plan[layer.tensor]) for layer in found]
     orders, done = reorder(find_channels(program), readers, seed=seed)
-    if chooses(program):
-        apply(model, orders)
-    elif orders:
-        _apply_checked(model, orders, batch)
+    if orders:
+        _apply_checked(model, orders, batch, disagreement_of_most if chooses(program) else disagreement)
     return done
 
 
-def _apply_checked(model: nn.Module, orders: Orders, batch: Batch) -> None:
+def _apply_checked(model: nn.Module, orders: Orders, batch: Batch, measure: Callable[[Any, Any], float]) -> None:
     """:func:`apply`, which is taken back where the outputs for ``batch`` show that the proof was wrong."""
     calls = [[as_call(batch)]]
     before = outputs_of(model, calls)
     apply(model, orders)
-    apart = disagreement(outputs_of(model, calls), before)
+    apart = measure(outputs_of(model, calls), before)
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
     if not apart <= (AGREES_IN_HALF if half else AGREES):
         apply(model, {place: order.argsort() for place, order in orders.items()})

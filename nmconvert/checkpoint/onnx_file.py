@@ -23,7 +23,7 @@ from nmconvert.arrays import as_tensor
 from nmconvert.checkpoint.atomic import atomic_file
 from nmconvert.checkpoint.base import Edits, apply_whole
 from nmconvert.errors import CheckpointError, ModelError, UsageError
-from nmconvert.manifest import METADATA_KEY
+from nmconvert.manifest import METADATA_KEY, metadata_text
 from nmconvert.onnx_graph import DOMAIN, graphs, named_tensors, sort_nodes, tensor_infos, used_names
 from nmconvert.tensor import TensorInfo
 
@@ -117,7 +117,7 @@ class OnnxCheckpoint:
 
     def manifest_text(self) -> str | None:
         """See Checkpoint."""
-        return next((entry.value for entry in self.model.metadata_props if entry.key == METADATA_KEY), None)
+        return metadata_text(self.model)
 
     def write_copy(self, target: Path, edit: Edits, manifest: Callable[[], str]) -> None:
         """See Checkpoint."""

@@ -12,7 +12,7 @@ flavour         sparse weights are
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,14 @@ from nmconvert.checkpoint import Checkpoint, beside, check_apart, check_target, 
 from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model, save_model
 from nmconvert.errors import ExportError, UsageError, check_choice
 from nmconvert.export.check import Difference, check_export, compare, free_memory, memory_to_fold, run, stock_session
-from nmconvert.export.compress import Compressed, compress
+from nmconvert.export.compress import NO_PATTERN, Compressed, compress
 from nmconvert.export.find import patterns_found, sparse_layers
 from nmconvert.export.functions import FIRST_OPSET, IR_VERSION, OPSET
 from nmconvert.export.fuse import fuse
 from nmconvert.export.narrow import STORAGE, narrow, round_weights
 from nmconvert.export.trace import Traced, trace, trace_program
 from nmconvert.inputs import InputSpec, example_feed
-from nmconvert.manifest import Manifest
+from nmconvert.manifest import Layer, Manifest
 from nmconvert.onnx_graph import DOMAIN, graphs, opset
 from nmconvert.pattern import Axis, Pattern
 
@@ -138,7 +138,7 @@ def _from_onnx(source: Path, manifest: Manifest, inputs: Sequence[InputSpec]) ->
     model = read_whole_model(source)
     if any(node.domain == DOMAIN for graph, _ in graphs(model) for node in graph.node):
         raise UsageError(f"{source}: is compressed already; export the checkpoint or ONNX file that it was made from")
-    feed = example_feed(model, inputs or [InputSpec.parse(text) for text in manifest.settings.get("input") or []])
+    feed = example_feed(model, inputs or manifest.said_inputs())
     outputs = run(stock_session(source), feed)
     for value, output in zip(model.graph.output, outputs, strict=True):
         kind = value.type.tensor_type  # the checker wants a shape, onnxruntime does not
@@ -184,7 +184,7 @@ def _from_checkpoint(
     if spec is None:
         what = "the module that is pickled in it is not run" if checkpoint.format == "pickled module" else "holds weights only"
         raise UsageError(f"{path}: {what}; name the module with --model package.module:callable")
-    inputs = inputs or [InputSpec.parse(text) for text in manifest.settings.get("input") or []]
+    inputs = inputs or manifest.said_inputs()
     if not inputs:
         example = "input_ids=1,16:int64" if path.is_dir() else "1,3,224,224"
         raise UsageError(f"{path}: an example input is needed; give its shape, for example --input {example}")
@@ -197,8 +197,12 @@ def _from_checkpoint(
     storage = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     traced: Traced = trace(module, inputs, dynamic)
     settings = {"model": spec, "model_arguments": arguments, "input": [str(spec) for spec in inputs]}
-    own = matched_names(list(manifest.dense), module)
-    manifest = replace(manifest, dense={own[name]: reason for name, reason in manifest.dense.items()})
+    own = matched_names([*manifest.dense, *(layer.name for layer in manifest.layers)], module)
+    manifest = replace(
+        manifest,
+        dense={own[name]: reason for name, reason in manifest.dense.items()},
+        layers=tuple(replace(layer, info=replace(layer.info, name=own[layer.name])) for layer in manifest.layers),
+    )
     return _Source(
         traced.model,
         traced.feed,
@@ -237,6 +241,11 @@ def _write(source: Path, output: Path, flavour: str, loaded: _Source, values: st
     compressed = Compressed()
     if flavour != "dense":
         compressed = compress(model, list(patterns), quantized=loaded.quantized, dense=loaded.manifest.dense)
+        left = dict(_not_packed(loaded.manifest.layers, compressed))
+        if left and len(left) == len(loaded.manifest.layers):
+            name, why = next(iter(left.items()))
+            raise UsageError(f"{source}: none of its pruned weights can be packed: '{name}' was {why}")
+        compressed.dense.update(left)
     if flavour == "compressed":
         fuse(model)
     if flavour == "inlined":
@@ -270,6 +279,16 @@ def without_empty_ends(model: ModelProto) -> ModelProto:
             while node.input and not node.input[-1]:
                 del node.input[-1]
     return model
+
+
+def _not_packed(pruned: Iterable[Layer], compressed: Compressed) -> Iterator[tuple[str, str]]:
+    """Why layers that were pruned are not packed, as far as the graph itself does not say it."""
+    packed = {layer.name for layer in compressed.layers}
+    for layer in pruned:
+        if layer.name not in packed | compressed.dense.keys():
+            yield layer.name, "pruned, but the graph has no weight of that name: computed with before it is used, or not used"
+        elif compressed.dense.get(layer.name) == NO_PATTERN and layer.assumed:
+            yield layer.name, f"pruned as {layer.info.kind}, by its name and shape, which it is not: prune again with --model"
 
 
 def _memory_notes(needed: int, free: float) -> Iterator[str]:

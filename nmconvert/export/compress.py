@@ -37,6 +37,8 @@ from nmconvert.packing import Packed, pack
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.tensor import TensorInfo
 
+NO_PATTERN = "satisfies no pattern of the plan"
+
 
 @dataclass
 class Compressed:
@@ -135,7 +137,7 @@ class _Packer:
             matrix = view.to_matrix(weight)
             if view.columns > pattern.n and satisfies(matrix, pattern):
                 return self._keep(use, tensor, weight, pattern, axis, view)
-        self.result.dense[source.name] = self.dense.get(source.name, "satisfies no pattern of the plan")
+        self.result.dense[source.name] = self.dense.get(source.name, NO_PATTERN)
         return None
 
     def _keep(

@@ -17,7 +17,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from nmconvert.errors import ExportError
 from nmconvert.export.calls import initializer
 from nmconvert.manifest import Layer
-from nmconvert.onnx_graph import constant_tensor
+from nmconvert.onnx_graph import constant_tensor, graphs
 from nmconvert.packing import dequantize, quantize
 
 STORAGE: dict[str, npt.DTypeLike] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
@@ -30,7 +30,7 @@ def narrow(model: ModelProto) -> None:
         wide = numpy_helper.to_array(tensor)
         short = wide.astype(ml_dtypes.bfloat16)
         if wide.size >= _SMALLEST and np.array_equal(short.astype(np.float32), wide):
-            _store(model, tensor, short, "bf16")
+            _store(model, tensor, short)
 
 
 def round_weights(model: ModelProto, layers: Iterable[Layer], storage: str) -> dict[str, float]:
@@ -57,7 +57,7 @@ def round_weights(model: ModelProto, layers: Iterable[Layer], storage: str) -> d
             if not np.isfinite(rounded).all():
                 largest = float(np.abs(wide).max())
                 raise ExportError(f"{name}: its largest value {largest:.3g} does not fit into {storage}: store float32")
-            _store(model, tensor, short, storage)
+            _store(model, tensor, short)
         errors[name] = float(np.linalg.norm(rounded - wide)) / max(float(np.linalg.norm(wide)), 1e-30)
     return errors
 
@@ -75,8 +75,11 @@ def _floats(model: ModelProto) -> list[TensorProto]:
     return [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]
 
 
-def _store(model: ModelProto, tensor: TensorProto, short: npt.NDArray[np.generic], suffix: str) -> None:
-    """Give ``tensor`` the values ``short`` and another name; what was its name becomes that of a Cast."""
-    name = tensor.name
-    tensor.CopyFrom(initializer(f"{name}.{suffix}", short))
-    model.graph.node.insert(0, helper.make_node("Cast", [tensor.name], [name], name=f"{name}.widen", to=TensorProto.FLOAT))
+def _store(model: ModelProto, tensor: TensorProto, short: npt.NDArray[np.generic]) -> None:
+    """Give ``tensor`` the values ``short``; what read it reads a Cast of it."""
+    name, wide = tensor.name, f"{tensor.name}.wide"
+    for graph, _ in graphs(model):
+        for node in graph.node:
+            node.input[:] = [wide if read == name else read for read in node.input]
+    tensor.CopyFrom(initializer(name, short))
+    model.graph.node.insert(0, helper.make_node("Cast", [name], [wide], name=f"{name}.widen", to=TensorProto.FLOAT))

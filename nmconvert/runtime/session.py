@@ -117,7 +117,7 @@ def _chosen(
     if _size(source) + choice.dense_bytes(model) > _LARGEST:
         return source, True
     if dense is None:
-        dense, steady = _measure(model, found, cache, threads, inputs)
+        dense, steady = _measured(model, found, cache, threads, inputs)
         if steady:
             cache.put(fingerprint, dense)
         cache.save()
@@ -140,6 +140,26 @@ def _fingerprint(source: str | bytes, inputs: Sequence[InputSpec]) -> str:
     path = Path(source).resolve()
     stat = path.stat()
     return f"model {path} {stat.st_size} {stat.st_mtime_ns} {shapes}"
+
+
+def _measured(
+    model: ModelProto, found: Kernels, cache: Cache, threads: int, inputs: Sequence[InputSpec]
+) -> tuple[list[str] | str, bool]:
+    """:func:`_measure` on ``inputs``, or those that the file tells of; where the model cannot be run on them, on none."""
+    from nmconvert.manifest import Manifest
+
+    try:
+        manifest = None if inputs else Manifest.in_metadata(model, "the model")
+        return _measure(model, found, cache, threads, manifest.said_inputs() if manifest else inputs)
+    except Exception as error:  # onnxruntime's classes share no base but this one, and the model's own operators raise anything
+        said = " ".join(str(error).split())[:150]
+        warnings.warn(
+            f"no layer was measured, all run on the kernels: the model cannot be run on example inputs ({said}); "
+            'give inputs=[InputSpec.parse("NAME=SHAPE:DTYPE"), …], or layers="sparse" to do without',
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return [], False
 
 
 def _measure(
