@@ -66,7 +66,7 @@ def example_feed(
     model: ModelProto, specs: Iterable[InputSpec] = (), *, batch: int = 1, seed: int = 0
 ) -> dict[str, npt.NDArray[Any]]:
     """Arrays for every input of an ONNX model: of the shapes in ``specs`` where given, else the model's own with dynamic
-    dimensions set to ``batch`` (the first) or 16.
+    dimensions set to ``batch`` (the first), 64 (the sides of an image, which networks halve some times) or 16.
 
     Raises:
         UsageError: a spec names no input of the model, or is not of its shape and type, or there are more specs than inputs.
@@ -78,7 +78,8 @@ def example_feed(
     feed = {}
     for value in inputs:
         tensor = value.type.tensor_type
-        dims = [dim.dim_value or (batch if position == 0 else 16) for position, dim in enumerate(tensor.shape.dim)]
+        sizes = (batch, 16, 64, 64) if len(tensor.shape.dim) == 4 else (batch, *[16] * len(tensor.shape.dim))
+        dims = [dim.dim_value or size for dim, size in zip(tensor.shape.dim, sizes, strict=False)]
         dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         if value.name in given:
             _check_fit(given[value.name], value, dtype)

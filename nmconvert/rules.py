@@ -14,19 +14,22 @@ from nmconvert.matrix import Kind
 _EMBEDDING = re.compile(
     r"embed|(^|[._])emb([._]|$)|_emb([._]|$)|(^|\.)(wte|wpe|shared|cls_token|mask_token|class_token|dist_token)(\.|$)|codebook"
 )
+_PROJECTS = re.compile(r"(^|[._])(linear|proj|projection|fc|dense)_?\d*\.weight$")  # a layer of an embedding
 _POSITION = re.compile(
     r"(^|[._])pos(ition(al)?)?([._]|$)|pos_?(embed|enc)|relative_(position|attention)|rope|rotary|freqs_(cis|cos|sin)|anchors?"
 )
 _NORM = re.compile(r"(^|[._])(bn|norm|layernorm|ln|batchnorm|groupnorm)\d*([._]|$)|layer_norm|running_(mean|var)")
 _RECURRENT = re.compile(r"(^|\.)weight_[ih]h_l\d+(_reverse)?$")  # torch's RNN, GRU and LSTM
 _OUTPUT = re.compile(
-    r"^(fc|linear|classifier|head|heads|lm_head|output|out|score|logits|predictions|cls|qa_outputs|proj_out|final)$"
+    r"^(fc|linear|classifier|head|heads|outc|seg(mentation)?_head|lm_head|output|out|score|logits|predictions|cls|qa_outputs|proj_out|final)$"
 )
 _ANSWERS = re.compile(
-    r"^(cls_score|bbox_(reg|ctrness)|(cls|obj|reg|box|bbox)_preds?|(\w+_)?logits|class_labels_classifier|logits_proj|"
+    r"^(outc|(out|final|last|seg)_?conv|conv_?(out|last|seg)|seg(mentation)?_head|cls_score|bbox_(reg|ctrness)|(cls|obj|reg|box|bbox)_preds?|(\w+_)?logits|class_labels_classifier|logits_proj|"
     r"head_dist|last_linear)$"
 )  # of several outputs
-_OF_SSD = re.compile(r"_head\.module_list\.\d+(\.1)?\.weight$")  # torchvision's, of each of several sizes
+_OF_SIZES = re.compile(  # of each of several sizes: torchvision's SSDs, YOLOs
+    r"_head\.module_list\.\d+(\.1)?\.weight$|(^|\.)\d+\.(one2one_)?cv[2-5]\.\d+\.2\.weight$"
+)
 _HIDDEN = re.compile(r"(^|\.)(transform|dense)\.")  # inside of a head
 _ROUTER = re.compile(r"(^|\.)(router(\.(layer|classifier))?|(\w*(moe|mlp|ffn|feed_forward)\.)?gate)\.weight$")
 _EXPERTS = re.compile(r"(^|\.)experts?\.|_(proj|linear)(\.weight)?$")
@@ -37,9 +40,11 @@ _WEIGHT = re.compile(
 _QUANTISED = re.compile(r"\.(qweight|qzeros|scb|absmax|quant_map|weight_scale(_inv)?|weight_format)$")
 _ADAPTER = re.compile(r"(^|\.)lora_(a|b|embedding_a|embedding_b)(\.|$)")
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")  # Hugging Face Conv1D (GPT-2) stores [I, O]
-_TRANSPOSED = re.compile(
-    r"deconv|upconv|conv_?t(\d|[._]|$)|upsampler\.\d|conv_?transpose|convtranspose|transposed?_conv|(^|[._])up(_?sample)?\d*([._](?!proj)|$)"
-)
+_TRANSPOSED = re.compile(r"deconv|conv_?t\d*$|conv_?transpose|transposed?_conv")  # what a module calls itself
+_ENLARGES = re.compile(
+    r"^up(_?(sampler?|conv))?_?\d*$"
+)  # transposed, or on an enlarged image: transposed ones have even kernels
+_FEW = 4  # channels
 _WIDE = 16  # places of a kernel: a convolution in one dimension rarely has as many
 
 
@@ -47,12 +52,14 @@ def guess_kind(name: str, shape: Sequence[int]) -> Kind:
     """The most likely kind of a weight with 2 to 5 dimensions."""
     if len(shape) == 2:
         return "matmul" if _CONV1D.search(name) else "linear"
-    return "conv_transpose" if _TRANSPOSED.search(name.lower()) else "conv"
+    own = next((part for part in reversed(name.lower().split(".")[:-1]) if not part.isdigit()), "")
+    enlarges = _ENLARGES.match(own) is not None and all(size % 2 == 0 for size in shape[2:])
+    return "conv_transpose" if enlarges or _TRANSPOSED.search(own) else "conv"
 
 
 def is_embedding(name: str) -> bool:
     """Whether a tensor's name says that it is an embedding table."""
-    return _EMBEDDING.search(name.lower()) is not None
+    return _EMBEDDING.search(name.lower()) is not None and _PROJECTS.search(name.lower()) is None
 
 
 def output_layers(tensors: Sequence[tuple[str, Sequence[int]]]) -> frozenset[str]:
@@ -69,10 +76,12 @@ def output_layers(tensors: Sequence[tuple[str, Sequence[int]]]) -> frozenset[str
         name
         for name, shape in tensors
         if len(shape) > 1
-        and (_ANSWERS.match(".".join(parts[name][-2:-1])) or _ANSWERS.match(ends.get(name, "")) or _OF_SSD.search(name.lower()))
+        and (
+            _ANSWERS.match(".".join(parts[name][-2:-1])) or _ANSWERS.match(ends.get(name, "")) or _OF_SIZES.search(name.lower())
+        )
     ]
     named = [name for name in matrices if _OUTPUT.match(parts[name][0])]
-    last = [name for name in matrices[-1:] if name in named or _OUTPUT.match(".".join(parts[name][-2:-1]))] or named[-1:]
+    last = [name for name in matrices[-1:] if name in named or _is_output(parts[name], answers)] or named[-1:]
     if last and _HIDDEN.search(last[0]):
         last = [name for name in named if not _HIDDEN.search(name)][-1:] or last
     if not last:
@@ -81,6 +90,12 @@ def output_layers(tensors: Sequence[tuple[str, Sequence[int]]]) -> frozenset[str
             not answers
         )
     return frozenset([*answers, *last])
+
+
+def _is_output(parts: Sequence[str], answers: Sequence[str]) -> bool:
+    """Whether the module of a matrix calls itself an output; ``linear``, as many do, none where others are outputs."""
+    own = ".".join(parts[-2:-1])
+    return _OUTPUT.match(own) is not None and not (own == "linear" and answers)
 
 
 def _ends(tensors: Sequence[tuple[str, Sequence[int]]], parts: dict[str, list[str]]) -> dict[str, str]:
@@ -131,7 +146,7 @@ def rule_against(name: str, shape: Sequence[int], kind: Kind | None, *, groups: 
     if kind is None:
         if _NO_WEIGHT.search(lower):
             return "no weight, by its name"
-        if _POSITION.search(lower) and not lower.endswith("_proj.weight"):
+        if _POSITION.search(lower) and not lower.endswith("_proj.weight") and not (len(shape) > 2 and "conv" in lower):
             return "a position table, by its name"
         if is_embedding(name) and not (len(shape) > 2 and lower.endswith(".weight")):
             return "an embedding, by its name"
@@ -148,9 +163,12 @@ def rule_against(name: str, shape: Sequence[int], kind: Kind | None, *, groups: 
     if len(shape) >= 3 and kind in (None, "conv", "conv_transpose"):
         if shape[1] == 1:
             return "depthwise, or a first layer: one input channel" if shape[0] > 1 else "a single filter"
-        if kind != "conv_transpose" and groups == 1 and shape[1] <= 4:
+        if kind != "conv_transpose" and groups == 1 and shape[1] <= _FEW:
             first = "the first layer: " if max(shape[2:]) > 1 else "too few to gain from: "
             return f"{first}{shape[1]} input channels"
     if is_output:
         return "the output layer; --include prunes it"
+    outputs = shape[1] * groups if kind == "conv_transpose" else shape[0]
+    if len(shape) >= 3 and kind in (None, "conv", "conv_transpose") and outputs <= _FEW:
+        return f"too few to gain from: {outputs} output channels"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -627,3 +628,21 @@ def test_double_and_half(tmp_path: Path) -> None:
         assert share <= (0.563 if element == TensorProto.FLOAT16 else 0.516)
         x = random_input((3, 64), dtype)
         assert np.array_equal(run(result.output, x), run(model, x))
+
+
+def test_the_shape_that_export_of_a_graph_was_told_is_known_afterwards(tmp_path: Path) -> None:
+    weights = {"W": sparse_weight("conv", (16, 16, 3, 3), "2:4"), "rows": np.array([6], np.int64)}
+    nodes = [
+        make("Conv", ["X", "W"], ["a"], pads=[1, 1, 1, 1]),
+        make("Gather", ["a", "rows"], ["Y"], axis=0),  # the seventh sample
+    ]
+    model = model_of(nodes, weights, ["n", 16, "h", "w"])
+    with pytest.raises(ExportError, match=r"onnxruntime fails on X \[1, 16, 64, 64\] \(--input gives other shapes\): "):
+        exported(model, tmp_path)
+    result = exported(model, tmp_path, inputs=[InputSpec.parse("7,16,6,8")])
+    assert manifest_of(result.output).settings["input"] == ["7,16,6,8:float32"]
+    assert not verify(result.output).failed
+    feed = {"X": random_input((7, 16, 6, 8))}
+    with warnings.catch_warnings(action="error"):
+        fast = session_on_kernels(str(result.output), providers=["CPUExecutionProvider"])
+    assert_allclose(fast.run(None, feed)[0], run(result.output, feed["X"]), rtol=1e-4, atol=1e-4)

@@ -203,6 +203,28 @@ MODELS: dict[str, dict[str, tuple[tuple[int, ...], str | None]]] = {
         "head.classification_head.cls_logits.weight": ((819, 256, 3, 3), "the output layer"),
         "head.regression_head.bbox_reg.weight": ((36, 256, 3, 3), "the output layer"),
     },
+    "yolo": {
+        "model.2.cv2.conv.weight": ((32, 48, 1, 1), None),
+        "model.22.cv2.0.0.conv.weight": ((64, 64, 3, 3), None),
+        "model.22.cv2.0.2.weight": ((64, 64, 1, 1), "the output layer"),
+        "model.22.cv3.2.2.weight": ((80, 80, 1, 1), "the output layer"),
+        "model.22.dfl.conv.weight": ((1, 16, 1, 1), "too few to gain from: 1 output channels"),  # the numbers 0 to 15
+    },
+    "smp segformer": {
+        "decoder.mlp_stage.3.linear.weight": ((256, 32), None),
+        "decoder.fuse_stage.0.weight": ((256, 1024, 1, 1), None),
+        "segmentation_head.0.weight": ((21, 256, 1, 1), "the output layer"),
+    },
+    "diffusers": {
+        "time_embedding.linear_1.weight": ((256, 64), None),
+        "down_blocks.0.resnets.0.time_emb_proj.weight": ((64, 256), None),
+        "class_embedding.weight": ((10, 256), "an embedding"),
+        "conv_out.weight": ((8, 64, 3, 3), "the output layer"),
+    },
+    "HF wav2vec2": {
+        "encoder.pos_conv_embed.conv.weight": ((64, 16, 128), None),
+        "encoder.layers.0.attention.q_proj.weight": ((64, 64), None),
+    },
     "torchvision ssd": {
         "backbone.features.2.weight": ((64, 64, 3, 3), None),
         "head.classification_head.module_list.0.weight": ((364, 512, 3, 3), "the output layer"),
@@ -252,7 +274,8 @@ MODELS: dict[str, dict[str, tuple[tuple[int, ...], str | None]]] = {
         "inc.double_conv.0.weight": ((64, 3, 3, 3), "the first layer"),
         "down1.conv.weight": ((128, 64, 3, 3), None),
         "up1.up.weight": ((1024, 512, 2, 2), None),
-        "outc.conv.weight": ((2, 64, 1, 1), None),
+        "up1.conv.double_conv.0.weight": ((512, 1024, 3, 3), None),
+        "outc.conv.weight": ((21, 64, 1, 1), "the output layer"),
     },
 }
 
@@ -326,6 +349,12 @@ def test_rules_see_through_prefixes(prefix: str) -> None:
         ("decoder.upconv1.weight", (64, 32, 2, 2), "conv_transpose"),
         ("up1.up.weight", (64, 32, 2, 2), "conv_transpose"),
         ("upper.conv.weight", (64, 32, 2, 2), "conv"),
+        ("up1.conv.double_conv.0.weight", (64, 64, 3, 3), "conv"),
+        ("up_blocks.0.resnets.1.conv1.weight", (64, 64, 3, 3), "conv"),
+        ("up_blocks.1.attentions.0.proj_in.weight", (64, 64, 1, 1), "conv"),
+        ("upsamplers.0.conv.weight", (64, 64, 3, 3), "conv"),
+        ("upconv1.weight", (64, 64, 3, 3), "conv"),  # on an image that was enlarged
+        ("deconv_layers.0.weight", (256, 256, 4, 4), "conv_transpose"),
     ],
 )
 def test_assumed_kinds(name: str, shape: tuple[int, ...], kind: Kind) -> None:

@@ -666,3 +666,14 @@ def test_one_glob_and_a_dict_of_patterns_will_do():
     model = mlp()
     sparse = sparsify(model, "1:4", patterns={"2.*": "2:4"}, include="*", exclude="4.*")
     assert {row.name: str(row.pattern) for row in sparse.plan.pruned} == {"0.weight": "1:4", "2.weight": "2:4"}
+
+
+def test_parameters_keep_their_order_so_that_an_optimiser_can_be_loaded() -> None:
+    """Its state goes by their numbers."""
+    for make in (lambda: nn.Linear(8, 8), lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=4), lambda: nn.Conv2d(8, 8, 3)):
+        model = nn.Sequential(make(), nn.ReLU(), nn.Linear(8, 8))
+        before = [name for name, _ in model.named_parameters()]
+        sparse = sparsify(model, "2:4", include=["*weight"])
+        assert len(sparse.weights) >= 2
+        sparse.finalize()
+        assert [name for name, _ in model.named_parameters()] == before

@@ -120,7 +120,7 @@ class _Graph:
     def visit(self, node: NodeProto, known: Mapping[str, Tensor]) -> None:
         """Take in one node; ``known`` are its inputs and results."""
         names = [name for name in node.output if name]
-        shapes = [tuple(known[name].shape) for name in names]
+        shapes = [() if isinstance(known[name], list) else tuple(known[name].shape) for name in names]  # of a sequence: none
         rule, count = RULES.get(node.op_type, (None, 0)) if node.domain in _STANDARD else (None, 0)
         results = None if rule is None else self._results(rule, node, shapes, known)
         understood = set(node.input if node.op_type in _LOOKED_AT else node.input[:count] if results is not None else [])

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import Tensor
 
@@ -36,28 +35,45 @@ class Runtime:
 
     def __call__(self, node: NodeProto, values: Mapping[str, Any]) -> list[Tensor]:
         """The outputs of ``node``; ``values`` are those that it and the graphs in its attributes read, by name."""
-        feeds = {name: value.detach().numpy() for name, value in values.items() if name and value is not None}
-        key = (node.SerializeToString(), tuple((name, array.dtype) for name, array in feeds.items()))
+        feeds = {name: _fed(value) for name, value in values.items() if name and value is not None}
+        key = (node.SerializeToString(), tuple((name, _type(array)) for name, array in feeds.items()))
         outputs = [name for name in node.output if name]
         try:
             if key not in self._sessions:
                 self._sessions[key] = self._session(node, feeds)
-            return [single(torch.from_numpy(np.asarray(array))) for array in self._sessions[key].run(outputs, feeds)]
+            return [_returned(array) for array in self._sessions[key].run(outputs, feeds)]
         except Exception as error:  # onnxruntime's classes share no base but this one
             reason = " ".join(str(error).split())[:200]
             raise ModelError(
                 f"onnxruntime cannot compute '{node.name or node.output[0]}' ({node.op_type}): {reason}"
             ) from error
 
-    def _session(self, node: NodeProto, feeds: Mapping[str, NDArray[Any]]) -> Any:
-        inputs = [
-            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), None)
-            for name, array in feeds.items()
-        ]
+    def _session(self, node: NodeProto, feeds: Mapping[str, Any]) -> Any:
+        inputs = []
+        for name, array in feeds.items():
+            is_sequence, dtype = _type(array)
+            make = helper.make_tensor_sequence_value_info if is_sequence else helper.make_tensor_value_info
+            inputs.append(make(name, helper.np_dtype_to_tensor_dtype(dtype), None))
         graph = helper.make_graph([node], "node", inputs, [ValueInfoProto(name=name) for name in node.output if name])
         return session(
             helper.make_model(graph, opset_imports=self._opsets, ir_version=self._version, functions=self._functions)
         )
+
+
+def _fed(value: Any) -> Any:
+    """A value as onnxruntime takes it: an array, or a list of them for a sequence."""
+    return [part.detach().numpy() for part in value] if isinstance(value, list) else value.detach().numpy()
+
+
+def _returned(value: Any) -> Any:
+    return [_returned(part) for part in value] if isinstance(value, list) else single(torch.from_numpy(np.asarray(value)))
+
+
+def _type(value: Any) -> tuple[bool, np.dtype[Any]]:
+    """Whether it is a sequence, and the type of its numbers; an empty one does not say, and is taken to be of floats."""
+    if isinstance(value, list):
+        return True, value[0].dtype if value else np.dtype(np.float32)
+    return False, value.dtype
 
 
 def single(tensor: Tensor) -> Tensor:

@@ -117,18 +117,20 @@ def _arrays_of_inputs(calib: Path, model: nn.Module | None, checkpoint: Path) ->
         if missing := [name for name in wanted if name in needed - given]:
             there = ", ".join(sorted(given))
             raise DataError(f"{calib}: has arrays for the model's inputs {there}, and none for {', '.join(missing)}")
+        arrays = {name: file[name] for name in wanted if name in given}
+        sorts = {name: _sort(array.dtype.kind) for name, array in arrays.items()}
+        if any(wanted[name] not in (None, sort) for name, sort in sorts.items()) or _are_pixels(arrays.get("images")):
+            return {}  # bytes of images, say, which a task makes numbers of
+        if no_numbers := [name for name, array in arrays.items() if array.dtype.kind not in "biufc"]:
+            raise DataError(f"{calib}: its array '{no_numbers[0]}' holds {arrays[no_numbers[0]].dtype}, and no numbers")
+        if len(counts := {array.shape[:1] for array in arrays.values()}) > 1:
+            told = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(arrays.items()))
+            raise DataError(f"{calib}: its arrays hold {len(counts)} numbers of samples: {told}")
         if others := sorted(set(file.files) - given):
             warnings.warn(
                 f"{calib}: {', '.join(others)} not read: the model's inputs are called {', '.join(sorted(wanted))}",
                 stacklevel=2,
             )
-        arrays = {name: file[name] for name in wanted if name in given}
-        sorts = {name: _sort(array.dtype.kind) for name, array in arrays.items()}
-        if any(wanted[name] not in (None, sort) for name, sort in sorts.items()) or _are_pixels(arrays.get("images")):
-            return {}  # bytes of images, say, which a task makes numbers of
-        if len(counts := {array.shape[:1] for array in arrays.values()}) > 1:
-            told = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(arrays.items()))
-            raise DataError(f"{calib}: its arrays hold {len(counts)} numbers of samples: {told}")
         return {name: torch.from_numpy(_single(array)) for name, array in arrays.items()}
     return {}
 

@@ -119,5 +119,7 @@ def _check(
             f"{option} runs the model on its inputs: give --model and --calib "
             f"(an ONNX file needs {less}, a Hugging Face folder no --model)"
         )
+    if calib is not None and not inputs_given:
+        raise UsageError(f"{checkpoint}: --calib runs the module that the weights belong to: give --model")
     if calib is None and criterion not in (None, "magnitude"):
         raise UsageError(f"--criterion {criterion} looks at the inputs of the layers: give --calib DATA")

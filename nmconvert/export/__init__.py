@@ -145,7 +145,7 @@ def _from_onnx(source: Path, manifest: Manifest, inputs: Sequence[InputSpec]) ->
         if kind.elem_type and not kind.HasField("shape"):
             kind.shape.dim.extend(TensorShapeProto.Dimension() for _ in output.shape)
     try:
-        return _Source(raised(model), feed, outputs, manifest, None)
+        return _Source(raised(model), feed, outputs, manifest.with_settings(input=[str(spec) for spec in inputs] or None), None)
     except ExportError as error:
         raise ExportError(f"{source}: {error}") from error
 

@@ -93,7 +93,8 @@ def run(session: onnxruntime.InferenceSession, feed: Arrays) -> list[npt.NDArray
     try:
         return [_array(output) for output in session.run(None, dict(feed))]
     except Exception as error:  # as above
-        raise ExportError(f"onnxruntime fails on {', '.join(feed)}: {first_line(error)}") from error
+        given = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
+        raise ExportError(f"onnxruntime fails on {given} (--input gives other shapes): {first_line(error)}") from error
 
 
 def _array(output: Any) -> npt.NDArray[Any]:

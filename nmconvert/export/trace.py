@@ -18,6 +18,7 @@ from onnx import ModelProto
 from torch import nn
 
 from nmconvert.errors import ExportError, MissingExtraError, UsageError
+from nmconvert.export.check import compare
 from nmconvert.export.functions import IR_VERSION, OPSET
 from nmconvert.export.names import restore_names
 from nmconvert.hugging_face import without_caches
@@ -47,9 +48,12 @@ def trace(module: nn.Module, specs: Sequence[InputSpec], dynamic: Mapping[int, s
     Raises:
         ExportError: torch cannot export it.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ExportError("a TorchScript module cannot be exported: name the Python module that it was made from with --model")
     module, dtype = _computing(module)
     arguments = _arguments(module, specs, dtype, dynamic)
     outputs = _outputs(module, arguments)
+    _need_repeatable(module, arguments, outputs)
     notes: tuple[str, ...] = ()
     try:
         model = _export(module, arguments, dynamic)
@@ -168,6 +172,17 @@ def _name_dimensions(model: ModelProto, dynamic: Mapping[int, str]) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in names:
                 dim.dim_param = names[dim.dim_param]
+
+
+def _need_repeatable(module: nn.Module, arguments: Mapping[str, torch.Tensor], outputs: Sequence[npt.NDArray[Any]]) -> None:
+    """Raise where a second run gives something else."""
+    apart = [compare(again, first) for again, first in zip(_outputs(module, arguments), outputs, strict=True)]
+    worst = max(apart, key=lambda difference: difference.relative, default=None)
+    if worst is not None and not worst.accepted:
+        raise ExportError(
+            f"two runs of the model differ by {worst.absolute:.3g} (largest value {worst.scale:.3g}): it is random in "
+            "evaluation mode, too, by a dropout that is always on or the like, and no export can be held against it"
+        )
 
 
 def run_module(module: nn.Module, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:

@@ -41,7 +41,7 @@ def session(
     """``onnxruntime.InferenceSession`` of ``model`` (a path, or the file's bytes) with the kernels registered.
 
     With ``layers="auto"`` each distinct layer is timed once, sparse against dense, at the shapes that ``inputs`` lead to (by
-    default the model's own, with a batch of 1 and 16 for other open dimensions), and so is the whole: with the
+    default those that ``export`` was told, else of `nmconvert.inputs.example_feed`), and so is the whole: with the
     layers that won, with all on the kernels, and dense. The winners are kept in the user's cache, and the next session of the
     model is made at once. ``"sparse"`` measures nothing and runs every layer on the kernels, as registering the library alone
     does; so does the environment variable NMCONVERT_MEASURE=off.

@@ -106,10 +106,13 @@ class WeightMask(nn.Module):
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """One masked weight of a model, under its plain name; ``owners`` are all (module, attribute) that share it."""
+    """One masked weight of a model, under its plain name; ``owners`` are all (module, attribute) that share it, ``orders`` the
+    names of each module's own parameters as they were.
+    """
 
     name: str
     owners: tuple[tuple[nn.Module, str], ...]
+    orders: tuple[tuple[str, ...], ...]
     mask: WeightMask
 
     @property
@@ -118,6 +121,14 @@ class SparseWeight:
         module, attribute = self.owners[0]
         parameter: nn.Parameter = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
         return parameter
+
+    def unmask(self, *, masked: bool) -> None:
+        """Make it a plain parameter again, in the place that it had, ``masked`` or dense."""
+        for (module, attribute), order in zip(self.owners, self.orders, strict=True):
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=masked)
+            for name in order[order.index(attribute) + 1 :]:  # optimisers number parameters
+                if name in module._parameters:
+                    module._parameters[name] = module._parameters.pop(name)
 
 
 def obstacle(module: nn.Module, attribute: str) -> str | None:
@@ -143,8 +154,7 @@ def mask_weights(model: nn.Module, rows: Sequence[Row]) -> list[SparseWeight]:
             made.append(mask_weight(model, row))
     except BaseException:
         for weight in made:
-            for module, attribute in weight.owners:
-                parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+            weight.unmask(masked=False)
         raise
     return made
 
@@ -171,9 +181,10 @@ def mask_weight(model: nn.Module, row: Row) -> SparseWeight:
         raise ModelError(f"'{row.name}' has shape {list(parameter.shape)} in the model, {list(row.info.shape)} in the plan")
     mask = WeightMask(parameter, row.info.kind, row.info.groups, row.pattern, row.axis)
     owners = tuple(_owners(model.modules(), parameter))
+    orders = tuple(tuple(owner._parameters) for owner, _ in owners)
     for owner, name in owners:
         parametrize.register_parametrization(owner, name, mask)
-    return SparseWeight(row.name, owners, mask)
+    return SparseWeight(row.name, owners, orders, mask)
 
 
 def _owners(modules: Iterable[nn.Module], parameter: Tensor) -> list[tuple[nn.Module, str]]:

@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from nmconvert import dist
@@ -281,8 +280,7 @@ class Sparse:
             hook.remove()
         for weight in self.weights:
             weight.mask.mask.copy_(weight.mask.checked(weight.mask.mask, weight.dense))
-            for module, attribute in weight.owners:
-                parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+            weight.unmask(masked=True)
         self._hooks, self.weights = {}, []
         return self.model
 
