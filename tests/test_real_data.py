@@ -28,8 +28,8 @@ CHECKPOINTS: dict[str, tuple[int, str, str]] = {
     "resnet20-12fca82f.th": (18, "linear.weight", "the output layer"),
     "resnet32-d509ac18.th": (30, "linear.weight", "the output layer"),
     "resnet56-4bfd9763.th": (54, "linear.weight", "the output layer"),
-    "fastestdet_coco_ap05_0.2532.pth": (41, "backbone.stage2.0.branch_main.3.weight", "depthwise"),
-    "fastestdet_coco.onnx": (41, "", ""),
+    "fastestdet_coco_ap05_0.2532.pth": (39, "backbone.stage2.0.branch_main.3.weight", "depthwise"),
+    "fastestdet_coco.onnx": (39, "", ""),
     "stories260K.pt": (35, "tok_embeddings.weight", "an embedding"),
 }
 RESNET = f"{ROOT}/sample_models/resnet.py:resnet20"
