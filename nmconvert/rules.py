@@ -21,12 +21,16 @@ _POSITION = re.compile(
 _NORM = re.compile(r"(^|[._])(bn|norm|layernorm|ln|batchnorm|groupnorm)\d*([._]|$)|layer_norm|running_(mean|var)")
 _RECURRENT = re.compile(r"(^|\.)weight_[ih]h_l\d+(_reverse)?$")  # torch's RNN, GRU and LSTM
 _OUTPUT = re.compile(
-    r"^(fc|linear|classifier|head|heads|outc|seg(mentation)?_head|lm_head|output|out|score|logits|predictions|cls|qa_outputs|proj_out|final)$"
+    r"^(fc|linear|classifier|head|heads|outc|seg(mentation)?_head|lm_head|output|out|score|logits|predictions|cls|"
+    r"qa_outputs|proj_out|final)$"
 )
-_ANSWERS = re.compile(
-    r"^(outc|(out|final|last|seg)_?conv|conv_?(out|last|seg)|seg(mentation)?_head|cls_score|bbox_(reg|ctrness)|(cls|obj|reg|box|bbox)_preds?|(\w+_)?logits|class_labels_classifier|logits_proj|"
+_ANSWERS = re.compile(  # of several outputs
+    r"^(cls_score|bbox_(reg|ctrness)|(cls|obj|reg|box|bbox)_preds?|(\w+_)?logits|class_labels_classifier|logits_proj|"
     r"head_dist|last_linear)$"
-)  # of several outputs
+)
+_LAST_CONV = re.compile(
+    r"^(outc|(out|final|last|seg)_?conv|conv_?(out|last|seg)|seg(mentation)?_head)$"
+)  # where no matrix follows
 _OF_SIZES = re.compile(  # of each of several sizes: torchvision's SSDs, YOLOs
     r"_head\.module_list\.\d+(\.1)?\.weight$|(^|\.)\d+\.(one2one_)?cv[2-5]\.\d+\.2\.weight$"
 )
@@ -36,14 +40,12 @@ _EXPERTS = re.compile(r"(^|\.)experts?\.|_(proj|linear)(\.weight)?$")
 _NO_WEIGHT = re.compile(r"(^|[._])(bias|a_log)$")
 _WEIGHT = re.compile(
     r"(^|[._/])(weight|kernel|filters?|w)(_v|_orig)?$|weight\.original[01]?$"
-)  # of modules, and of their norms and masks
+)  # and what a norm or a mask makes it of
 _QUANTISED = re.compile(r"\.(qweight|qzeros|scb|absmax|quant_map|weight_scale(_inv)?|weight_format)$")
 _ADAPTER = re.compile(r"(^|\.)lora_(a|b|embedding_a|embedding_b)(\.|$)")
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")  # Hugging Face Conv1D (GPT-2) stores [I, O]
 _TRANSPOSED = re.compile(r"deconv|conv_?t\d*$|conv_?transpose|transposed?_conv")  # what a module calls itself
-_ENLARGES = re.compile(
-    r"^up(_?(sampler?|conv))?_?\d*$"
-)  # transposed, or on an enlarged image: transposed ones have even kernels
+_ENLARGES = re.compile(r"^up(_?(sampler?|conv))?_?\d*$")  # transposed where its kernel is even, else on an enlarged image
 _FEW = 4  # channels
 _WIDE = 16  # places of a kernel: a convolution in one dimension rarely has as many
 
@@ -70,32 +72,32 @@ def output_layers(tensors: Sequence[tuple[str, Sequence[int]]]) -> frozenset[str
     Embeddings and recurrent layers are none, wherever they stand. What detectors call theirs are outputs, too.
     """
     parts = _own_parts([name for name, _ in tensors])
-    matrices = [name for name, shape in tensors if len(shape) == 2 and not (is_embedding(name) or _RECURRENT.search(name))]
+    own = {name: ".".join(parts[name][-2:-1]) for name in parts}  # what the module calls itself
     ends = _ends(tensors, parts)
+    matrices = [name for name, shape in tensors if len(shape) == 2 and not (is_embedding(name) or _RECURRENT.search(name))]
+    filters = [name for name, shape in tensors if len(shape) > 2]
     answers = [
-        name
-        for name, shape in tensors
-        if len(shape) > 1
-        and (
-            _ANSWERS.match(".".join(parts[name][-2:-1])) or _ANSWERS.match(ends.get(name, "")) or _OF_SIZES.search(name.lower())
-        )
+        name for name in [*matrices, *filters] if _calls_itself(_ANSWERS, name, own, ends) or _OF_SIZES.search(name.lower())
     ]
+    last_convs = [name for name in filters if _calls_itself(_LAST_CONV, name, own, ends)]
+    others = [*answers, *last_convs]
     named = [name for name in matrices if _OUTPUT.match(parts[name][0])]
-    last = [name for name in matrices[-1:] if name in named or _is_output(parts[name], answers)] or named[-1:]
+    last = [name for name in matrices[-1:] if name in named or _OUTPUT.match(own[name])]
+    if last and last[0] not in named and own[last[0]] == "linear" and others:
+        last = []  # as many call themselves
+    last = last or named[-1:]
     if last and _HIDDEN.search(last[0]):
         last = [name for name in named if not _HIDDEN.search(name)][-1:] or last
     if not last:
         places = [name for name, shape in tensors if len(shape) == 4 and max(shape[2:]) == 1 and _OUTPUT.match(parts[name][0])]
-        last = [name for name in places if name in ends and "".join(parts[name][-2:-1]).isdigit()] or places[-1:] * (
-            not answers
-        )
+        numbered = [name for name in places if name in ends and own[name].isdigit()]
+        last = [*last_convs, *(numbered or places[-1:] * (not others))]
     return frozenset([*answers, *last])
 
 
-def _is_output(parts: Sequence[str], answers: Sequence[str]) -> bool:
-    """Whether the module of a matrix calls itself an output; ``linear``, as many do, none where others are outputs."""
-    own = ".".join(parts[-2:-1])
-    return _OUTPUT.match(own) is not None and not (own == "linear" and answers)
+def _calls_itself(what: re.Pattern[str], name: str, own: dict[str, str], ends: dict[str, str]) -> bool:
+    """Whether a module, or the branch that it ends, has such a name."""
+    return what.match(own[name]) is not None or what.match(ends.get(name, "")) is not None
 
 
 def _ends(tensors: Sequence[tuple[str, Sequence[int]]], parts: dict[str, list[str]]) -> dict[str, str]:

@@ -210,6 +210,11 @@ MODELS: dict[str, dict[str, tuple[tuple[int, ...], str | None]]] = {
         "model.22.cv3.2.2.weight": ((80, 80, 1, 1), "the output layer"),
         "model.22.dfl.conv.weight": ((1, 16, 1, 1), "too few to gain from: 1 output channels"),  # the numbers 0 to 15
     },
+    "shufflenet": {
+        "stage4.3.branch2.0.weight": ((232, 232, 1, 1), None),
+        "conv_last.0.weight": ((1024, 464, 1, 1), None),  # before the classifier
+        "classifier.0.weight": ((1000, 1024), "the output layer"),
+    },
     "smp segformer": {
         "decoder.mlp_stage.3.linear.weight": ((256, 32), None),
         "decoder.fuse_stage.0.weight": ((256, 1024, 1, 1), None),
