@@ -15,6 +15,7 @@ from nmconvert.tasks import TASKS, build_task
 from nmconvert.tasks.base import Samples, held_out
 from nmconvert.tasks.classification import Classification
 from nmconvert.tasks.distillation import kl
+from nmconvert.tasks.images import find_images, read_image
 from nmconvert.tasks.labelled import open_source
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
@@ -353,3 +354,141 @@ def test_a_program_that_fails_is_one_line(tmp_path, program, message):
     (tmp_path / "mine.py").write_text(program)
     with pytest.raises(DataError, match=message):
         open_source(f"{tmp_path / 'mine.py'}:data", "test")
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_class_has_the_same_number_in_all_parts(folder, split):
+    (folder / "val" / "class1").rename(folder.parent / "elsewhere")
+    paths, labels = zip(*open_source(str(folder), split).read.args[0], strict=True)
+    assert [path.parent.name for path in paths] == [f"class{label}" for label in labels]
+    assert set(labels) == ({0, 1, 2} if split == "train" else {0, 2})
+
+
+def test_parts_may_be_written_in_other_ways(folder):
+    (folder / "train").rename(folder / "Training")
+    (folder / "val").rename(folder / "TESTING")
+    assert [len(open_source(str(folder), split)) for split in ("train", "val", "test")] == [15, 5, 5]
+
+
+def test_a_class_that_holds_classes_is_named(folder):
+    (folder / "train").rename(folder / "Bilder")
+    (folder / "val").rename(folder / "mehr")
+    with pytest.raises(DataError, match=r"Bilder: holds no images, but 3 folders of them, such as 'class0'.*name it train"):
+        open_source(str(folder), "test")
+    (folder / "Bilder" / "class0").rename(folder.parent / "tiny")  # but Tiny ImageNet has them in <class>/images
+    (folder.parent / "tiny").rename(folder / "mehr" / "images")
+    for name in ("class0", "class1", "class2"):
+        (folder / "mehr" / name).rename(folder.parent / name)
+    (folder / "Bilder").rename(folder.parent / "Bilder")
+    assert {label for _, label in open_source(str(folder), "test").read.args[0]} == {0}
+
+
+def test_hidden_folders_hold_no_images(folder):
+    before = len(open_source(str(folder), "train"))
+    (folder / "val" / "class0").rename(folder / "train" / "class0" / ".ipynb_checkpoints")
+    assert len(open_source(str(folder), "train")) == before
+
+
+def test_all_parts_are_sized_by_the_first_image_to_train_on(folder):
+    image = pytest.importorskip("PIL.Image")
+    for path in (folder / "val").rglob("*.png"):
+        image.new("RGB", (300, 200)).save(path)
+    assert [read_all(str(folder), split).inputs.shape[2:] for split in ("train", "val", "test")] == [(8, 8)] * 3
+
+
+def gray_files(folder: Path):
+    """A ramp in gray, as Pillow writes it in several ways, with its name and what is to be read of it."""
+    image = pytest.importorskip("PIL.Image")
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    wide = ramp.astype(np.uint16) * 257
+    (folder / "wide.pgm").write_bytes(b"P5 16 16 65535\n" + wide.astype(">u2").tobytes())
+    image.fromarray(wide).save(folder / "wide.png")
+    image.fromarray(wide).save(folder / "wide.tiff")
+    image.fromarray(ramp).save(folder / "narrow.png")
+    image.fromarray(ramp).convert("P").save(folder / "palette.png")
+    image.fromarray(ramp).save(folder / "gray.gif")
+    return ramp
+
+
+def test_gray_is_gray_however_it_is_written(tmp_path):
+    ramp, files = gray_files(tmp_path), find_images(tmp_path)
+    assert len(files) == 6
+    for file in files:
+        assert np.array_equal(read_image(file, keep_gray=True), ramp[..., None]), file
+        assert np.array_equal(read_image(file), np.stack([ramp] * 3, 2)), file
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "floats .Pillow's mode F"), (np.int32, "integers of 32 bits")])
+def test_pixels_that_are_no_brightness_are_said(tmp_path, dtype, kind):
+    image = pytest.importorskip("PIL.Image")
+    image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "a.tiff")
+    with pytest.raises(DataError, match=rf"a\.tiff: its pixels are {kind}.*convert it to 8 or 16 bits"):
+        read_image(tmp_path / "a.tiff")
+
+
+ITEMS = """
+import numpy as np, torch
+from PIL import Image
+gray = np.arange(64, dtype=np.uint8).reshape(8, 8)
+colour = np.stack([gray, gray + 1, gray + 2], 2)
+class Data:
+    def __init__(self, item): self.item = item
+    def __len__(self): return 3
+    def __getitem__(self, index): return self.item()
+def pillow(split): return Data(lambda: (Image.fromarray(colour), 1))
+def pillow_gray(split): return Data(lambda: (Image.fromarray(gray), 1))
+def array_gray(split): return Data(lambda: (gray, 1))
+def tensor(split): return Data(lambda: (torch.from_numpy(colour).permute(2, 0, 1), torch.tensor(1)))
+def double(split): return Data(lambda: (torch.ones(3, 8, 8, dtype=torch.float64), np.int64(1)))
+def onehot(split): return Data(lambda: (gray, torch.eye(10)[1]))
+def word(split): return Data(lambda: (gray, "seven"))
+def none(split): return Data(lambda: (gray, None))
+def part(split): return Data(lambda: (gray, 7.7))
+def broken(split): return Data(lambda: 1 / 0)
+def row(split): return Data(lambda: (gray[0], 1))
+"""
+
+
+@pytest.mark.parametrize("name", ["pillow", "pillow_gray", "array_gray", "tensor", "double"])
+def test_items_of_a_callable_are_made_images(tmp_path, name):
+    pytest.importorskip("PIL.Image")
+    (tmp_path / "mine.py").write_text(ITEMS)
+    batch = read_all(f"{tmp_path / 'mine.py'}:{name}", "test", mean=(0.0,) * 3, std=(1.0,) * 3)
+    assert batch.targets["labels"].tolist() == [1, 1, 1]
+    assert (batch.inputs.dtype, batch.inputs.shape) == (torch.float32, (3, 3, 8, 8))
+    first = torch.arange(64).reshape(8, 8)
+    steps = [0, 1, 2] if name in ("pillow", "tensor") else [0, 0, 0]
+    goal = torch.ones(3, 8, 8) if name == "double" else torch.stack([first + step for step in steps]) / 255
+    assert torch.equal(batch.inputs[0], goal)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("onehot", r"sample 0 has the label tensor\(\[0., 1., .*: one whole number"),
+        ("word", "sample 0 has the label 'seven'"),
+        ("none", "sample 0 has the label None"),
+        ("part", "sample 0 has the label 7.7"),
+        ("broken", "reading sample 0 failed with ZeroDivisionError: division by zero; --debug"),
+        ("row", r"sample 0 is uint8 \[8\], and no image"),
+    ],
+)
+def test_an_item_of_a_callable_that_is_none_is_one_line(tmp_path, name, message):
+    pytest.importorskip("PIL.Image")
+    (tmp_path / "mine.py").write_text(ITEMS)
+    with pytest.raises(DataError, match=message):
+        read_all(f"{tmp_path / 'mine.py'}:{name}", "test")
+
+
+def test_why_there_are_no_labels_is_said(tmp_path):
+    typo = write(tmp_path / "typo.npz", images=PIXELS, label=LABELS)
+    with pytest.raises(DataError, match="has no 'labels' but images, label: is 'label' what"):
+        open_source(typo, "test")
+    parts = write(tmp_path / "parts.npz", train_images=PIXELS, train_labels=LABELS)
+    with pytest.raises(DataError, match=r"has train_images, but none called test_images or .* or validation_images"):
+        open_source(parts, "test")
+    some = read_all(write(tmp_path / "some.npz", images=PIXELS, labels=LABELS - (np.arange(20) == 3)), "test")
+    with pytest.raises(DataError, match="an image has the label -1, others have one of 0 or more"):
+        Classification().loss(Flat(), some)
+    with pytest.raises(DataError, match="an image has the label -1"):
+        Classification().evaluate(Classification().predictor(Flat()), [some])

@@ -149,8 +149,14 @@ def held_out(length: int, split: Split) -> range | list[int]:
 
 def part_names(split: Split) -> tuple[str, ...]:
     """The names that a part of the data may have, the wanted one first."""
-    val = ("val", "valid", "validation")
-    return {"train": ("train",), "val": (*val, "test"), "test": ("test", *val)}[split]
+    val, test = ("val", "valid", "validation"), ("test", "testing")
+    return {"train": ("train", "training"), "val": (*val, *test), "test": (*test, *val)}[split]
+
+
+def part_folders(path: Path) -> dict[str, Path]:
+    """The folders of all parts in ``path``, by their names in small letters; none where the data is in one piece."""
+    names = {*part_names("train"), *part_names("val")}
+    return {p.name.lower(): p for p in sorted(path.iterdir()) if p.name.lower() in names and p.is_dir()}
 
 
 def part_folder(path: Path, split: Split) -> Path:
@@ -159,14 +165,12 @@ def part_folder(path: Path, split: Split) -> Path:
     Raises:
         DataError: ``path`` has other parts only, which would be taken for classes, or measured in the place of this one.
     """
-    wanted = part_names(split)
-    there = [name for name in (*wanted, *part_names("train"), *part_names("val")) if (path / name).is_dir()]
-    if not there:
-        return path
-    if there[0] not in wanted:
-        names, other = " or ".join(wanted), path / there[0]
+    there, wanted = part_folders(path), part_names(split)
+    found = next((there[name] for name in wanted if name in there), None)
+    if found is None and there:
+        names, other = " or ".join(wanted), next(iter(there.values()))
         raise DataError(f"{path}: has the part '{other.name}' and none called {names}; name one so, or give {other} itself")
-    return path / there[0]
+    return found or path
 
 
 def on_bad(skip_bad: bool, split: Split) -> Literal["raise", "drop", "replace"]:
@@ -229,11 +233,11 @@ def _in_a_module(error: BaseException) -> bool:
     return any(frame.f_code is nn.Module._call_impl.__code__ for frame, _ in walk_tb(error.__traceback__))
 
 
-def need_labels(batch: Batch) -> None:
-    """Raise where the batch has no labels to compare with."""
+def need_labels(batch: Batch, remedy: str = "give some") -> None:
+    """Raise where the batch has no labels to compare with; ``remedy`` says which data has some."""
     if not batch.labelled:
         raise DataError(
-            "the data has no labels to compare with: give some (only finetune can do without: --teacher and --distill 1)"
+            f"the data has no labels to compare with: {remedy} (only finetune can do without: --teacher and --distill 1)"
         )
 
 

@@ -34,8 +34,8 @@ class Classification:
         mean: subtracted from uint8 images after division by 255, one per channel; float images are taken as they are.
             Gray images become as many channels as there are means, so that one mean is for a model of gray images.
         std: divides after that.
-        size: the side of what the model sees. By default that of the first image where it is at most 96 pixels, else
-            224: the shorter side is resized to 256/224 of that, and the middle cut out.
+        size: the side of what the model sees. By default that of the first image to train on where it is at most 96
+            pixels, else 224: the shorter side is resized to 256/224 of that, and the middle cut out.
         flip: augmented images are mirrored at random; switch it off for digits and letters.
         crop: augmented thumbnails are shifted by up to so many pixels; larger images get a random resized crop.
         label_smoothing: as in Szegedy et al. 2016, section 7.
@@ -99,7 +99,8 @@ class Classification:
         if len(shapes) > 1:
             raise DataError(f"images of different sizes in one batch, {sorted(shapes)[:2]}: set size, e.g. size=224")
         if isinstance(arrays[0], Tensor):
-            return torch.stack([torch.as_tensor(a) for a in arrays])
+            tensors = torch.stack([torch.as_tensor(a) for a in arrays])
+            return tensors.float() if tensors.is_floating_point() else tensors
         stacked = torch.from_numpy(np.stack([np.asarray(a) for a in arrays]))
         if stacked.dtype != torch.uint8:
             return stacked.float()
@@ -115,7 +116,7 @@ class Classification:
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """Cross entropy, a mean over images."""
-        need_labels(batch)
+        _need_labels(batch)
         logits = tensor_of(model(batch.inputs))
         _check_labels(batch, logits)
         return F.cross_entropy(logits.float(), batch.targets["labels"], label_smoothing=self.label_smoothing)
@@ -141,7 +142,7 @@ class Classification:
         counts: list[tuple[int, int, int, float]] = []
         for batch in loader:
             if batch.size:
-                need_labels(batch)
+                _need_labels(batch)
                 _check_finite(batch, sum(count for count, *_ in counts))
                 with torch.inference_mode():
                     logits = predict(batch.inputs).float()
@@ -157,6 +158,14 @@ def _count(logits: Tensor, labels: Tensor) -> tuple[int, int, int, float]:
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum")
     return len(labels), int(best[:, 0].sum()), int(best.sum()), float(loss)
+
+
+def _need_labels(batch: Batch) -> None:
+    """As `need_labels`; where some images of the batch have labels, what is wrong with the others is said."""
+    if not batch.labelled and batch.targets["highest"] >= 0:
+        number = int(batch.targets["labels"].min())
+        raise DataError(f"an image has the label {number}, others have one of 0 or more: repair it, or leave the image out")
+    need_labels(batch)
 
 
 def _check_finite(batch: Batch, before: int) -> None:
@@ -180,9 +189,9 @@ def _check_labels(batch: Batch, logits: Tensor) -> None:
 def _natural_size(source: Source, skip_bad: bool) -> int:
     if source.fixed_size:
         return 0
-    for index in range(len(source)):
+    for path, _ in source.sizing():
         try:
-            height, width = source.read(index)[0].shape[:2]
+            height, width = images.read_image(path).shape[:2]
         except DataError:
             if not skip_bad:
                 raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -16,6 +18,7 @@ Image = NDArray[np.uint8]
 
 
 GRAY = frozenset({"1", "L", "LA"})  # Pillow's modes of files without colour
+_BITS_PER_SAMPLE = 258  # the tag of TIFF
 
 
 def read_image(path: Path, *, keep_gray: bool = False) -> Image:
@@ -23,17 +26,52 @@ def read_image(path: Path, *, keep_gray: bool = False) -> Image:
     pil = require("PIL.Image", "vision")
     try:
         with pil.open(path) as image:
-            if keep_gray and image.mode in GRAY:
-                return np.asarray(image.convert("L"))[..., None]
-            return np.asarray(image.convert("RGB"))
+            return pixels_of(image, keep_gray=keep_gray, where=path)
     except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "is no readable image"
         raise DataError(f"{path}: {reason}; --skip-bad leaves out what cannot be read") from error
 
 
+def pixels_of(image: Any, *, keep_gray: bool = False, where: object = "") -> Image:
+    """What `read_image` gives, of an image of Pillow; raises `DataError` where its numbers are no brightness."""
+    if image.mode[0] in "IF":
+        gray = _from_16_bits(image, where)
+        return gray[..., None] if keep_gray else np.stack([gray] * 3, 2)
+    if keep_gray and image.mode in GRAY:
+        return np.asarray(image.convert("L"))[..., None]
+    colour = np.asarray(image.convert("RGB"))
+    if keep_gray and image.mode == "P" and (colour == colour[..., :1]).all():  # as GIF has it: there is no mode L
+        return colour[..., :1]
+    return colour
+
+
+def _from_16_bits(image: Any, where: object) -> Image:
+    """Gray in 16 bits as gray in 8; Pillow itself would cut it off at 255.
+
+    A mode I has 32 bits, but Pillow takes it for some files of 16, too.
+    """
+    narrow = image.format in ("PNG", "PPM") or getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE) == (16,)
+    values = np.asarray(image)
+    if image.mode == "F" or (image.mode == "I" and not narrow) or values.min(initial=0) < 0:
+        kind = "floats" if image.mode == "F" else "integers of 32 bits or with a sign"
+        raise DataError(f"{where}: its pixels are {kind} (Pillow's mode {image.mode}); convert it to 8 or 16 bits")
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
 def find_images(folder: Path) -> list[Path]:
     """The image files below ``folder``, sorted by path."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and not p.name.startswith("."))
+    return [*walk_images(folder)]
+
+
+def walk_images(folder: Path) -> Iterator[Path]:
+    """The same, one after the other; what is hidden, a file or a folder, is left out."""
+    for place in sorted(folder.iterdir()):
+        if place.name.startswith("."):
+            continue
+        if place.suffix.lower() in IMAGES:
+            yield place
+        elif place.is_dir() and not place.is_symlink():
+            yield from walk_images(place)
 
 
 def resize(image: Image, height: int, width: int) -> Image:
