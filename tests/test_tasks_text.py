@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader
 
-from nmconvert.errors import DataError, UsageError
-from nmconvert.tasks import Batch, build_task
+from nmconvert.errors import DataError, ModelError, UsageError
+from nmconvert.tasks import Batch, build_task, misfits_named
 from nmconvert.tasks.language_model import LanguageModel
-from nmconvert.tasks.text import IGNORED, encode
+from nmconvert.tasks.text import IGNORED, encode, read_lines, read_text
 from nmconvert.tasks.translation import Translation, greedy
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -176,6 +176,77 @@ def test_text_that_is_none_is_said(tmp_path):
             LanguageModel().dataset(str(tmp_path / name), split="test", augment=False)
 
 
+def test_documents_in_one_piece_are_held_out(tmp_path):
+    np.savez(tmp_path / "a.npz", ids=np.repeat(np.arange(20), 3), lengths=np.full(20, 3))
+    parts = {
+        split: {int(x) for batch in whole(LanguageModel(), tmp_path / "a.npz", split) for x in batch.inputs.unique()}
+        for split in ("train", "val", "test")
+    }
+    assert parts["val"] == {9, 19}
+    assert parts["train"] == parts["test"] - parts["val"] == {*range(20)} - {9, 19}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"ids": np.arange(12), "lengths": np.array([5, 5])}, "'lengths' add up to 10, but there are 12 'ids'"),
+        ({"ids": np.arange(12), "lengths": np.array([14, -2])}, "'lengths' holds -2; it counts from 0"),
+        ({"ids": np.arange(12) - 5}, "'ids' holds -5"),
+        ({"ids": np.arange(12) + 0.5}, "'ids' is float64; whole numbers are needed"),
+        ({"ids": np.arange(12), "lengths": np.array([12.0])}, "'lengths' is float64"),
+    ],
+)
+def test_ids_and_lengths_that_are_none_are_said(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(DataError, match=rf"a\.npz: {message}"):
+        LanguageModel().dataset(str(tmp_path / "a.npz"), split="test", augment=False)
+
+
+def test_what_a_tokenizer_was_last_used_with_is_not_done_to_texts(tmp_path, tokenizer):
+    text, plain = "one two three\n" * 50, tokenizers.Tokenizer.from_file(tokenizer)
+    plain.enable_truncation(5)
+    plain.save(str(tmp_path / "cuts.json"))
+    plain.no_truncation()
+    plain.enable_padding(length=1000)
+    plain.save(str(tmp_path / "pads.json"))
+    for name in ("cuts.json", "pads.json"):
+        ids, ends = encode(text, str(tmp_path / name))
+        assert ids.tolist() == [4, 5, 6] * 50
+        assert (np.diff(ends) > 0).all()
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("ab\r\nc\n", encoding="utf-8-sig", newline="")
+    assert read_text(tmp_path / "a.txt") == "ab\nc\n"
+    assert read_lines(tmp_path / "a.txt") == ["ab", "c"]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\xff")
+    with pytest.raises(DataError, match="byte 4 is 0xff"):
+        read_text(tmp_path / "a.txt")
+
+
+class Placed(Bigram):
+    """As `Bigram`, with places for so many tokens."""
+
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self.places = nn.Embedding(places, 256)
+
+    def forward(self, ids):
+        return self.table(ids) + self.places(torch.arange(ids.shape[1]))
+
+
+def test_a_block_that_is_longer_than_the_model_reads_is_said(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    task, model = LanguageModel(block=64), Placed(32)
+    with (
+        pytest.raises(ModelError, match=r"IndexError.*longer than it reads \(--task-arg block=N cuts it\)"),
+        misfits_named(model),
+    ):
+        task.evaluate(task.predictor(model), whole(task, tmp_path / "a.txt"))
+    with pytest.raises(ModelError, match=r"--task-arg block=N or max_length=N cuts"), misfits_named(model):
+        model(next(iter(whole(task, tmp_path / "a.txt"))).inputs)  # without a task, as when it is calibrated
+
+
 # --- translation ----------------------------------------------------------------------------------------------------
 
 
@@ -298,3 +369,23 @@ def test_a_tokenizer_without_an_end_is_said(tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(DataError, match=r"no tokenizer\.json"):
         Translation(tokenizer=str(tmp_path / "bad.json")).collate([("a", "a")])
+
+
+def test_a_line_ends_where_its_file_says(pairs):
+    Path(pairs, "val.en").write_bytes("one\u2028 two\r\nthree\x85\r\ntwo\x0b two one".encode())
+    samples = [*Translation().dataset(pairs, split="val", augment=False)]
+    assert samples == [("one\u2028 two", "eins zwei"), ("three\x85", "drei"), ("two\x0b two one", "zwei zwei eins")]
+
+
+def test_blank_lines_are_left_out_and_said(pairs):
+    Path(pairs, "val.en").write_text("one two\n\ntwo two one\n")
+    Path(pairs, "val.de").write_text("eins zwei\ndrei\n   \n")
+    with pytest.warns(UserWarning, match=r"val\.en: 2 of 3 lines are left out"):
+        assert [*Translation().dataset(pairs, split="val", augment=False)] == [("one two", "eins zwei")]
+
+
+def test_beams_that_a_model_has_not_are_said(pairs, tokenizer):
+    task = Translation(tokenizer=tokenizer, beams=4)
+    batch = task.collate([*task.dataset(pairs, split="val", augment=False)])
+    with pytest.raises(UsageError, match="beams=4: the generate of Generating has no num_beams"):
+        task.predictor(Generating())(batch.inputs)

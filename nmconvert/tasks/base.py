@@ -222,10 +222,23 @@ def misfits_named(model: object) -> Iterator[None]:
         name = type(unwrapped(model)).__name__
         if isinstance(error, AttributeError | ImportError | KeyError | NameError):
             raise ModelError(f"{name} fails, which its code has to mend: {said}. --debug shows where") from error
-        raise ModelError(
-            f"{name} cannot take this data: {said}. Is it of another size, another number of channels (mean and std have "
-            "one value each), or another --task? --debug shows where"
-        ) from error
+        raise ModelError(f"{name} cannot take this data: {said}. {_suspicion(error)} --debug shows where") from error
+
+
+_LENGTHS = {"nmconvert.tasks.language_model": "block", "nmconvert.tasks.translation": "max_length"}
+"""The settings of tasks that say how long a row of tokens is."""
+
+
+def _suspicion(error: BaseException) -> str:
+    """What is likely to be wrong with the data: of text, which a task of it gave or an embedding did not know, or of images."""
+    callers = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
+    lengths = [name for module, name in _LENGTHS.items() if module in callers]
+    if not lengths and "index out of range in self" in str(error):
+        lengths = [*_LENGTHS.values()]
+    if lengths:
+        settings = " or ".join(f"{name}=N" for name in lengths)
+        return f"Is a row longer than it reads (--task-arg {settings} cuts it), or the tokenizer another model's?"
+    return "Is it of another size, another number of channels (mean and std have one value each), or another --task?"
 
 
 def _in_a_module(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nmconvert.errors import DataError
-from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, part_names, tensor_of
+from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, held_out, part_names, tensor_of
 from nmconvert.tasks.distillation import kl
 from nmconvert.tasks.labelled import open_npz
 from nmconvert.tasks.text import IGNORED, check_ids, encode, fixed_length, lengthened, padded, read_text
@@ -55,30 +55,27 @@ class LanguageModel:
         - A text file, UTF-8; of one in one piece the last tenth is the validation part.
         - A folder with ``train.txt`` and ``val.txt`` (or ``test.txt``), or the same as ``.npz``.
         - An ``.npz`` file with ``ids`` [n], tokenised already, and ``lengths`` of the documents in it, if it has several:
-          each is then a block of its own, cut at ``block`` tokens.
+          each is then a block of its own, cut at ``block`` tokens; of those in one piece every tenth is held out.
 
         Raises:
             DataError: there is none of these, or it has no two tokens.
         """
         ids, widths, starts = self._tokens(data, split)
         if not len(starts):
-            raise DataError(f"{data}: no text for the split '{split}': a block needs two tokens")
+            what = "a block needs two tokens, and of documents in one piece every tenth is held out"
+            raise DataError(f"{data}: no text for the split '{split}': {what}")
         change = partial(_shifted, self.block) if augment else None
         return Samples(partial(_window, ids, widths, starts), len(starts), augment=change)
 
     def _tokens(self, data: str, split: Split) -> tuple[NDArray[np.int64], NDArray[np.int64], list[tuple[int, int]]]:
         path, whole = _part(Path(data), split)
         if path.suffix == ".npz":
-            with open_npz(path) as stored:
-                if "ids" not in stored:
-                    raise DataError(f"{path}: has no array 'ids', only {', '.join(stored) or 'nothing'}")
-                ids = stored["ids"].astype(np.int64).ravel()
-                lengths = stored["lengths"].astype(np.int64) if "lengths" in stored else None
+            ids, lengths = _stored(path)
             widths = np.zeros(len(ids), np.int64)
             if lengths is not None:
-                stops = lengths.cumsum()
-                ranges = [(int(b - n), int(b - n + min(n, self.block))) for b, n in zip(stops, lengths, strict=True)]
-                return ids, widths, [r for r in ranges if r[1] - r[0] > 1 and r[1] <= len(ids)]
+                firsts = lengths.cumsum() - lengths
+                ranges = [(int(i), int(i + min(n, self.block))) for i, n in zip(firsts, lengths, strict=True) if n > 1]
+                return ids, widths, ranges if whole else [ranges[i] for i in held_out(len(ranges), split)]
         else:
             ids, ends = encode(read_text(path), self.tokenizer)
             widths = np.diff(ends, prepend=0)
@@ -165,6 +162,23 @@ def _part(path: Path, split: Split) -> tuple[Path, bool]:
             if (path / f"{part}{suffix}").is_file():
                 return path / f"{part}{suffix}", True
     raise DataError(f"{path}: language modelling takes a text file, or a folder with train.txt and val.txt")
+
+
+def _stored(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+    """The ids of a file and the lengths of its documents, None where it is one; raises `DataError` where they are none."""
+    with open_npz(path) as stored:
+        if "ids" not in stored:
+            raise DataError(f"{path}: has no array 'ids', only {', '.join(stored) or 'nothing'}")
+        found = {name: stored[name].ravel() for name in ("ids", "lengths") if name in stored}
+    for name, numbers in found.items():
+        if numbers.dtype.kind not in "ui":
+            raise DataError(f"{path}: '{name}' is {numbers.dtype}; whole numbers are needed")
+        if numbers.min(initial=0) < 0:
+            raise DataError(f"{path}: '{name}' holds {numbers.min()}; it counts from 0")
+    ids, lengths = found["ids"].astype(np.int64), found.get("lengths")
+    if lengths is not None and lengths.sum() != len(ids):
+        raise DataError(f"{path}: 'lengths' add up to {lengths.sum()}, but there are {len(ids)} 'ids'")
+    return ids, None if lengths is None else lengths.astype(np.int64)
 
 
 def _window(ids: NDArray[np.int64], widths: NDArray[np.int64], starts: list[tuple[int, int]], index: int) -> Window:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -27,26 +28,46 @@ SPECIALS = {
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file; raises `DataError` with its path."""
+    """The UTF-8 text of a file, its line ends as ``\\n``; raises `DataError` with its path."""
+    return _decoded(path).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, which end in ``\\n`` or ``\\r\\n``.
+
+    And in nothing else that `str.splitlines` takes for an end, such as U+2028 within a sentence: files are read in parallel.
+    """
+    lines = [line.removesuffix("\r") for line in _decoded(path).split("\n")]
+    return lines if lines[-1] else lines[:-1]
+
+
+def _decoded(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is no UTF-8 text: byte {error.start} is {path.read_bytes()[error.start]:#04x}") from error
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
+    mark = len(BOM_UTF8) if content.startswith(BOM_UTF8) else 0  # editors on Windows write it; it is no text
+    try:
+        return content[mark:].decode()
+    except UnicodeDecodeError as error:
+        place = mark + error.start
+        raise DataError(f"{path}: is no UTF-8 text: byte {place} is {content[place]:#04x}") from error
 
 
 @lru_cache(maxsize=8)
 def load_tokenizer(path: str) -> Any:
-    """The ``tokenizers.Tokenizer`` of a ``tokenizer.json``, or of a folder that has one."""
+    """The ``tokenizers.Tokenizer`` of a ``tokenizer.json``, or of a folder that has one; it neither cuts nor pads."""
     tokenizers = require("tokenizers", "text")
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UsageError(f"{file}: there is no such tokenizer; give a tokenizer.json of the tokenizers library")
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        found = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises this very class
         raise DataError(f"{file}: is no tokenizer.json: {error}") from error
+    found.no_truncation()  # what the file was last used with is stored in it, and would be done to whole texts
+    found.no_padding()
+    return found
 
 
 def special(tokenizer: Any, kind: str, path: str) -> int:

@@ -8,7 +8,9 @@ returns ids [B, ≤ max_new_tokens + 1], the start token first. An ONNX file has
 
 from __future__ import annotations
 
+import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +32,7 @@ from nmconvert.tasks.text import (
     lengthened,
     load_tokenizer,
     padded,
+    read_lines,
     read_text,
     special,
 )
@@ -67,20 +70,25 @@ class Translation:
     def dataset(self, data: str, *, split: Split, augment: bool) -> Samples:
         """Pairs of lines of two files: ``train.en`` and ``train.de`` in the folder ``data``, or ``data.en`` and ``data.de``.
 
-        Where there is no target file, the pairs have no labels: to distill on. There is no augmentation.
+        Where there is no target file, the pairs have no labels: to distill on. There is no augmentation. Pairs of which one
+        is blank are left out, with a warning.
 
         Raises:
             DataError: a file is missing or empty, or they differ in their number of lines.
         """
         stem, whole = self._stem(Path(data), split)
         first, second = Path(f"{stem}.{self.source}"), Path(f"{stem}.{self.target}")
-        sentences = read_text(first).splitlines()
+        sentences = read_lines(first)
         translations: Sequence[str | None] = [None] * len(sentences)
         if second.is_file():
-            translations = read_text(second).splitlines()
+            translations = read_lines(second)
         if len(sentences) != len(translations):
             raise DataError(f"{first} has {len(sentences)} lines, {second} {len(translations)}: a line is a pair")
-        pairs = [pair for pair in zip(sentences, translations, strict=True) if pair[0].strip() and pair[1] != ""]
+        pairs = [pair for pair in zip(sentences, translations, strict=True) if all(s is None or s.strip() for s in pair)]
+        if blank := len(sentences) - len(pairs):
+            warnings.warn(
+                f"{first}: {blank} of {len(sentences)} lines are left out: they or their translations are blank", stacklevel=2
+            )
         pairs = pairs if whole else [pairs[i] for i in held_out(len(pairs), split)]
         if not pairs:
             raise DataError(f"{first}: no sentences for the split '{split}'")
@@ -181,6 +189,11 @@ class Translation:
         check_ids(model, inputs["input_ids"])
         if hasattr(model, "generate"):
             beams = {} if self.beams == 1 else {"num_beams": self.beams}
+            if beams and not _takes(model.generate, "num_beams"):
+                name = type(model).__name__
+                raise UsageError(
+                    f"beams={self.beams}: the generate of {name} has no num_beams; leave beams at 1, which is greedy"
+                )
             ids = model.generate(**inputs, max_new_tokens=self.max_length, **beams)
         else:
             ids = greedy(model, inputs, self._start(), self._special("end"), self.max_length)
@@ -222,6 +235,11 @@ def greedy(model: Any, inputs: dict[str, Tensor], start: int, end: int, max_leng
         if done.all():
             break
     return ids
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _logits(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
