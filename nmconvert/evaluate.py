@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from nmconvert.errors import UsageError
 from nmconvert.manifest import Manifest
 from nmconvert.model import load
 from nmconvert.onnx_model import OnnxModel
-from nmconvert.tasks import Task, build_task, misfits_named
+from nmconvert.tasks import Batch, Task, build_task, misfits_named
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,18 @@ def evaluate(
     network = load_model(file, model, model_arguments or {}, trust=trust, device=device, kernels=kernels)
     loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=task.collate)
     start = time.perf_counter()
+    sizes: list[int] = []
+
+    def batches() -> Iterator[Batch]:
+        for batch in loader:
+            sizes.append(batch.size)
+            yield batch.to(place)
+
     with misfits_named(network):
-        metrics = task.evaluate(task.predictor(network), (batch.to(place) for batch in loader))
+        metrics = task.evaluate(task.predictor(network), batches())
     seconds = time.perf_counter() - start
-    return Evaluation(str(file), task.name, data, len(dataset), task.metric, metrics, seconds)
+    measured = sum(sizes) if getattr(task, "skip_bad", False) else len(dataset)  # of texts, a size is that in tokens
+    return Evaluation(str(file), task.name, data, measured, task.metric, metrics, seconds)
 
 
 def evaluate_again(

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from nmconvert.cli.common import TASKS as NAMES
 from nmconvert.errors import DataError, UsageError
+from nmconvert.evaluate import evaluate
 from nmconvert.tasks import TASKS, build_task
 from nmconvert.tasks.base import Samples, held_out
 from nmconvert.tasks.classification import Classification
@@ -492,3 +493,15 @@ def test_why_there_are_no_labels_is_said(tmp_path):
         Classification().loss(Flat(), some)
     with pytest.raises(DataError, match="an image has the label -1"):
         Classification().evaluate(Classification().predictor(Flat()), [some])
+
+
+def test_what_was_skipped_is_not_counted(folder, tmp_path):
+    next((folder / "val").rglob("*.png")).write_bytes(b"damaged")
+    (tmp_path / "flat.py").write_text(
+        "from torch import nn\ndef flat():\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))\n"
+    )
+    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).state_dict(), tmp_path / "flat.pt")
+    task = Classification(skip_bad=True)
+    with pytest.warns(UserWarning, match="skipped"):
+        found = evaluate(tmp_path / "flat.pt", task, str(folder), model=f"{tmp_path / 'flat.py'}:flat")
+    assert found.samples == 4

@@ -16,7 +16,9 @@ from nmconvert.tasks.scenes import Scene, decode, encode, open_scenes
 from nmconvert.tasks.segmentation import Segmentation
 
 Image = pytest.importorskip("PIL.Image")
-pytest.importorskip("pycocotools")
+pycocotools = pytest.importorskip("pycocotools.mask")
+COCO = pytest.importorskip("pycocotools.coco").COCO
+COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval
 
 HEIGHT, WIDTH = 30, 40
 POLYGON = [5, 5, 15, 5, 15, 25, 5, 25]
@@ -250,7 +252,7 @@ def test_unlabelled_images_serve_for_distillation_only(coco):
     assert not batch.labelled
     teacher = Oracle(perfect(task, str(coco))).eval()
     assert task.distill(Oracle({}).train(), teacher, batch) > 0
-    with pytest.raises(DataError, match="no labels"):
+    with pytest.raises(DataError, match=r"no labels to compare with: detection and segmentation take a COCO file"):
         task.loss(Oracle({}).train(), batch)
 
 
@@ -336,6 +338,160 @@ def test_a_label_beyond_the_model_is_said(coco):
     batch = task.collate([*task.dataset(str(coco), split="train", augment=False)])
     with pytest.raises(DataError, match="label -1 is out of range"):
         task.loss(Oracle({}).train(), batch)
+
+
+@pytest.mark.parametrize("name", ["train", "trainval"])
+def test_the_images_of_another_list_are_not_measured(tmp_path, name):
+    folder = voc(tmp_path / "voc")
+    (folder / "ImageSets" / "Main" / "train.txt").rename(folder / "ImageSets" / "Main" / f"{name}.txt")
+    assert len(open_scenes(str(folder), "train", with_masks=False)) == 2
+    for split in ("val", "test"):
+        with pytest.raises(DataError, match=rf"Main: has {name}\.txt and none called {split}\.txt"):
+            open_scenes(str(folder), split, with_masks=False)
+
+
+def edited(folder: Path, old: str, new: str) -> str:
+    """A VOC folder whose first XML says something else."""
+    file = voc(folder) / "Annotations" / "0.xml"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    return str(folder)
+
+
+def test_voc_of_other_habits(tmp_path):
+    folder = Path(edited(tmp_path / "voc", "<filename>0.jpg</filename>", ""))
+    Image.open(folder / "JPEGImages" / "0.jpg").save(folder / "JPEGImages" / "0.png")
+    for place in (folder / "JPEGImages" / "0.jpg", folder / "ImageSets" / "Main" / "train.txt"):
+        place.unlink()
+    xml = (folder / "Annotations" / "0.xml").read_text()
+    xml = xml.replace("object>", "Object>").replace("<name>dog", "<name> dog\n").replace(">0</difficult>", "></difficult>")
+    (folder / "Annotations" / "0 a.xml").write_text(xml)
+    (folder / "JPEGImages" / "0.png").rename(folder / "JPEGImages" / "0 a.png")
+    (folder / "Annotations" / "0.xml").unlink()
+    (folder / "ImageSets" / "Main" / "val.txt").write_text("0 a\n1 \n")
+    scenes = [*Detection().dataset(str(folder), split="val", augment=False)]
+    assert [scene.labels.tolist() for scene in scenes] == [[2], []]
+    assert scenes[0].truth[0]["iscrowd"] == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("<name>dog</name>", "", "an object has no name"),
+        ("<xmin>3<", "<xmin>nan<", r"an object has the bndbox \[nan, 4.0, 12.0, 23.0\], which are no pixels"),
+        ("<xmin>3<", "<xmin><", "an object has no complete bndbox"),
+        ("<difficult>0<", "<difficult>very<", "an object is difficult to the degree 'very'; it has to be 0 or 1"),
+    ],
+)
+def test_an_object_that_is_none_is_said(tmp_path, old, new, message):
+    with pytest.raises(DataError, match=rf"0\.xml: {message}"):
+        open_scenes(edited(tmp_path / "voc", old, new), "train", with_masks=False)
+
+
+def changed(coco: Path, change) -> str:
+    content = json.loads((coco / "val.json").read_text())
+    change(content)
+    (coco / "val.json").write_text(json.dumps(content))
+    return str(coco)
+
+
+def test_null_is_nothing(coco):
+    data = changed(coco, lambda content: content["annotations"][0].update(iscrowd=None, area=None))
+    first = open_scenes(data, "val", with_masks=False).truths[0][0]
+    assert (first["iscrowd"], first["area"]) == (0, 200)
+
+
+@pytest.mark.parametrize("box", [[1, 2, float("nan"), 4], [1, float("inf"), 3, 4], [1, 2, 3], None, ["1", "2", "3", "4"]])
+def test_a_box_that_is_none_is_said(coco, box):
+    data = changed(coco, lambda content: content["annotations"][0].update(bbox=box))
+    with pytest.raises(DataError, match=r"val\.json: annotation 1 has the bbox .*, which is none"):
+        open_scenes(data, "val", with_masks=False)
+
+
+@pytest.mark.parametrize("counts", [[5, 5], [70, -7], "zz\x01zz", "abc", ""])
+def test_runs_that_are_none_are_said(counts):
+    with pytest.raises(DataError, match=r"a\.png: annotation 5 has a segmentation that is none"):
+        encode({"id": 5, "segmentation": {"size": [9, 7], "counts": counts}}, 9, 7, "a.png")
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_compressed_runs_are_taken(as_text):
+    rng = np.random.default_rng(0)
+    for share in (0, 0.01, 0.5, 1):
+        mask = (rng.random((90, 70)) < share).astype(np.uint8)
+        rle = pycocotools.encode(np.asfortranarray(mask))
+        rle = rle | {"counts": rle["counts"].decode()} if as_text else rle
+        assert (decode(encode({"segmentation": rle}, 90, 70)) == mask).all()
+
+
+def test_annotations_of_another_size_are_said(coco):
+    data = changed(coco, lambda content: content["images"][1].update(width=80))
+    with pytest.raises(DataError, match=r"8\.png: is 40 × 30 pixels, its annotations are of 80 × 30"):
+        [*Detection().dataset(data, split="val", augment=False)]
+    with pytest.warns(UserWarning, match="80 × 30"):
+        assert [*Detection(skip_bad=True).dataset(data, split="val", augment=False)][1] is None
+
+
+@pytest.mark.parametrize(
+    ("file", "images", "data"),
+    [
+        ("annotations/instances_val2017.json", "images/val2017", ""),
+        ("annotations/instances_val2017.json", "val2017", "annotations/instances_val2017.json"),
+        ("annotations/val.json", "annotations", ""),
+        ("annotations/val.json", "", ""),
+        ("valid/_annotations.coco.json", "valid", ""),
+        ("valid/_annotations.coco.json", "valid", "valid"),
+        ("valid/_annotations.coco.json", "valid", "valid/_annotations.coco.json"),
+    ],
+)
+def test_layouts_of_coco(coco, tmp_path, file, images, data):
+    new = tmp_path / "new"
+    for folder in {(new / file).parent, new / images}:
+        folder.mkdir(parents=True, exist_ok=True)
+    (coco / "val.json").rename(new / file)
+    (coco / "images" / "8.png").rename(new / images / "8.png")  # not the first one, which is named where the other lies
+    assert open_scenes(str(new / data), "test", with_masks=False).paths == [new / images / "7.png", new / images / "8.png"]
+
+
+def test_images_that_are_nowhere_are_said(coco):
+    (coco / "images").rename(coco / "pictures")
+    with pytest.raises(DataError, match=rf"val\.json: none of its images is found, the first being 7\.png: looked in {coco}"):
+        open_scenes(str(coco), "val", with_masks=False)
+
+
+def test_annotations_of_another_part_are_not_taken_for_none(coco):
+    (coco / "val.json").unlink()
+    with pytest.raises(DataError, match=r"has train\.json and none called test\.json or .*train\.json itself"):
+        open_scenes(str(coco), "test", with_masks=False)
+
+
+def test_as_many_of_each_label_count_as_in_pycocotools():
+    truth = [
+        {"bbox": [10 * (i % 20), 10 * (i // 20), 8, 8], "category_id": 1 + i % 3, "area": 64, "iscrowd": 0} for i in range(390)
+    ]
+    boxes = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in truth)], dtype=torch.float32)
+    labels, scores = torch.tensor([a["category_id"] for a in truth]), torch.linspace(0.9, 0.1, 390)
+    boxes[::7] += 100  # some of them are wrong
+    shuffled = torch.randperm(390)
+    found = {"boxes": boxes[shuffled], "labels": labels[shuffled], "scores": scores[shuffled]}
+    ours = average_precision([record(truth, found, (200, 200), (200, 200), False)], "bbox")
+
+    goal = COCO()
+    goal.dataset = {"images": [{"id": 1}], "categories": [{"id": i} for i in (1, 2, 3)]}
+    goal.dataset["annotations"] = [a | {"id": i + 1, "image_id": 1} for i, a in enumerate(truth)]
+    goal.createIndex()
+    each = zip(boxes, labels, scores, strict=True)
+    results = [
+        {"image_id": 1, "category_id": int(label), "score": float(score), "bbox": [*box[:2].tolist(), 8, 8]}
+        for box, label, score in each
+    ]
+    judge = COCOeval(goal, goal.loadRes(results), "bbox")
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    assert [*ours.values()] == pytest.approx([100 * value for value in judge.stats[:3]])
+    assert ours["ap50"] > 50
 
 
 class Part(nn.Module):

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from nmconvert.errors import DataError
 from nmconvert.extras import require
-from nmconvert.tasks.scenes import Annotation, encode
+from nmconvert.tasks.coco import Annotation
+from nmconvert.tasks.scenes import encode
 
 Found = dict[str, Tensor]
 Record = dict[str, Any]
 """One image: its size, the truth and what was found, in the pixels of the file; what ranks exchange."""
 
-MOST = 100  # of one image, as COCO counts
+MOST = 100  # of one image and one label, as COCO counts
 
 
 def record(
@@ -29,7 +30,7 @@ def record(
 ) -> Record:
     """Scale what was found on an image of ``shape`` [h, w] back to its ``original`` size, and encode masks."""
     height, width = original
-    best = found["scores"].float().topk(min(MOST, len(found["scores"]))).indices
+    best = _best(found["scores"].float(), found["labels"])
     scale = found["boxes"].new_tensor([width / shape[1], height / shape[0]] * 2, dtype=torch.float32)
     kept: dict[str, Any] = {
         "boxes": (found["boxes"][best].float() * scale).cpu().numpy(),
@@ -81,6 +82,15 @@ def average_precision(records: Sequence[Record], kind: str, label_offset: int = 
         judge.accumulate()
         judge.summarize()
     return {name: 100 * float(judge.stats[place]) for place, name in enumerate(("ap", "ap50", "ap75"))}
+
+
+def _best(scores: Tensor, labels: Tensor) -> Tensor:
+    """The numbers of the `MOST` best of each label, the best of all first."""
+    order = scores.argsort(descending=True, stable=True)
+    kept = torch.zeros_like(order, dtype=torch.bool)
+    for label in labels.unique():
+        kept[(labels[order] == label).nonzero()[:MOST]] = True
+    return order[kept]
 
 
 def _results(image: int, found: Record, kind: str, label_offset: int) -> list[Annotation]:

@@ -34,7 +34,7 @@ from nmconvert.errors import DataError
 from nmconvert.tasks import coco_ap, detr
 from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, need_labels, on_bad, unwrapped
 from nmconvert.tasks.coco_ap import Found
-from nmconvert.tasks.scenes import Scene, SceneFiles, open_scenes
+from nmconvert.tasks.scenes import TAKES, Scene, SceneFiles, open_scenes
 
 Target = dict[str, Tensor]
 
@@ -100,7 +100,7 @@ class Detection:
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """The sum of the losses that the model returns."""
-        need_labels(batch)
+        need_labels(batch, TAKES)
         return self._loss(model, batch.inputs, batch.targets["targets"])
 
     def _loss(self, model: Any, images: list[Tensor], targets: list[Target]) -> Tensor:
@@ -156,7 +156,7 @@ class Detection:
         records: list[coco_ap.Record] = []
         for batch in loader:
             if batch.size:
-                need_labels(batch)
+                need_labels(batch, TAKES)
                 with torch.inference_mode():
                     found = predict(batch.inputs)
                 for index, one in enumerate(found):

@@ -62,8 +62,8 @@ class LanguageModel:
         """
         ids, widths, starts = self._tokens(data, split)
         if not len(starts):
-            what = "a block needs two tokens, and of documents in one piece every tenth is held out"
-            raise DataError(f"{data}: no text for the split '{split}': {what}")
+            held = "" if split == "test" else ", and of documents in one piece every tenth is held out"
+            raise DataError(f"{data}: no text for the split '{split}': a block needs two tokens{held}")
         change = partial(_shifted, self.block) if augment else None
         return Samples(partial(_window, ids, widths, starts), len(starts), augment=change)
 

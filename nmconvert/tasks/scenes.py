@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +13,11 @@ from numpy.typing import NDArray
 from nmconvert.errors import DataError
 from nmconvert.extras import require
 from nmconvert.tasks import images
-from nmconvert.tasks.base import Split, held_out, part_folder, part_names
+from nmconvert.tasks.base import Split, held_out, part_folder
+from nmconvert.tasks.coco import ROBOFLOW, Annotation, Listing, check_runs, coco_file, read_coco
+from nmconvert.tasks.voc import read_voc
 
-Annotation = dict[str, Any]
-"""As in COCO: ``bbox`` [x, y, width, height], ``category_id``, ``area``, ``iscrowd``, and ``segmentation`` if there is."""
-
-
-_TAKES = "detection and segmentation take a COCO file (.json), a folder with one, or a Pascal VOC folder"
+TAKES = "detection and segmentation take a COCO file (.json), a folder with one, or a Pascal VOC folder"
 
 
 @dataclass
@@ -79,6 +75,8 @@ class SceneFiles:
 
     paths: Sequence[Path]
     truths: Sequence[list[Annotation] | None]
+    sizes: Sequence[tuple[int, int] | None]
+    """Height and width, where the annotations say them."""
     with_masks: bool
 
     def __len__(self) -> int:
@@ -87,7 +85,10 @@ class SceneFiles:
     def read(self, index: int) -> Scene:
         """Read the image and decode its masks; raises `DataError` with the path."""
         pixels, truth = images.read_image(self.paths[index]), self.truths[index]
-        size = (pixels.shape[0], pixels.shape[1])
+        size, told = (pixels.shape[0], pixels.shape[1]), self.sizes[index]
+        if told is not None and told != size:
+            what = f"is {size[1]} × {size[0]} pixels, its annotations are of {told[1]} × {told[0]}"
+            raise DataError(f"{self.paths[index]}: {what}; repair them, or leave the image out with --skip-bad")
         single = [a for a in truth or () if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
         corners = [(a["bbox"][0], a["bbox"][1], a["bbox"][0] + a["bbox"][2], a["bbox"][1] + a["bbox"][3]) for a in single]
         boxes = np.asarray(corners, np.float32).reshape(-1, 4)
@@ -103,10 +104,11 @@ def open_scenes(data: str, split: Split, *, with_masks: bool) -> SceneFiles:
     """Open images with boxes.
 
     - A COCO file, ``x.json``, in one piece; or a folder with ``train.json`` and ``val.json``, there or in
-      ``annotations/``, also as ``instances_train2017.json``. The images are looked for beside the file, in ``images/``, and
-      in the folder named like the part.
-    - A Pascal VOC folder: ``Annotations/*.xml``, ``JPEGImages``, and ``ImageSets/Main/train.txt``, ``val.txt`` where there
-      are parts. Categories are numbered from 1 in the order of their names; ``difficult`` objects count as crowds.
+      ``annotations/``, also as ``instances_train2017.json``, or with ``train/_annotations.coco.json``. The images are looked
+      for beside the file, above ``annotations/``, in ``images/``, and in the folder named like the part.
+    - A Pascal VOC folder: ``Annotations/*.xml``, ``JPEGImages``, and ``ImageSets/Main/train.txt`` (or ``trainval.txt``),
+      ``val.txt`` where there are parts. Categories are numbered from 1 in the order of their names; ``difficult`` objects
+      count as crowds.
     - A folder of images, without boxes, or with ``train/`` and ``val/``; or a COCO file without annotations: to distill on.
 
     Raises:
@@ -114,19 +116,21 @@ def open_scenes(data: str, split: Split, *, with_masks: bool) -> SceneFiles:
     """
     path = Path(data)
     if path.is_file() and path.suffix == ".json":
-        files = _from_coco(path, (path.parent,), split, whole=False)
+        found = read_coco(path, split, whole=False)
     elif (path / "Annotations").is_dir():
-        files = _from_voc(path, split)
+        paths, truths = read_voc(path, split)
+        found = paths, [*truths], [None] * len(paths)
     elif path.is_dir():
-        files = _from_folder(path, split)
+        found = _from_folder(path, split)
     else:
-        raise DataError(f"{data}: {_TAKES}")
+        raise DataError(f"{data}: {TAKES}")
+    files = SceneFiles(*found, with_masks)
     if not files.paths:
-        raise DataError(f"{data}: no images for the split '{split}'; {_TAKES}")
+        raise DataError(f"{data}: no images for the split '{split}'; {TAKES}")
     known = [annotation for truth in files.truths for annotation in truth or ()]
     if with_masks and known and not any("segmentation" in annotation for annotation in known):
         raise DataError(f"{data}: has boxes but no 'segmentation' (polygons or RLE): is it for --task detection?")
-    return SceneFiles(files.paths, files.truths, with_masks)
+    return files
 
 
 def encode(annotation: Annotation, height: int, width: int, where: object = "") -> Any:
@@ -141,6 +145,7 @@ def encode(annotation: Annotation, height: int, width: int, where: object = "") 
             shape = [[x, y, x + w, y, x + w, y + h, x, y + h]]
         if isinstance(shape, list):
             return coder.merge(coder.frPyObjects(shape, height, width))
+        check_runs(shape["counts"], height * width)
         return coder.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
     except DataError:
         raise
@@ -161,70 +166,13 @@ def _stretch(mask: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uin
     return found
 
 
-def _from_folder(path: Path, split: Split) -> SceneFiles:
-    places = [path, path / "annotations"]
-    for part in part_names(split):
-        for place in places:
-            for file in (place / f"{part}.json", *sorted(place.glob(f"instances_{part}*.json"))):
-                if file.is_file():
-                    roots = (path, path / part, path / file.stem.removeprefix("instances_"))
-                    return _from_coco(file, roots, split, whole=True)
+def _from_folder(path: Path, split: Split) -> Listing:
+    file = coco_file(path, split)
+    if file is not None:
+        return read_coco(file, split, whole=True)
+    if (path / ROBOFLOW).is_file():
+        return read_coco(path / ROBOFLOW, split, whole=False)
     folder = part_folder(path, split)
     found = images.find_images(folder)
     numbers = held_out(len(found), split) if folder == path else range(len(found))
-    return SceneFiles([found[i] for i in numbers], [None for _ in numbers], False)
-
-
-def _from_coco(file: Path, roots: Iterable[Path], split: Split, *, whole: bool) -> SceneFiles:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        entries = content["images"]
-        known = "annotations" in content  # COCO's own lists of test images come without
-        by_image: dict[Any, list[Annotation]] = {entry["id"]: [] for entry in entries}
-        for annotation in content["annotations"] if known else ():
-            box = annotation["bbox"]
-            complete = {"area": box[2] * box[3], "iscrowd": 0} | annotation
-            if annotation["image_id"] not in by_image:
-                number, image = annotation.get("id", "?"), annotation["image_id"]
-                raise DataError(f"{file}: annotation {number} is of image {image}, which is none of its images")
-            by_image[annotation["image_id"]].append(complete | {"category_id": int(annotation["category_id"])})
-        names = [entry["file_name"] for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise DataError(f"{file}: is no COCO file with images and annotations: {type(error).__name__} {error}") from error
-    roots = [*roots, *(root / "images" for root in roots)]
-    root = next((r for r in roots if names and (r / names[0]).is_file()), roots[0])
-    numbers = range(len(names)) if whole else held_out(len(names), split)
-    truths = [by_image[entries[i]["id"]] if known else None for i in numbers]
-    return SceneFiles([root / names[i] for i in numbers], truths, False)
-
-
-def _from_voc(path: Path, split: Split) -> SceneFiles:
-    trees = {}
-    for file in sorted((path / "Annotations").glob("*.xml")):
-        try:
-            trees[file.stem] = ElementTree.parse(file).getroot()
-        except ElementTree.ParseError as error:
-            raise DataError(f"{file}: is no readable XML: {error}") from error
-    names = {o.findtext("name", "") for tree in trees.values() for o in tree.iter("object")}
-    classes = {name: i + 1 for i, name in enumerate(sorted(names))}
-    lists = [path / "ImageSets" / "Main" / f"{part}.txt" for part in part_names(split)]
-    listed = next((file.read_text().split() for file in lists if file.is_file()), None)
-    if listed is not None and (missing := set(listed) - set(trees)):
-        raise DataError(f"{path}: no Annotations/{min(missing)}.xml, though ImageSets lists it")
-    chosen = listed if listed is not None else [[*trees][i] for i in held_out(len(trees), split)]
-    paths = [path / "JPEGImages" / (trees[stem].findtext("filename") or f"{stem}.jpg") for stem in chosen]
-    return SceneFiles(paths, [_voc_objects(trees[stem], classes) for stem in chosen], False)
-
-
-def _voc_objects(tree: ElementTree.Element, classes: Mapping[str, int]) -> list[Annotation]:
-    found: list[Annotation] = []
-    for thing in tree.iter("object"):
-        try:
-            x1, y1, x2, y2 = (float(thing.findtext(f"bndbox/{k}", "")) for k in ("xmin", "ymin", "xmax", "ymax"))
-        except ValueError as error:
-            raise DataError(f"{tree.findtext('filename')}: an object of the XML has no complete bndbox") from error
-        box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]  # VOC counts pixels from 1, and the last one belongs to the box
-        crowd = int(thing.findtext("difficult", "0"))
-        category = classes[thing.findtext("name", "")]
-        found.append({"bbox": box, "category_id": category, "area": box[2] * box[3], "iscrowd": crowd})
-    return found
+    return [found[i] for i in numbers], [None for _ in numbers], [None for _ in numbers]
