@@ -75,17 +75,25 @@ def example_feed(
     inputs = [value for value in model.graph.input if value.name not in constants]
     given = _by_name([value.name for value in inputs], list(specs))
     rng = np.random.default_rng(seed)
+    elsewhere = {dim.dim_param for value in inputs for dim in value.type.tensor_type.shape.dim if not _is_image(value)}
     feed = {}
     for value in inputs:
         tensor = value.type.tensor_type
-        sizes = (batch, 16, 64, 64) if len(tensor.shape.dim) == 4 else (batch, *[16] * len(tensor.shape.dim))
-        dims = [dim.dim_value or size for dim, size in zip(tensor.shape.dim, sizes, strict=False)]
+        dims = []
+        for position, dim in enumerate(tensor.shape.dim):
+            side = _is_image(value) and position >= 2 and dim.dim_param not in elsewhere - {""}
+            dims.append(dim.dim_value or (batch if position == 0 else 64 if side else 16))
         dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         if value.name in given:
             _check_fit(given[value.name], value, dtype)
             dims = list(given[value.name].shape)
         feed[value.name] = example_array(dims, dtype, rng)
     return feed
+
+
+def _is_image(value: ValueInfoProto) -> bool:
+    tensor = value.type.tensor_type
+    return len(tensor.shape.dim) == 4 and helper.tensor_dtype_to_np_dtype(tensor.elem_type).name.startswith("float")
 
 
 def _check_fit(spec: InputSpec, value: ValueInfoProto, dtype: np.dtype[Any]) -> None:

@@ -104,12 +104,7 @@ def prune(
     resume = output.with_name(f"{output.name}.calibration")
     changes = calibration.solve(checkpoint, plan, model, resume) if calibration else None
     solved, reordered = (changes.tensors, changes.reordered) if changes else ({}, {})
-    edits: dict[str, Magnitude | Solved] = {
-        row.name: Solved(row, solved[row.name], reordered.get(row.name))
-        if row.name in solved
-        else Magnitude(row, reordered.get(row.name))
-        for row in plan.pruned
-    }
+    edits = {row.name: _edit(row, solved.get(row.name), reordered.get(row.name)) for row in plan.pruned}
     others = {name: partial(_replace, tensor) for name, tensor in solved.items() if name not in edits}
     base = (Manifest.of(checkpoint) or Manifest()).with_settings(source=str(source.resolve()), **(settings or {}))
     base = base.after("prune", pattern=str(pattern), axis=axis, criterion=criterion)
@@ -176,6 +171,10 @@ def need_pruned(source: Path, plan: Plan) -> None:
 def default_output(source: Path, pattern: Pattern) -> Path:
     """``resnet50.pth`` → ``resnet50.nm2-4.pth``; a folder gets the same ending."""
     return beside(source, f".nm{pattern.n}-{pattern.m}")
+
+
+def _edit(row: Row, solved: Tensor | None, reordered: Tensor | None) -> Magnitude | Solved:
+    return Magnitude(row, reordered) if solved is None else Solved(row, solved, reordered)
 
 
 class Magnitude:

@@ -300,3 +300,20 @@ def example(kind: type[nn.Module], dtype: torch.dtype = torch.float64) -> Tensor
         return torch.randint(0, 11, (2, 5), generator=generator)
     shape = (2, 5, 6) if issubclass(kind, SharedHeads) else (2, 3, 8, 8)
     return torch.randn(*shape, generator=generator, dtype=dtype)
+
+
+class Routed(nn.Module):
+    """Two experts, each of the tokens [B, 16] that a router gives it, behind a first layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.gate, self.out = nn.Linear(16, 32), nn.Linear(32, 2), nn.Linear(32, 8)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)) for _ in range(2))
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        y = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            tokens = (self.gate(h).argmax(1) == number).nonzero().flatten()
+            y = y.index_add(0, tokens, expert(h[tokens]))
+        return self.out(y)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from strategies import patterns
 from torch import nn
 
-from nmconvert.calibrate.budget import Budget, Met, Option, Sensitivity, choose, measure, meet, packed_share, top1_drop
+from nmconvert.calibrate.budget import Budget, Met, Option, Sensitivity, _first, choose, measure, meet, packed_share, top1_drop
 from nmconvert.calibrate.driver import Recipe
 from nmconvert.checkpoint.base import FileCheckpoint
 from nmconvert.cli import group
@@ -395,3 +395,18 @@ def test_what_a_file_lacks_for_a_budget_is_said(bare):
     onnx.save(model, "other.onnx")
     with pytest.raises(DataError, match="takes 64 samples at once, the data has 32: give more"):
         invoke("sensitivity", "other.onnx", *bare)
+
+
+def test_the_classes_of_an_answer_are_found_or_it_is_refused():
+    """Maps have them second, logits and texts last; what a signal [B, ?, ?] has where is not known."""
+    convolution, maps, texts = nn.Conv1d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
+    with pytest.raises(UsageError, match=r"top1-drop: which dimension of an output \[4, 8, 6\] are classes is not known"):
+        top1_drop(convolution, [torch.randn(4, 8, 6)] * 4, Recipe())({})
+    assert top1_drop(maps, [torch.randn(4, 8, 6, 5)] * 4, Recipe())({}) == 0
+    assert top1_drop(texts, [torch.randint(9, (4, 6))] * 4, Recipe())({}) == 0
+    changed = copy.deepcopy(maps)
+    with torch.no_grad():
+        changed.weight.copy_(maps.weight.roll(1, 0))
+        changed.bias.copy_(maps.bias.roll(1))
+    x = torch.randn(4, 8, 6, 5)
+    assert torch.equal((_first(maps, x) + 1) % 8, _first(changed, x))

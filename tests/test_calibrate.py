@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from permutable import Routed
 from torch import nn
 
 from nmconvert.calibrate.answers import answer_of, heads
@@ -399,28 +400,11 @@ def test_what_cannot_be_calibrated_is_said():
         prune_model(model, images(2), {"unused.weight": (NM, "channel")})
 
 
-class Routed(nn.Module):
-    """Two experts behind a layer that is pruned, so that some tokens go to another expert than in the dense model."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.gate, self.out = nn.Linear(16, 32), nn.Linear(32, 2), nn.Linear(32, 8)
-        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
-
-    def forward(self, x):
-        h = self.first(x).relu()
-        y = torch.zeros_like(h)
-        for number, expert in enumerate(self.experts):
-            tokens = (self.gate(h).argmax(1) == number).nonzero().flatten()
-            y = y.index_add(0, tokens, expert(h[tokens]))
-        return self.out(y)
-
-
 def test_experts_whose_tokens_are_routed_otherwise_are_solved_on_their_own():
     torch.manual_seed(0)
     model, batches = Routed().eval(), [torch.randn(64, 16) for _ in range(4)]
     dense, held = copy.deepcopy(model), torch.randn(256, 16)
-    plan = dict.fromkeys(("first.weight", "experts.0.weight", "experts.1.weight"), (NM, "channel"))
+    plan = dict.fromkeys(("first.weight", "experts.0.0.weight", "experts.1.2.weight"), (NM, "channel"))
     magnitude = copy.deepcopy(model)
     for name in plan:
         weight = magnitude.get_parameter(name).data

@@ -43,6 +43,24 @@ def graph_of(nodes, constants, inputs=("x",)):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
 
 
+def test_sequences_go_through_onnxruntime():
+    """As an EmbeddingBag's Loop has them: an empty one, what is appended to it, and all of it in one tensor."""
+    node = helper.make_node
+    nodes = [
+        node("SequenceEmpty", [], ["none"]),
+        node("MatMul", ["x", "w"], ["h"]),
+        node("SequenceInsert", ["none", "h"], ["one"]),
+        node("SequenceInsert", ["one", "x"], ["two"]),
+        node("ConcatFromSequence", ["two"], ["c"], axis=1),
+        node("MatMul", ["c", "v"], ["y"]),
+    ]
+    model = graph_of(nodes, {"w": (16, 16), "v": (32, 8)})
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(GraphModule(model)(x)[0], run(model, x), rtol=1e-5, atol=1e-5)
+    found = prune_onnx(model, [torch.randn(32, 16) for _ in range(3)], rows_of(model, ["w", "v"]), RECIPE)
+    assert all(satisfies(found[name].T.numpy(), NM) for name in ("w", "v"))
+
+
 def residual_net():
     node = helper.make_node
     nodes = [

@@ -461,6 +461,8 @@ def test_a_model_of_several_inputs_is_calibrated_on_arrays_by_their_names(nm: An
         0,
         True,
     )
+    np.savez("two.npz", x=np.full(64, "text"), steps=arrays["steps"])
+    assert "two.npz: its array 'x' holds <U4, and no numbers" in nm(*how, "--calib", "two.npz").err
     np.savez("two.npz", x=arrays["x"])
     run = nm(*how, "--calib", "two.npz")
     assert (run.status, run.err.count("\n")) == (1, 1)

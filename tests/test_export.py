@@ -646,3 +646,14 @@ def test_the_shape_that_export_of_a_graph_was_told_is_known_afterwards(tmp_path:
     with warnings.catch_warnings(action="error"):
         fast = session_on_kernels(str(result.output), providers=["CPUExecutionProvider"])
     assert_allclose(fast.run(None, feed)[0], run(result.output, feed["X"]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("values", ["float16", "bfloat16", "int8"])
+def test_rounded_weights_are_found_in_bodies(tmp_path: Path, values: str) -> None:
+    other = {"V": random_input((8, 64), seed=9)}
+    model = if_model(branch("then", "W", {}), branch("else", "V", other), {"W": sparse_weight("matmul", (8, 64), "2:4")})
+    model.graph.node.append(make("MatMul", ["X", "W"], ["Z"]))
+    model.graph.output.append(value("Z", [None, None]))
+    result = exported(model, tmp_path, values=values)
+    for x in (np.abs(random_input((4, 8))), -np.abs(random_input((4, 8)))):
+        assert_allclose(run(result.output, x), run(model, x), atol=0.02 * np.abs(run(model, x)).max())

@@ -40,6 +40,29 @@ class Decoder(nn.Module):
         return z
 
 
+class Wavering(nn.Module):
+    """Its dropout is always on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.fc(x), training=True)
+
+
+def test_models_that_are_random_or_compiled_are_said_to_be(tmp_path: Path) -> None:
+    torch.save(Wavering().state_dict(), tmp_path / "a.pt")
+    pruned = prune(tmp_path / "a.pt", Pattern(2, 4), include=["fc.weight"]).output
+    with pytest.raises(ExportError, match=r"two runs of the model differ by .* it is random in evaluation mode, too"):
+        export(pruned, model=SPEC.format("Wavering"), inputs=[InputSpec.parse("2,32")])
+    torch.jit.trace(nn.Sequential(nn.Linear(32, 32)), torch.zeros(1, 32)).save(tmp_path / "a.ts")
+    torch.save(nn.Sequential(nn.Linear(32, 32)).state_dict(), tmp_path / "b.pt")
+    pruned = prune(tmp_path / "b.pt", Pattern(2, 4), include=["0.weight"]).output
+    with pytest.raises(ExportError, match="a TorchScript module cannot be exported: name the Python module"):
+        export(pruned, model=str(tmp_path / "a.ts"), inputs=[InputSpec.parse("2,32")], trust=True)
+
+
 def unread() -> Decoder:
     return Decoder(unread=True)
 

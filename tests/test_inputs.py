@@ -92,3 +92,13 @@ def test_initialisers_among_the_inputs_are_no_inputs() -> None:
     feed = example_feed(model)
     assert list(feed) == ["X", "ids"]
     assert feed["ids"].shape == (1, 16)
+
+
+def test_open_sides_of_an_image_are_larger_than_those_that_other_inputs_share() -> None:
+    def sizes(**inputs: list[str | int]) -> dict[str, tuple[int, ...]]:
+        values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name, dims in inputs.items()]
+        graph = helper.make_graph([], "g", values, [])
+        return {name: array.shape for name, array in example_feed(helper.make_model(graph)).items()}
+
+    assert sizes(images=["b", 3, "h", "w"]) == {"images": (1, 3, 64, 64)}
+    assert sizes(x=["b", "s", 8], mask=["b", 1, "s", "s"]) == {"x": (1, 16, 8), "mask": (1, 1, 16, 16)}

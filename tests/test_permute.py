@@ -19,6 +19,7 @@ from permutable import (
     Relative,
     Residual,
     Rotary,
+    Routed,
     SharedHeads,
     Shuffled,
     built,
@@ -229,23 +230,6 @@ def test_a_weight_of_two_names_moves_once():
     found = permute_model(model, x, dict.fromkeys(("one.weight", "last.weight"), (NM, "channel")))
     assert any(report.after > report.before for report in found)
     torch.testing.assert_close(model(x)[0], before, rtol=1e-10, atol=1e-12)
-
-
-class Routed(nn.Module):
-    """Two experts, each of the tokens that a router gives it."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate = nn.Linear(16, 2)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(2))
-        self.out = nn.Linear(16, 8)
-
-    def forward(self, x):
-        y = torch.zeros_like(x)
-        for number, expert in enumerate(self.experts):
-            tokens = (self.gate(x).argmax(1) == number).nonzero().flatten()
-            y = y.index_add(0, tokens, expert(x[tokens]))
-        return self.out(y)
 
 
 def test_channels_of_tokens_that_the_data_routes_keep_their_order():

@@ -7,7 +7,7 @@ float32 in the graph until it is packed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -26,11 +26,14 @@ _SMALLEST = 256  # entries; a Cast node takes about as many bytes as it would sa
 
 def narrow(model: ModelProto) -> None:
     """Replace, in place, float32 initialisers whose values bfloat16 holds exactly by a bfloat16 one and a Cast."""
+    stored = []
     for tensor in _floats(model):
         wide = numpy_helper.to_array(tensor)
         short = wide.astype(ml_dtypes.bfloat16)
         if wide.size >= _SMALLEST and np.array_equal(short.astype(np.float32), wide):
-            _store(model, tensor, short)
+            tensor.CopyFrom(initializer(tensor.name, short))
+            stored.append(tensor.name)
+    _widen(model, stored)
 
 
 def round_weights(model: ModelProto, layers: Iterable[Layer], storage: str) -> dict[str, float]:
@@ -57,8 +60,10 @@ def round_weights(model: ModelProto, layers: Iterable[Layer], storage: str) -> d
             if not np.isfinite(rounded).all():
                 largest = float(np.abs(wide).max())
                 raise ExportError(f"{name}: its largest value {largest:.3g} does not fit into {storage}: store float32")
-            _store(model, tensor, short)
+            tensor.CopyFrom(initializer(name, short))
         errors[name] = float(np.linalg.norm(rounded - wide)) / max(float(np.linalg.norm(wide)), 1e-30)
+    if storage != "int8":
+        _widen(model, list(errors))
     return errors
 
 
@@ -72,14 +77,16 @@ def _lift_constants(model: ModelProto) -> None:
 
 
 def _floats(model: ModelProto) -> list[TensorProto]:
-    return [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]
+    given = {value.name for value in model.graph.output}  # of a type that the file promises
+    return [t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and t.name not in given]
 
 
-def _store(model: ModelProto, tensor: TensorProto, short: npt.NDArray[np.generic]) -> None:
-    """Give ``tensor`` the values ``short``; what read it reads a Cast of it."""
-    name, wide = tensor.name, f"{tensor.name}.wide"
-    for graph, _ in graphs(model):
+def _widen(model: ModelProto, names: Sequence[str]) -> None:
+    """Let what reads the constants ``names`` of the main graph, there or in a body, read a Cast of them to float32."""
+    wide = {name: f"{name}.wide" for name in names}
+    for graph, scope in graphs(model):
+        here = {name: cast for name, cast in wide.items() if name in scope.tensors}  # not hidden by a value of the body
         for node in graph.node:
-            node.input[:] = [wide if read == name else read for read in node.input]
-    tensor.CopyFrom(initializer(name, short))
-    model.graph.node.insert(0, helper.make_node("Cast", [name], [wide], name=f"{name}.widen", to=TensorProto.FLOAT))
+            node.input[:] = [here.get(name, name) for name in node.input]
+    for name, cast in wide.items():
+        model.graph.node.insert(0, helper.make_node("Cast", [name], [cast], name=f"{name}.widen", to=TensorProto.FLOAT))
