@@ -80,7 +80,7 @@ def evaluate(
             sizes.append(batch.size)
             yield batch.to(place)
 
-    with misfits_named(network):
+    with misfits_named(network, task.misfit):
         metrics = task.evaluate(task.predictor(network), batches())
     seconds = time.perf_counter() - start
     measured = sum(sizes) if getattr(task, "skip_bad", False) else len(dataset)  # of texts, a size is that in tokens

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from nmconvert.errors import UsageError, check_choice
 from nmconvert.pattern import AXES, Axis, Pattern
-from nmconvert.rules import guess_kind, output_layers, rule_against
+from nmconvert.rules import COMPUTED, guess_kind, output_layers, parts_of_weights, rule_against
 from nmconvert.targets import TARGETS
 from nmconvert.tensor import PRUNABLE_DTYPES, Row, TensorInfo
 
@@ -58,7 +58,7 @@ def make_plan(
         if not any(fnmatchcase(name, glob) for name in names):
             raise UsageError(f"'{glob}' matches no tensor of the checkpoint; `nmconvert inspect` lists their names")
     outputs = output_layers([(info.name, info.shape) for info in tensors if not info.secondary and info.reason is None])
-    choices = _Choices(pattern, axis, tuple(layers), tuple(include), tuple(exclude), target, outputs)
+    choices = _Choices(pattern, axis, tuple(layers), tuple(include), tuple(exclude), target, outputs, parts_of_weights(names))
     rows: dict[str, Row] = {}
     for info in tensors:
         rows[info.name] = _decide(info, choices, rows)
@@ -74,6 +74,7 @@ class _Choices:
     exclude: tuple[str, ...]
     target: str
     outputs: frozenset[str]
+    parts: frozenset[str]
 
 
 def _decide(info: TensorInfo, choices: _Choices, decided: dict[str, Row]) -> Row:
@@ -93,8 +94,7 @@ def _decide(info: TensorInfo, choices: _Choices, decided: dict[str, Row]) -> Row
     if reason := _impossible(info):
         return Row(info, reason=reason)
     assumed = info.kind is None
-    is_output = info.output or info.own_name in choices.outputs
-    against = rule_against(info.name, info.shape, info.kind, groups=info.groups, is_output=is_output)
+    against = COMPUTED if info.name in choices.parts else _rule(info, choices)
     if against is not None and not included:
         return Row(info, reason=against)
     known = replace(info, kind=info.kind or guess_kind(info.name, info.shape))
@@ -102,6 +102,11 @@ def _decide(info: TensorInfo, choices: _Choices, decided: dict[str, Row]) -> Row
     if reason := _too_small(row, explicit=included) or TARGETS[choices.target](row):
         return Row(known, assumed=assumed, reason=reason)
     return row
+
+
+def _rule(info: TensorInfo, choices: _Choices) -> str | None:
+    is_output = info.output or info.own_name in choices.outputs
+    return rule_against(info.name, info.shape, info.kind, groups=info.groups, is_output=is_output)
 
 
 def _matching(name: str, globs: Iterable[str]) -> str | None:

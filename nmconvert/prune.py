@@ -24,7 +24,7 @@ from nmconvert.manifest import Layer, Manifest
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import Axis, Pattern
 from nmconvert.plan import NOT_INCLUDED, Plan, make_plan
-from nmconvert.rules import is_embedding, unready
+from nmconvert.rules import COMPUTED, is_embedding, unready
 from nmconvert.tensor import Row, TensorInfo
 
 if TYPE_CHECKING:
@@ -310,7 +310,7 @@ def _no_layer(model: torch.nn.Module, name: str, *, included: bool, solved: bool
     from nmconvert.model import is_part_of_weight
 
     if is_part_of_weight(model, name):
-        return "a weight is computed from it: fold it in first (remove_weight_norm, or parametrize.remove_parametrizations)"
+        return COMPUTED
     if solved:
         return "not the weight of a convolution or a linear layer, which alone are calibrated"
     return None if included else "not the weight of a convolution or a linear layer"

@@ -38,14 +38,14 @@ _HIDDEN = re.compile(r"(^|\.)(transform|dense)\.")  # inside of a head
 _ROUTER = re.compile(r"(^|\.)(router(\.(layer|classifier))?|(\w*(moe|mlp|ffn|feed_forward)\.)?gate)\.weight$")
 _EXPERTS = re.compile(r"(^|\.)experts?\.|_(proj|linear)(\.weight)?$")
 _NO_WEIGHT = re.compile(r"(^|[._])(bias|a_log)$")
-_WEIGHT = re.compile(
-    r"(^|[._/])(weight|kernel|filters?|w)(_v|_orig)?$|weight\.original[01]?$"
-)  # and what a norm or a mask makes it of
+_WEIGHT = re.compile(r"(^|[._/])(weight|kernel|filters?|w)(_orig)?$")  # and what torch's masks make it of
 _QUANTISED = re.compile(r"\.(qweight|qzeros|scb|absmax|quant_map|weight_scale(_inv)?|weight_format)$")
 _ADAPTER = re.compile(r"(^|\.)lora_(a|b|embedding_a|embedding_b)(\.|$)")
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")  # Hugging Face Conv1D (GPT-2) stores [I, O]
 _TRANSPOSED = re.compile(r"deconv|conv_?t\d*$|conv_?transpose|transposed?_conv")  # what a module calls itself
 _ENLARGES = re.compile(r"^up(_?(sampler?|conv))?_?\d*$")  # transposed where its kernel is even, else on an enlarged image
+_PARTS = {"weight_v": "weight_g", "weight_orig": "weight_u"}  # of weight_norm and spectral_norm, and what stands beside them
+COMPUTED = "a weight is computed from it: fold it in first (remove_weight_norm, or parametrize.remove_parametrizations)"
 _FEW = 4  # channels
 _WIDE = 16  # places of a kernel: a convolution in one dimension rarely has as many
 
@@ -124,6 +124,14 @@ def _own_parts(names: Sequence[str]) -> dict[str, list[str]]:
     shared = len({name.partition(".")[0] for name in names}) == 1
     parts = {name: name.lower().split(".") for name in names}
     return {name: own[1:] if shared and len(own) > 2 else own for name, own in parts.items()}
+
+
+def parts_of_weights(names: Iterable[str]) -> frozenset[str]:
+    """Of ``names`` those that weights are computed from: parametrizations, weight_norm and spectral_norm."""
+    there = frozenset(names)
+    beside = {name.removesuffix(end) + other: name for name in there for end, other in _PARTS.items() if name.endswith(end)}
+    parametrized = frozenset(name for name in there if ".parametrizations." in f".{name}")
+    return parametrized.union(name for other, name in beside.items() if other in there)
 
 
 def unready(names: Iterable[str]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import defaultdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +402,17 @@ def test_files_that_are_no_models(cache: Path, tmp_path: Path, name: str, conten
 def test_numbers_that_measure_nothing(tmp_path: Path, arguments: str, text: str) -> None:
     run = CliRunner().invoke(bench_command, [str(file(two_layers(), tmp_path)), *arguments.split()])
     assert str(run.exception) == text
+
+
+def test_doctor_tells_a_version_that_was_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "2.14.1+cu130" if name == "torch" else real(name))
+    told = json.loads(CliRunner().invoke(doctor_command, ["--json"]).output)
+    torch_fact, onnx_fact = (next(fact for fact in told["facts"] if fact["name"] == name) for name in ("torch", "onnx"))
+    assert torch_fact["found"] == "2.14.1+cu130, not tried"
+    assert torch_fact["remedy"] == "pip install 'torch<2.14,>=2.9'"
+    assert onnx_fact["fine"]
+    assert not told["fine"]
 
 
 def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

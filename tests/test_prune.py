@@ -285,6 +285,25 @@ def test_with_a_model_every_weight_has_its_own_reason(tmp_path: Path) -> None:
         prune(tmp_path / "a.pt", Pattern(2, 4), include=["normed.weight_v"], model=Parts())
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_what_weights_are_computed_from_stays_dense_without_the_model(tmp_path: Path) -> None:
+    """Pruned, it could not be packed: no file has zeros where a norm multiplies."""
+    parts = nn.Sequential(
+        nn.utils.weight_norm(nn.Linear(16, 16)),
+        nn.utils.parametrizations.weight_norm(nn.Conv1d(16, 16, 3)),
+        nn.utils.spectral_norm(nn.Linear(16, 16)),
+        nn.utils.parametrizations.orthogonal(nn.Linear(16, 16)),
+        nn.Linear(16, 16),
+    )
+    torch.save(parts.state_dict(), tmp_path / "a.pt")
+    rows = {row.name: row for row in prune(tmp_path / "a.pt", Pattern(2, 4)).plan.rows}
+    assert [name for name, row in rows.items() if row.pattern] == ["4.weight"]
+    for name in ("0.weight_v", "1.parametrizations.weight.original1", "2.weight_orig", "3.parametrizations.weight.original"):
+        assert "a weight is computed from it: fold it in first" in (rows[name].reason or "")
+    asked = prune(tmp_path / "a.pt", Pattern(2, 4), include=["0.weight_v"])
+    assert [row.name for row in asked.plan.pruned] == ["0.weight_v"]
+
+
 def test_a_model_of_another_size_is_named(tmp_path: Path) -> None:
     torch.save(nn.Sequential(nn.Linear(16, 8)).state_dict(), tmp_path / "a.pt")
     with pytest.raises(ModelError, match=r"a\.pt: '0\.weight' is \[8, 16\], and \[8, 16, 3\] in the model; name the right one"):

@@ -72,6 +72,7 @@ def test_settings_are_read_as_their_field_says():
         {"temperature": "0"},
         {"temperature": "nan"},
         {"std": "0.5,0,0.5"},
+        {"mean": "123.7,116.8,103.9"},
         {"crop": "-1"},
         {"label_smoothing": "2"},
         {"mean": "0.5,0.5"},

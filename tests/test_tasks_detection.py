@@ -99,6 +99,14 @@ def test_half_of_it_is_half(coco):
     assert run(Detection(), Oracle(found), str(coco))["ap"] == pytest.approx(50)
 
 
+def test_classes_that_are_counted_from_another_number_are_suspected(coco):
+    found = perfect(Detection(), str(coco))
+    shifted = {number: one | {"labels": one["labels"] - 1} for number, one in found.items()}
+    with pytest.warns(UserWarning, match=r"hardly a label fits; with --task-arg label_offset=-1 AP50 of 2 images is 100\.0"):
+        assert run(Detection(), Oracle(shifted), str(coco))["ap50"] == 0
+    assert run(Detection(label_offset=-1), Oracle(shifted), str(coco))["ap50"] == 100
+
+
 def test_nothing_found_is_zero(coco):
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
     assert run(Detection(), Oracle({7: nothing, 8: nothing}), str(coco))["ap"] == 0
@@ -423,6 +431,19 @@ def test_compressed_runs_are_taken(as_text):
         rle = pycocotools.encode(np.asfortranarray(mask))
         rle = rle | {"counts": rle["counts"].decode()} if as_text else rle
         assert (decode(encode({"segmentation": rle}, 90, 70)) == mask).all()
+
+
+def test_boxes_on_a_photograph_that_viewers_turn_are_on_the_turned_one(coco):
+    """Cameras store the sensor's rows and which way up these are."""
+    stored = np.zeros((WIDTH, HEIGHT, 3), np.uint8)
+    stored[:20, :15] = 255  # top left; turned a quarter to the right, top right
+    turn_right = Image.Exif()
+    turn_right[0x0112] = 6
+    Image.fromarray(stored).save(coco / "images" / "8.png", exif=turn_right)
+    scene = Detection().dataset(str(coco), split="val", augment=False)[1]
+    assert scene.image.shape == (HEIGHT, WIDTH, 3)
+    assert scene.image[:15, 20:].min() == 255
+    assert scene.image[:, :20].max() == scene.image[15:].max() == 0
 
 
 def test_annotations_of_another_size_are_said(coco):

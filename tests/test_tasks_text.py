@@ -240,7 +240,7 @@ def test_a_block_that_is_longer_than_the_model_reads_is_said(tmp_path):
     task, model = LanguageModel(block=64), Placed(32)
     with (
         pytest.raises(ModelError, match=r"IndexError.*longer than it reads \(--task-arg block=N cuts it\)"),
-        misfits_named(model),
+        misfits_named(model, task.misfit),
     ):
         task.evaluate(task.predictor(model), whole(task, tmp_path / "a.txt"))
     with pytest.raises(ModelError, match=r"--task-arg block=N or max_length=N cuts"), misfits_named(model):

@@ -7,6 +7,8 @@ import platform
 from dataclasses import dataclass
 from importlib import metadata
 
+from packaging.requirements import Requirement
+
 from nmconvert import __version__
 from nmconvert.runtime.cache import cpu_model, folder
 from nmconvert.runtime.locate import kernels
@@ -42,8 +44,18 @@ def examine() -> list[Fact]:
 
 
 def _package(name: str) -> Fact:
+    wanted = _wanted(name)
     try:
-        return Fact(name, metadata.version(name))
+        version = metadata.version(name)
     except metadata.PackageNotFoundError:
         needed = name != "transformers"  # an extra
-        return Fact(name, "not installed", fine=not needed, remedy=f"pip install {name}" if needed else "")
+        return Fact(name, "not installed", fine=not needed, remedy=f"pip install '{wanted}'" if needed else "")
+    if wanted.specifier.contains(version, prereleases=True):
+        return Fact(name, version)
+    return Fact(name, f"{version}, not tried", fine=False, remedy=f"pip install '{wanted}'")
+
+
+def _wanted(name: str) -> Requirement:
+    """What nmconvert was said to need of a package."""
+    said = map(Requirement, metadata.requires("nmconvert") or ())
+    return next((Requirement(f"{one.name}{one.specifier}") for one in said if one.name == name), Requirement(name))

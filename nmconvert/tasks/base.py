@@ -29,6 +29,15 @@ Split = Literal["train", "val", "test"]
 """Parts of the data. Data in named parts: ``test`` is its test part, or else its val part, and ``val`` the reverse.
 Data in one piece: ``test`` is all of it; ``train`` and ``val`` are nine tenths and every tenth sample of it."""
 
+IMAGE_MISFIT = "Is it of another size, another number of channels (mean and std have one value each), or another --task?"
+"""What to ask where a model cannot take images."""
+
+
+def text_misfit(setting: str) -> str:
+    """The same of rows of tokens, whose length ``setting`` limits."""
+    return f"Is a row longer than it reads (--task-arg {setting}=N cuts it), or the tokenizer another model's?"
+
+
 Predict = Callable[[Any], Any]
 Gather = Callable[[list[Any]], list[Any]]
 """Joins the lists of all ranks into one, the same on each; `list` where there is one process."""
@@ -58,6 +67,8 @@ class Task(Protocol):
     name: ClassVar[str]
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
+    misfit: ClassVar[str]
+    """What to ask where a model cannot take the data."""
 
     def dataset(self, data: str, *, split: Split, augment: bool) -> Samples:
         """Samples of ``data``, a path or ``package.module:callable``; raises `DataError` where it is none of ours."""
@@ -205,8 +216,10 @@ def unwrapped(model: Any) -> Any:
 
 
 @contextmanager
-def misfits_named(model: object) -> Iterator[None]:
+def misfits_named(model: object, question: str | None = None) -> Iterator[None]:
     """What goes wrong inside ``model`` on the data that it is given becomes one line about both.
+
+    ``question`` is what to ask of the data, `Task.misfit`; without one it goes by the error.
 
     Raises:
         ModelError: with what torch said. Errors of ours, of memory and of other processes pass.
@@ -222,23 +235,9 @@ def misfits_named(model: object) -> Iterator[None]:
         name = type(unwrapped(model)).__name__
         if isinstance(error, AttributeError | ImportError | KeyError | NameError):
             raise ModelError(f"{name} fails, which its code has to mend: {said}. --debug shows where") from error
-        raise ModelError(f"{name} cannot take this data: {said}. {_suspicion(error)} --debug shows where") from error
-
-
-_LENGTHS = {"nmconvert.tasks.language_model": "block", "nmconvert.tasks.translation": "max_length"}
-"""The settings of tasks that say how long a row of tokens is."""
-
-
-def _suspicion(error: BaseException) -> str:
-    """What is likely to be wrong with the data: of text, which a task of it gave or an embedding did not know, or of images."""
-    callers = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
-    lengths = [name for module, name in _LENGTHS.items() if module in callers]
-    if not lengths and "index out of range in self" in str(error):
-        lengths = [*_LENGTHS.values()]
-    if lengths:
-        settings = " or ".join(f"{name}=N" for name in lengths)
-        return f"Is a row longer than it reads (--task-arg {settings} cuts it), or the tokenizer another model's?"
-    return "Is it of another size, another number of channels (mean and std have one value each), or another --task?"
+        unknown_token = "index out of range in self" in str(error)
+        asked = question or (text_misfit("block=N or max_length") if unknown_token else IMAGE_MISFIT)
+        raise ModelError(f"{name} cannot take this data: {said}. {asked} --debug shows where") from error
 
 
 def _in_a_module(error: BaseException) -> bool:

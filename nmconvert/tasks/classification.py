@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nmconvert.errors import DataError, UsageError
 from nmconvert.tasks import images
-from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, need_labels, on_bad, tensor_of
+from nmconvert.tasks.base import IMAGE_MISFIT, Batch, Gather, Predict, Samples, Split, need_labels, on_bad, tensor_of
 from nmconvert.tasks.distillation import kl
 from nmconvert.tasks.labelled import Source, open_source
 
@@ -55,6 +55,7 @@ class Classification:
     name: ClassVar[str] = "classification"
     metric: ClassVar[str] = "top1"
     higher_is_better: ClassVar[bool] = True
+    misfit: ClassVar[str] = IMAGE_MISFIT
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std):

@@ -19,6 +19,7 @@ teacher's own detections are the targets.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -32,11 +33,12 @@ from torch import Tensor, nn
 
 from nmconvert.errors import DataError
 from nmconvert.tasks import coco_ap, detr
-from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, need_labels, on_bad, unwrapped
+from nmconvert.tasks.base import IMAGE_MISFIT, Batch, Gather, Predict, Samples, Split, need_labels, on_bad, unwrapped
 from nmconvert.tasks.coco_ap import Found
 from nmconvert.tasks.scenes import TAKES, Scene, SceneFiles, open_scenes
 
 Target = dict[str, Tensor]
+_HARDLY = 5.0  # percent of AP50
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Detection:
     name: ClassVar[str] = "detection"
     metric: ClassVar[str] = "ap"
     higher_is_better: ClassVar[bool] = True
+    misfit: ClassVar[str] = IMAGE_MISFIT
     with_masks: ClassVar[bool] = False
 
     def dataset(self, data: str, *, split: Split, augment: bool) -> Samples:
@@ -167,10 +170,20 @@ class Detection:
         if not records:
             raise DataError("no image to evaluate on: the data is empty, or none of it can be read")
         result = coco_ap.average_precision(records, "bbox", self.label_offset)
+        if result["ap50"] < _HARDLY:
+            self._suspect_the_offset(records)
         if not self.with_masks:
             return result
         masks = coco_ap.average_precision(records, "segm", self.label_offset)
         return {f"mask_{name}": value for name, value in masks.items()} | result
+
+    def _suspect_the_offset(self, records: Sequence[coco_ap.Record]) -> None:
+        """Warn where nearly nothing is right, and much would be if classes were counted from another number."""
+        some = [one for one in records if one["truth"]][:200]
+        for offset in (self.label_offset - 1, self.label_offset + 1):
+            if (ap50 := coco_ap.average_precision(some, "bbox", offset)["ap50"]) > 2 * _HARDLY:
+                text = f"hardly a label fits; with --task-arg label_offset={offset} AP50 of {len(some)} images is {ap50:.1f}"
+                warnings.warn(f"{text}: do the model and the data number their classes alike?", stacklevel=3)
 
 
 def map_distance(ours: dict[str, Tensor], goal: dict[str, Tensor]) -> Tensor:

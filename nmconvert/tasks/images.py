@@ -21,12 +21,18 @@ GRAY = frozenset({"1", "L", "LA"})  # Pillow's modes of files without colour
 _BITS_PER_SAMPLE = 258  # the tag of TIFF
 
 
-def read_image(path: Path, *, keep_gray: bool = False) -> Image:
-    """The image at ``path`` as uint8 [H, W, 3], or [H, W, 1] if it is to be kept gray; raises `DataError` with the path."""
+def read_image(path: Path, *, keep_gray: bool = False, size: tuple[int, int] | None = None) -> Image:
+    """The image at ``path`` as uint8 [H, W, 3], or [H, W, 1] if it is to be kept gray; raises `DataError` with the path.
+
+    Pixels are taken as they are stored, as torchvision does; but where ``size``, height and width, is only had by turning them
+    as a camera's tag says (EXIF), they are: somebody drew boxes on what a viewer shows.
+    """
     pil = require("PIL.Image", "vision")
     try:
         with pil.open(path) as image:
-            return pixels_of(image, keep_gray=keep_gray, where=path)
+            stored = size is None or size == (image.height, image.width)
+            upright = image if stored else require("PIL.ImageOps", "vision").exif_transpose(image)
+            return pixels_of(upright if (upright.height, upright.width) == size else image, keep_gray=keep_gray, where=path)
     except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "is no readable image"
         raise DataError(f"{path}: {reason}; --skip-bad leaves out what cannot be read") from error

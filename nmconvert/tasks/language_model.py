@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nmconvert.errors import DataError
-from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, held_out, part_names, tensor_of
+from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, held_out, part_names, tensor_of, text_misfit
 from nmconvert.tasks.distillation import kl
 from nmconvert.tasks.labelled import open_npz
 from nmconvert.tasks.text import IGNORED, check_ids, encode, fixed_length, lengthened, padded, read_text
@@ -48,6 +48,7 @@ class LanguageModel:
     name: ClassVar[str] = "language_model"
     metric: ClassVar[str] = "perplexity"
     higher_is_better: ClassVar[bool] = False
+    misfit: ClassVar[str] = text_misfit("block")
 
     def dataset(self, data: str, *, split: Split, augment: bool) -> Samples:
         """Blocks of a text.

@@ -84,8 +84,9 @@ class SceneFiles:
 
     def read(self, index: int) -> Scene:
         """Read the image and decode its masks; raises `DataError` with the path."""
-        pixels, truth = images.read_image(self.paths[index]), self.truths[index]
-        size, told = (pixels.shape[0], pixels.shape[1]), self.sizes[index]
+        told, truth = self.sizes[index], self.truths[index]
+        pixels = images.read_image(self.paths[index], size=told)
+        size = pixels.shape[0], pixels.shape[1]
         if told is not None and told != size:
             what = f"is {size[1]} × {size[0]} pixels, its annotations are of {told[1]} × {told[0]}"
             raise DataError(f"{self.paths[index]}: {what}; repair them, or leave the image out with --skip-bad")

@@ -23,7 +23,18 @@ from torch import Tensor
 
 from nmconvert.errors import DataError, UsageError
 from nmconvert.extras import require
-from nmconvert.tasks.base import Batch, Gather, Predict, Samples, Split, held_out, need_labels, part_names, tensor_of
+from nmconvert.tasks.base import (
+    Batch,
+    Gather,
+    Predict,
+    Samples,
+    Split,
+    held_out,
+    need_labels,
+    part_names,
+    tensor_of,
+    text_misfit,
+)
 from nmconvert.tasks.distillation import kl
 from nmconvert.tasks.text import (
     IGNORED,
@@ -66,6 +77,7 @@ class Translation:
     name: ClassVar[str] = "translation"
     metric: ClassVar[str] = "bleu"
     higher_is_better: ClassVar[bool] = True
+    misfit: ClassVar[str] = text_misfit("max_length")
 
     def dataset(self, data: str, *, split: Split, augment: bool) -> Samples:
         """Pairs of lines of two files: ``train.en`` and ``train.de`` in the folder ``data``, or ``data.en`` and ``data.de``.

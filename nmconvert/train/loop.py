@@ -172,7 +172,7 @@ class Run:
 
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
-        with out_of_memory_named(self.settings.batch, self.settings.accumulate), misfits_named(self.model):
+        with out_of_memory_named(self.settings.batch, self.settings.accumulate), misfits_named(self.model, self.task.misfit):
             for index, batch in enumerate(parts):
                 # Processes average their gradients; a sum of shares of the whole batch is what is wanted.
                 share = batch.size / size
@@ -285,7 +285,7 @@ class Run:
         model.eval()
         loader = self._labelled(validation_loader(self.validation, self.task, self.settings, self.device))
         predict = self.task.predictor(model)
-        with misfits_named(model):
+        with misfits_named(model, self.task.misfit):
             if self.settings.shard:
                 metrics = self.task.evaluate(_without_inference_mode(predict), loader)
             else:
