@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from nmconvert.errors import NmconvertError, UsageError
+from nmconvert.errors import NmconvertError, UsageError, first_line
 
 
 def rank() -> int:
@@ -47,7 +47,7 @@ def device(name: str | None = None) -> torch.device:
         found.item()  # "meta" has no numbers
         return found.device
     except (AssertionError, RuntimeError, NotImplementedError) as error:
-        said = str(error).strip().splitlines()[0].rstrip(".")
+        said = first_line(error).rstrip(".")
         raise UsageError(f"--device {name}: cannot be used here ({said}); --device cpu always can") from error
 
 

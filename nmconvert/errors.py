@@ -74,9 +74,14 @@ class KernelsUnavailableError(NmconvertError):
     """The native kernels were not built, or cannot run here."""
 
 
-def first_line(error: Exception) -> str:
-    """What an error of another library says, cut to one line."""
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of another library says; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """All that it says as a part of one line, cut at ``most`` letters."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def check_choice(what: str, given: str, choices: Collection[str]) -> None:

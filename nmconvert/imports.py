@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nmconvert.errors import NmconvertError, UsageError
+from nmconvert.errors import NmconvertError, UsageError, one_line
 
 
 @dataclass(frozen=True)
@@ -107,4 +107,4 @@ def file_of(spec: str) -> Path:
 
 def brief(error: BaseException) -> str:
     """An error as a part of one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -87,7 +88,11 @@ class Manifest:
 
     def layer(self, name: str) -> Layer | None:
         """The entry of tensor ``name``."""
-        return next((layer for layer in self.layers if layer.name == name), None)
+        return self._by_name.get(name)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Layer]:
+        return {layer.name: layer for layer in self.layers}
 
     def after(self, stage: str, **facts: Any) -> Manifest:
         """This manifest with one more stage in its history."""

@@ -166,6 +166,13 @@ def has_shape(weight: Tensor, shape: Sequence[int]) -> bool:
     return is_lazy(weight) or tuple(weight.shape) == tuple(shape)
 
 
+def forward_inputs(model: nn.Module) -> tuple[list[str], bool]:
+    """What ``forward`` calls its inputs, and whether it takes others by name."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
 def is_part_of_weight(model: nn.Module, name: str) -> bool:
     """Whether a layer's weight is computed from the parameter ``name``: under weight_norm, spectral_norm and their like."""
     if ".parametrizations." in f".{name}":

@@ -17,13 +17,15 @@ def norms(module: nn.Module) -> list[_BatchNorm]:
 @contextmanager
 def estimated_anew(found: Sequence[_BatchNorm]) -> Iterator[None]:
     """Within, each of ``found`` uses its batch's statistics; the running ones are then a plain mean over the batches."""
-    before = [(norm.momentum, norm.state_dict()["num_batches_tracked"].clone()) for norm in found]
+    before = [(norm.momentum, norm.training, norm.state_dict()["num_batches_tracked"].clone()) for norm in found]
     for norm in found:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean
         norm.train()
-    yield
-    for norm, (momentum, seen) in zip(found, before, strict=True):
-        norm.momentum = momentum
-        norm.state_dict()["num_batches_tracked"].copy_(seen)
-        norm.eval()
+    try:
+        yield
+    finally:
+        for norm, (momentum, training, seen) in zip(found, before, strict=True):
+            norm.momentum = momentum
+            norm.state_dict()["num_batches_tracked"].copy_(seen)
+            norm.train(training)

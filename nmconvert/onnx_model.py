@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nmconvert.errors import CheckpointError, ModelError
+from nmconvert.errors import CheckpointError, ModelError, first_line
 from nmconvert.runtime import session as kernel_session
 
 _DTYPES = {
@@ -51,7 +51,7 @@ class OnnxModel:
             opened = kernel_session if kernels else ort.InferenceSession
             self.session = opened(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's classes share no base but this one
-            raise CheckpointError(f"{file}: onnxruntime cannot load it: {error}") from error
+            raise CheckpointError(f"{file}: onnxruntime cannot load it: {first_line(error)}") from error
         self.file = file
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
@@ -65,8 +65,19 @@ class OnnxModel:
         size = len(next(iter(feeds.values())))
         step = self._fixed_batch() or size
         pieces = [self._run({k: v[i : i + step] for k, v in feeds.items()}, step) for i in range(0, size, step)]
-        whole = {name: torch.cat([piece[name] for piece in pieces])[:size] for name in self.outputs}
+        whole = pieces[0] if step == size else {name: self._joined(name, pieces, step, size) for name in self.outputs}
         return whole[self.outputs[0]] if len(whole) == 1 else whole
+
+    def _joined(self, name: str, pieces: Sequence[Mapping[str, Tensor]], step: int, size: int) -> Tensor:
+        """One output of all pieces, without what filled up the last."""
+        rows = {tuple(piece[name].shape[:1]) for piece in pieces}
+        if rows != {(step,)}:
+            shape = [*pieces[0][name].shape]
+            raise ModelError(
+                f"{self.file}: made for {step} samples at a time, {size} were given, and the output '{name}' {shape} "
+                f"has no row for each; give {step} (--batch-size {step})"
+            )
+        return torch.cat([piece[name] for piece in pieces])[:size]
 
     def _bind(self, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         feeds = dict(zip(self.inputs, args, strict=False)) | dict(kwargs)
@@ -89,7 +100,7 @@ class OnnxModel:
             found = self.session.run_with_ort_values(self.outputs, values)
         except Exception as error:  # as above
             shapes = ", ".join(f"{name} {[*tensor.shape]}" for name, tensor in feeds.items())
-            raise ModelError(f"{self.file}: onnxruntime fails on {shapes}: {error}") from error
+            raise ModelError(f"{self.file}: onnxruntime fails on {shapes}: {first_line(error)}") from error
         return {name: _from_ort(value) for name, value in zip(self.outputs, found, strict=True)}
 
 

@@ -192,7 +192,6 @@ class Magnitude:
         by_rows = dense is None and row.info.kind in ("conv", "linear") and row.info.transposed is None
         self.block_rows = 1 if by_rows else 0
         self._hash = hashlib.sha256()
-        self._negative_zeros = False
         self._kept: list[float] = []  # of each block, in any order
         self._total: list[float] = []
 
@@ -208,7 +207,7 @@ class Magnitude:
 
     def seal(self, pruned: Array) -> None:
         """Add what was made of a block to the hash; the blocks come in order."""
-        plain = pruned.flags.c_contiguous and not self._negative_zeros
+        plain = pruned.flags.c_contiguous and not has_negative_zero(pruned)
         self._hash.update(pruned.reshape(-1).view(np.uint8).data if plain else canonical_bytes(pruned).data)
 
     def _pruned(self, weight: Array) -> Array:
@@ -219,7 +218,6 @@ class Magnitude:
             raise WeightError(f"{self.row.name}: holds NaN or infinite weights; repair the checkpoint or --exclude the tensor")
         self._total.append(total)
         self._kept.append(kept)
-        self._negative_zeros |= has_negative_zero(matrix)
         return view.from_matrix(matrix)
 
     def layer(self) -> Layer:

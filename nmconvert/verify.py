@@ -286,7 +286,7 @@ def _compare_tensors(checkpoint: Checkpoint, other: Checkpoint, manifest: Manife
     sparse = None if manifest is None else {layer.name for layer in manifest.layers}
     mine = {info.name: info for info in checkpoint.tensors()}
     theirs = {info.name: info for info in other.tensors()}
-    for name in mine.keys() ^ theirs.keys():
+    for name in [name for name in [*mine, *theirs] if not (name in mine and name in theirs)]:
         yield Check(name, False, f"only in {checkpoint.path if name in mine else other.path}")
     for name in [name for name in mine if name in theirs]:
         if (mine[name].shape, mine[name].dtype) != (theirs[name].shape, theirs[name].dtype):

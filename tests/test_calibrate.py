@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from permutable import Routed
 from torch import nn
 
-from nmconvert.calibrate.answers import answer_of, heads
+from nmconvert.calibrate.answers import all_trainable, answer_of, heads
 from nmconvert.calibrate.correct import held_out_error, keep_if_better, output_error, reconstruct, reestimate_norms
 from nmconvert.calibrate.driver import Recipe, prune_model
 from nmconvert.calibrate.images import augment, is_images, scenes
@@ -25,6 +25,7 @@ from nmconvert.detect import satisfies
 from nmconvert.errors import DataError, ModelError, WeightError
 from nmconvert.masks import nm_mask
 from nmconvert.matrix import MatrixView
+from nmconvert.norms import estimated_anew, norms
 from nmconvert.pattern import Pattern
 
 NM = Pattern(2, 4)
@@ -224,6 +225,22 @@ def test_the_norm_after_a_convolution_is_found():
     model = small_net()
     names = ["stem", "body.0.conv1", "body.1.conv2"]
     assert find_followers(model, images(1)[0], names) == {"body.0.conv1": "body.0.bn1", "body.1.conv2": "body.1.bn2"}
+
+
+def test_a_norm_after_an_activation_in_place_is_none_of_the_convolutions():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    assert find_followers(model.eval(), images(1)[0], ["0", "3"]) == {"3": "4"}
+
+
+def test_norms_and_parameters_are_left_as_they_were_where_a_run_fails():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).train()
+    model[0].weight.requires_grad_(False)
+    for within in (estimated_anew(norms(model)), all_trainable(model)):
+        with pytest.raises(RuntimeError, match="no such thing"), within:
+            raise RuntimeError("no such thing")
+    assert model[1].momentum == 0.1
+    assert model[1].training
+    assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
 
 
 # ── the driver ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -117,6 +117,23 @@ def test_several_outputs_are_a_dict(tmp_path):
     assert torch.allclose(found["logits"], torch.tensor(weight.sum(0)).expand(2, 4), atol=1e-5)
 
 
+def test_outputs_without_a_row_for_each_sample_are_not_cut(tmp_path):
+    """Cut to the batch, the first rows of something else would be measured."""
+    value, shape = helper.make_tensor_value_info, numpy_helper.from_array(np.array([-1, 2]), "shape")
+    for batch in ("n", 4):
+        graph = helper.make_graph(
+            [helper.make_node("Reshape", ["x", "shape"], ["rows"]), helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0)],
+            "rows", [value("x", TensorProto.FLOAT, [batch, 6])],
+            [value("rows", TensorProto.FLOAT, None), value("sum", TensorProto.FLOAT, [])], [shape],
+        )  # fmt: skip
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "m.onnx")
+        found = OnnxModel(tmp_path / "m.onnx")(torch.ones(4, 6))
+        assert found["rows"].shape == (12, 2)
+        assert found["sum"] == 24
+    with pytest.raises(ModelError, match=r"made for 4 samples at a time, 6 .* the output 'rows' \[12, 2\] has no row"):
+        OnnxModel(tmp_path / "m.onnx")(torch.ones(6, 6))
+
+
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 

@@ -16,8 +16,10 @@ from torch.nn import functional as F
 from nmconvert.checkpoint import open_checkpoint
 from nmconvert.errors import ExportError, UntrustedFileError, UsageError
 from nmconvert.export import ExportResult, export
+from nmconvert.export.trace import trace
 from nmconvert.inputs import InputSpec
 from nmconvert.manifest import Manifest
+from nmconvert.model import forward_inputs
 from nmconvert.onnx_graph import DOMAIN
 from nmconvert.pattern import Pattern
 from nmconvert.prune import prune
@@ -65,6 +67,28 @@ def test_models_that_are_random_or_compiled_are_said_to_be(tmp_path: Path) -> No
 
 def unread() -> Decoder:
     return Decoder(unread=True)
+
+
+def test_a_model_that_returns_another_number_of_tensors_is_said(tmp_path: Path) -> None:
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.calls = nn.Linear(8, 8), 0
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            self.calls += 1
+            return [self.layer(x)] * self.calls
+
+    with pytest.raises(ExportError, match="returned 1 tensors, and 2 when it ran again"):
+        trace(Growing(), [InputSpec.parse("2,8")], {})
+
+
+def test_inputs_are_told_by_their_kind_and_not_their_name() -> None:
+    class Named(nn.Module):
+        def forward(self, args: torch.Tensor, *more: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+            return args * scale
+
+    assert forward_inputs(Named()) == (["args", "scale"], False)
 
 
 def test_pruned_layers_that_are_not_packed_are_told_with_the_reason(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,13 @@ from torch import Tensor, nn
 from nmconvert.arrays import as_array, digest
 from nmconvert.checkpoint import open_checkpoint, stream
 from nmconvert.errors import ModelError, PatternError, UsageError, WeightError
+from nmconvert.magnitude import has_negative_zero
 from nmconvert.manifest import Manifest
 from nmconvert.matrix import MatrixView
 from nmconvert.pattern import AXES, Axis, Pattern
 from nmconvert.prune import default_output, prune
 from nmconvert.runtime import kernels
+from nmconvert.verify import verify
 
 
 def naive_prune(weight: Tensor, kind: Any, pattern: Pattern, axis: Axis, groups: int = 1) -> Tensor:
@@ -104,6 +107,23 @@ def test_in_blocks_of_rows_the_result_is_the_same(tmp_path: Path, monkeypatch: p
         assert first.energy == pytest.approx(second.energy)
     first, second = (safetensors.torch.load_file(r.output) for r in (whole, blocks))
     assert all(torch.equal(first[name], second[name]) for name in state)
+
+
+def test_a_negative_zero_in_one_of_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are edited by several threads at once; what one finds no other may overwrite."""
+
+    def slowly(weight: Any) -> bool:
+        found = has_negative_zero(weight)
+        sleep(0.0 if found else 0.005)
+        return found
+
+    weight = random_weight((64, 32), 0)
+    weight[20:40] *= weight[20:40] > 0  # as a mask leaves them
+    safetensors.torch.save_file({"a.weight": weight}, tmp_path / "a.safetensors")
+    monkeypatch.setattr(stream, "BLOCK", 512)
+    monkeypatch.setattr("nmconvert.prune.has_negative_zero", slowly)
+    for _ in range(4):
+        assert not verify(prune(tmp_path / "a.safetensors", Pattern(2, 4)).output).failed
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

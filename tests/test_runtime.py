@@ -669,6 +669,35 @@ def test_pads_of_gigabytes_are_an_error_of_the_run(isa: str, pad: int) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_what_fails_on_a_thread_of_the_session_is_an_error_of_the_run(isa: str, batch: int) -> None:
+    """Images of a batch go to threads of onnxruntime, which catch nothing: the process ended."""
+    weight = random_weight(np.random.default_rng(1), "conv", (32, 32, 3, 3), "2:4")
+    proto = layer("SparseConv", weight, [batch, 32, 8, 8], pads=[6000] * 4, strides=[400] * 2)
+    with pytest.raises(
+        Exception, match=r"nmconvert\.SparseConv: the input with its pads would have \d+ numbers, without them \d+$"
+    ):
+        with_kernels(proto, 2).run(None, {"x": np.zeros((batch, 32, 8, 8), np.float32)})
+
+
+@needs_kernels
+def test_images_of_many_sizes_take_the_memory_of_some(isa: str) -> None:
+    """Where images are read where they are, weights are prepared for their size."""
+    weight = random_weight(np.random.default_rng(1), "conv", (1024, 1024, 1, 1), "2:4")
+    session = with_kernels(layer("SparseConv", weight, [1, 1024, "h", "w"]))
+
+    def megabytes_after(pixels: range) -> float:
+        for count in pixels:
+            room = np.zeros(1024 * count + 16, np.float32)
+            start = -room.ctypes.data % 64 // 4  # at a cache line, as the outputs of other layers
+            session.run(None, {"x": room[start:][: 1024 * count].reshape(1, 1024, 1, count)})
+        return resident_megabytes()
+
+    before = megabytes_after(range(16, 64, 16))
+    assert megabytes_after(range(64, 1280, 16)) - before < 50  # eight plans of 3 MB, and images
+
+
+@needs_kernels
 @pytest.mark.parametrize(("kept", "values"), [(0, 0), (1, 1)])
 def test_a_small_file_is_no_large_weight(kept: int, values: int) -> None:
     proto = layer("SparseMatMul", random_weight(np.random.default_rng(1), "matmul", (32, 64), "2:4"), ["t", 32])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -77,20 +77,31 @@ def heads(model: nn.Module, batch: Batch) -> dict[str, int]:
         return hook
 
     layers = [(n, m) for n, m in model.named_modules() if [*m.parameters()] and not [*m.children()]]
-    frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
     handles = [module.register_forward_hook(note(name), with_kwargs=True) for name, module in layers]
     try:
-        for parameter in frozen:
-            parameter.requires_grad_(parameter.is_floating_point())
-        with torch.enable_grad():
+        with all_trainable(model):
             call_model(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, before in frozen.items():
-            parameter.requires_grad_(before)
     passed = _before(into)
     return {name: calls[name] for name, nodes in out.items() if nodes and not any(node in passed for node in nodes)}
+
+
+@contextmanager
+def all_trainable(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """Within, gradients are computed, of every floating parameter; they are yielded by name, and left as they were."""
+    parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+    before = {name: (p.requires_grad, p.grad) for name, p in parameters.items()}
+    try:
+        with torch.enable_grad():
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            yield parameters
+    finally:
+        for name, parameter in parameters.items():
+            trained, parameter.grad = before[name]
+            parameter.requires_grad_(trained)
 
 
 def _before(nodes: list[Any]) -> set[Any]:

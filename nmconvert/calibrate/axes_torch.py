@@ -14,7 +14,7 @@ from torch.fx import Node
 from nmconvert.calibrate.atoms import Proof
 from nmconvert.calibrate.axes import Value, Walk
 from nmconvert.calibrate.replay import Batch, as_call
-from nmconvert.errors import ModelError
+from nmconvert.errors import ModelError, one_line
 
 Result = Value | tuple[Value, ...]
 _CHOOSING = ("topk", "sort", "argsort", "argmax", "argmin", "nonzero", "max", "min", "cond", "torchvision")  # torchvision: nms
@@ -30,7 +30,7 @@ def exported(model: nn.Module, batch: Batch) -> ExportedProgram:
     try:
         return torch.export.export(model.eval(), call.args, call.kwargs)
     except Exception as error:  # it runs the model's own code, which can raise anything
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise ModelError(f"torch.export cannot trace the model, so that nothing is permuted: {reason}") from error
 
 

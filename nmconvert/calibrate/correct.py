@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from nmconvert.calibrate.answers import Answer
+from nmconvert.calibrate.answers import Answer, all_trainable
 from nmconvert.calibrate.replay import Call, outputs_of
 from nmconvert.calibrate.together import Loss, Together
 from nmconvert.norms import estimated_anew, norms
@@ -142,12 +142,8 @@ def reconstruct(
     The module stays in evaluation mode: norms use their running statistics. (The block reconstruction of BRECQ, Li et
     al. 2021, with N:M masks in place of rounding.)
     """
-    parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
-    frozen = {name: p.requires_grad for name, p in parameters.items()}
     losses = Together(loss, at_once)
-    with torch.enable_grad():
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+    with all_trainable(module) as parameters:
         groups = [{"params": [p], "rate": rate * (_size(p) / _USUAL if relative else 1.0)} for p in parameters.values()]
         optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.99))
         for step in range(steps):
@@ -160,9 +156,6 @@ def reconstruct(
             with torch.no_grad():
                 for name, mask in masks.items():
                     parameters[name].mul_(mask)
-    for name, parameter in parameters.items():
-        parameter.grad = None
-        parameter.requires_grad_(frozen[name])
 
 
 def _size(parameter: Tensor) -> float:

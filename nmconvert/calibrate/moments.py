@@ -217,30 +217,37 @@ def inputs_seen(
     return seen
 
 
+def _version(output: Any) -> int:
+    """How often what a module gave has been changed in place; of anything but a tensor 0."""
+    return output._version if isinstance(output, Tensor) else 0
+
+
 def find_followers(model: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, str]:
     """For each of the modules ``names`` whose output goes straight into a batch norm: the name of that norm."""
-    made: dict[int, str] = {}
+    made: dict[int, tuple[str, int]] = {}  # with the version: what works in place gives the same object
     followers: dict[str, str] = {}
     alive: list[Any] = []
 
     def made_by(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             alive.append(output)
-            made[id(output)] = name
+            made[id(output)] = name, _version(output)
 
         return hook
 
     def taken_by(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if id(args[0]) in made:
-                followers[made[id(args[0])]] = name
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            taken = args[0] if args else kwargs["input"]
+            maker, version = made.get(id(taken), (None, -1))
+            if maker is not None and _version(taken) == version:
+                followers[maker] = name
 
         return hook
 
     handles = [model.get_submodule(name).register_forward_hook(made_by(name)) for name in names]
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
-            handles.append(module.register_forward_pre_hook(taken_by(name)))
+            handles.append(module.register_forward_pre_hook(taken_by(name), with_kwargs=True))
     try:
         with torch.no_grad():
             call_model(model, batch)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import Tensor
 
-from nmconvert.errors import ModelError
+from nmconvert.errors import ModelError, one_line
 from nmconvert.onnx_graph import DTYPES, attribute, reads
 
 Inputs = Sequence[Any]
@@ -43,10 +43,8 @@ class Runtime:
                 self._sessions[key] = self._session(node, feeds)
             return [_returned(array) for array in self._sessions[key].run(outputs, feeds)]
         except Exception as error:  # onnxruntime's classes share no base but this one
-            reason = " ".join(str(error).split())[:200]
-            raise ModelError(
-                f"onnxruntime cannot compute '{node.name or node.output[0]}' ({node.op_type}): {reason}"
-            ) from error
+            called = f"'{node.name or node.output[0]}' ({node.op_type})"
+            raise ModelError(f"onnxruntime cannot compute {called}: {one_line(error)}") from error
 
     def _session(self, node: NodeProto, feeds: Mapping[str, Any]) -> Any:
         inputs = []

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 import torch
 
-from nmconvert.errors import CheckpointError, UntrustedFileError
+from nmconvert.errors import CheckpointError, UntrustedFileError, one_line
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,9 @@ def read_pickle(stream: BinaryIO, path: object) -> Structure:
         structure.root = _Unpickler(data, structure).load()
     # Damaged bytes can raise anything: what matters is that the file cannot be read.
     except Exception as error:
-        reason = str(error).split("\n")[0][:100] or type(error).__name__
-        raise CheckpointError(f"{path}: damaged: its pickle cannot be read ({reason}); copy the file anew") from error
+        raise CheckpointError(
+            f"{path}: damaged: its pickle cannot be read ({one_line(error, 100)}); copy the file anew"
+        ) from error
     return structure
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +16,13 @@ import torch
 from onnx import ModelProto
 from torch import nn
 
-from nmconvert.errors import ExportError, MissingExtraError, UsageError
+from nmconvert.errors import ExportError, MissingExtraError, UsageError, first_line
 from nmconvert.export.check import compare
 from nmconvert.export.functions import IR_VERSION, OPSET
 from nmconvert.export.names import restore_names
 from nmconvert.hugging_face import without_caches
 from nmconvert.inputs import InputSpec, example_array
+from nmconvert.model import forward_inputs
 
 _UNBACKED = (
     ". How many results it gives depends on the values: export a module that returns as many each time, such as the scores and "
@@ -90,15 +90,14 @@ def _arguments(
     module: nn.Module, specs: Sequence[InputSpec], dtype: torch.dtype, dynamic: Mapping[int, str]
 ) -> dict[str, torch.Tensor]:
     """Example arguments by parameter name. A dynamic dimension of size 1 is traced with 2: torch would fix a 1."""
-    parameters = inspect.signature(module.forward).parameters
-    names = [name for name in parameters if name not in ("args", "kwargs")]
+    names, takes_more = forward_inputs(module)
     rng = np.random.default_rng(0)
     arguments = {}
     for position, spec in enumerate(specs):
         if spec.name is None and position >= len(names):
             raise UsageError(f"{len(specs)} inputs were given, the model's forward takes {len(names)}: {', '.join(names)}")
         name = spec.name or names[position]
-        if name not in names and "kwargs" not in parameters:
+        if name not in names and not takes_more:
             raise UsageError(f"the model's forward has no input '{name}': it takes {', '.join(names)}")
         shape = [2 if axis in dynamic and size == 1 else size for axis, size in enumerate(spec.shape)]
         floating = spec.dtype.startswith(("float", "bfloat"))
@@ -139,7 +138,7 @@ def _run_exporter(
         raise MissingExtraError(f"torch's exporter needs {error.name}: pip install onnxscript") from error
     except Exception as error:  # torch.export raises whatever the traced code raises
         cause = error.__cause__ or error
-        reason = (str(cause).strip().splitlines() or [""])[0]
+        reason = first_line(cause)
         remedy = _UNBACKED if "data-dependent" in reason else ""
         raise ExportError(f"torch cannot export the model: {type(cause).__name__}: {reason}{remedy}") from error
     if program is None:
@@ -176,7 +175,12 @@ def _name_dimensions(model: ModelProto, dynamic: Mapping[int, str]) -> None:
 
 def _need_repeatable(module: nn.Module, arguments: Mapping[str, torch.Tensor], outputs: Sequence[npt.NDArray[Any]]) -> None:
     """Raise where a second run gives something else."""
-    apart = [compare(again, first) for again, first in zip(_outputs(module, arguments), outputs, strict=True)]
+    again = _outputs(module, arguments)
+    if len(again) != len(outputs):
+        raise ExportError(
+            f"the model returned {len(outputs)} tensors, and {len(again)} when it ran again: it has no one graph to export"
+        )
+    apart = [compare(second, first) for second, first in zip(again, outputs, strict=True)]
     worst = max(apart, key=lambda difference: difference.relative, default=None)
     if worst is not None and not worst.accepted:
         raise ExportError(
@@ -187,7 +191,7 @@ def _need_repeatable(module: nn.Module, arguments: Mapping[str, torch.Tensor], o
 
 def run_module(module: nn.Module, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
     """The outputs of a module, in evaluation mode, for arrays by the names of its forward's parameters, or in their order."""
-    names = [name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs")]
+    names, _ = forward_inputs(module)
     by_name = feed if set(feed) <= set(names) else dict(zip(names, feed.values(), strict=False))
     module, dtype = _computing(module)
     arguments = {name: torch.from_numpy(array) for name, array in by_name.items()}
@@ -232,7 +236,7 @@ def _outputs(module: nn.Module, arguments: Mapping[str, torch.Tensor]) -> list[n
             return _flatten(module(**arguments))
     except Exception as error:  # a module's code may raise anything
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in arguments.items())
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         hint = "; is --input right? Ids are --input 1,16:int64" if "Long, Int" in reason else "; is --input right?"
         raise ExportError(f"the model fails on {shapes}: {type(error).__name__}: {reason}{hint}") from error
 

@@ -10,13 +10,13 @@ kept for each CPU model (:mod:`nmconvert.runtime.cache`), but for those of round
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -83,12 +83,12 @@ def calls(model: ModelProto) -> list[tuple[NodeProto, Constants]]:
     ]
 
 
-def met_shapes(session: onnxruntime.InferenceSession, feed: Feed) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Name of a node → shapes of its inputs, from the profile of one run of ``session``, which was made with profiling on."""
-    session.run(None, dict(feed))
-    path = Path(session.end_profiling())
-    events = json.loads(path.read_text("utf-8"))
-    path.unlink()
+def met_shapes(model: bytes, threads: int, library: Path, feed: Feed) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Name of a node → shapes of its inputs, from the profile of one run of ``model`` on the kernels of ``library``."""
+    with TemporaryDirectory(prefix="nmconvert-") as folder:
+        session = open_session(model, threads, library, profile=Path(folder) / "profile")
+        session.run(None, dict(feed))
+        events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
     return {
         event["name"].removesuffix("_kernel_time"): tuple(
             tuple(next(iter(described.values()))) for described in event["args"].get("input_type_shape", [])
@@ -99,16 +99,16 @@ def met_shapes(session: onnxruntime.InferenceSession, feed: Feed) -> dict[str, t
 
 
 def open_session(
-    model: str | bytes, threads: int, library: Path | None = None, *, profile: bool = False
+    model: str | bytes, threads: int, library: Path | None = None, *, profile: Path | None = None
 ) -> onnxruntime.InferenceSession:
-    """A session on the CPU, with the kernels of ``library``."""
+    """A session on the CPU, with the kernels of ``library``; its profile goes to a file whose name begins with ``profile``."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     options.add_session_config_entry("session.force_spinning_stop", "1")  # threads of one would spin through the other's turn
-    if profile:
+    if profile is not None:
         options.enable_profiling = True
-        options.profile_file_prefix = str(Path(tempfile.gettempdir()) / "nmconvert-profile")
+        options.profile_file_prefix = str(profile)
     if library is not None:
         options.register_custom_ops_library(str(library))
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -213,8 +213,7 @@ def met_layers(model: ModelProto, library: Path, threads: int, inputs: Iterable[
         return []
     for position, (node, _) in enumerate(found):
         node.name = node.name or f"nmconvert_{position}"
-    session = open_session(model.SerializeToString(), threads, library, profile=True)
-    shapes = met_shapes(session, example_feed(model, inputs))
+    shapes = met_shapes(model.SerializeToString(), threads, library, example_feed(model, inputs))
     return [Met(node, scope, _of_each(node, shapes[node.name])) for node, scope in found if node.name in shapes]
 
 

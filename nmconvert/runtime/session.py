@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnxruntime
 
-from nmconvert.errors import check_choice
+from nmconvert.errors import check_choice, one_line
 from nmconvert.runtime.cache import Cache
 from nmconvert.runtime.locate import Kernels, kernels, library
 
@@ -152,7 +152,7 @@ def _measured(
         manifest = None if inputs else Manifest.in_metadata(model, "the model")
         return _measure(model, found, cache, threads, manifest.said_inputs() if manifest else inputs)
     except Exception as error:  # onnxruntime's classes share no base but this one, and the model's own operators raise anything
-        said = " ".join(str(error).split())[:150]
+        said = one_line(error, 150)
         warnings.warn(
             f"no layer was measured, all run on the kernels: the model cannot be run on example inputs ({said}); "
             'give inputs=[InputSpec.parse("NAME=SHAPE:DTYPE"), …], or layers="sparse" to do without',

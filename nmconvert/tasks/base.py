@@ -23,7 +23,7 @@ from torch._dynamo import OptimizedModule
 from torch.utils.data import Dataset
 
 from nmconvert import dist
-from nmconvert.errors import DataError, ModelError, NmconvertError
+from nmconvert.errors import DataError, ModelError, NmconvertError, one_line
 
 Split = Literal["train", "val", "test"]
 """Parts of the data. Data in named parts: ``test`` is its test part, or else its val part, and ``val`` the reverse.
@@ -231,7 +231,7 @@ def misfits_named(model: object, question: str | None = None) -> Iterator[None]:
     except Exception as error:
         if not _in_a_module(error) or dist.lost_peer(error) or "allocate memory" in str(error):
             raise
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}"
+        said = f"{type(error).__name__}: {one_line(error, 300).rstrip('.')}"
         name = type(unwrapped(model)).__name__
         if isinstance(error, AttributeError | ImportError | KeyError | NameError):
             raise ModelError(f"{name} fails, which its code has to mend: {said}. --debug shows where") from error

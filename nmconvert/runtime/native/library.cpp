@@ -37,6 +37,7 @@ struct CustomOp : OrtCustomOp {
 
 struct Kernel {
   const OrtApi* api;
+  const char* name;
   std::unique_ptr<Node> node;
 };
 
@@ -106,12 +107,12 @@ CustomOp make_custom_op(const Operator& op, int compute, int stored, const Isa* 
   custom.CreateKernelV2 = [](const OrtCustomOp* it, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
     const CustomOp& custom_op = self(it);
     return guarded(api, custom_op.op->name.c_str(), [&] {
-      *kernel = new Kernel{api, make_node(*custom_op.op, custom_op.compute, custom_op.isa, Info(api, info))};
+      *kernel = new Kernel{api, custom_op.op->name.c_str(), make_node(*custom_op.op, custom_op.compute, custom_op.isa, Info(api, info))};
     });
   };
   custom.KernelComputeV2 = [](void* raw, OrtKernelContext* context) {
     Kernel& kernel = *static_cast<Kernel*>(raw);
-    return guarded(kernel.api, "run", [&] { kernel.node->run(Context(kernel.api, context)); });
+    return guarded(kernel.api, kernel.name, [&] { kernel.node->run(Context(kernel.api, context)); });
   };
   custom.KernelDestroy = [](void* raw) { delete static_cast<Kernel*>(raw); };
   return custom;

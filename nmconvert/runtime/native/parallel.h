@@ -7,7 +7,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <new>
+#include <exception>
 #include <thread>
 #include <type_traits>
 
@@ -31,12 +31,13 @@ class Parallel {
   // others use their other halves.
   int64_t parts() const { return threads_ > 1 ? 4 * threads_ : 4; }
 
-  // Throws std::bad_alloc where a task ran out of memory, the only way in which tasks fail.
+  // Throws what the first task that failed threw, once all have ended: onnxruntime's threads catch nothing.
   template <typename Task>
   void operator()(int64_t count, Task&& task) const {
     struct Data {
       std::remove_reference_t<Task>* task;
       std::atomic<bool> failed{false};
+      std::exception_ptr error;
     } data{&task};
     if (count == 1 || !loop_) {
       for (int64_t i = 0; i < count; ++i) task(i);
@@ -48,12 +49,12 @@ class Parallel {
           Data& shared = *static_cast<Data*>(raw);
           try {
             (*shared.task)(static_cast<int64_t>(index));
-          } catch (const std::bad_alloc&) {
-            shared.failed = true;
+          } catch (...) {
+            if (!shared.failed.exchange(true)) shared.error = std::current_exception();
           }
         },
         static_cast<size_t>(count), &data);
-    if (data.failed) throw std::bad_alloc();
+    if (data.error) std::rethrow_exception(data.error);
   }
 
  private:

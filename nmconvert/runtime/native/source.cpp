@@ -1,6 +1,8 @@
 #include "source.h"
 
 #include <algorithm>
+#include <cstdio>
+#include <string>
 
 namespace nmconvert {
 namespace {
@@ -43,13 +45,19 @@ void sort_channel(const Isa* isa, const ConvAttributes& a, const Triple& in, con
     }
 }
 
+std::string whole(double number) {
+  char digits[32];
+  std::snprintf(digits, sizeof digits, "%.0f", number);
+  return digits;
+}
+
 // Pads and strides of a few bytes could ask for any memory: a copy may be as large as what is read and computed makes likely.
 void check_copy(const ConvAttributes& a, const Image& image, double channel) {
   const double planes = static_cast<double>(a.groups * a.inputs * image.batch), copied = channel * planes;
   const double read = static_cast<double>(volume(image.in)) * planes;
   const double computed = static_cast<double>(volume(image.out)) * static_cast<double>(volume(a.kernel)) * planes;
   if (copied > kAlwaysCopied + kMostCopies * (read + computed))
-    throw InvalidNode("the input with its pads would have " + std::to_string(copied) + " numbers, without them " + std::to_string(read));
+    throw InvalidNode("the input with its pads would have " + whole(copied) + " numbers, without them " + whole(read));
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 namespace nmconvert {
 
 constexpr size_t kMostSizes = 256;  // that choices are kept for
+constexpr size_t kMostPlans = 8;    // each as large as the packed weight: images of other widths need others
 
 Weights::Weights(const Isa* isa, const Packed& packed, const std::vector<bool>& is_row, int64_t groups, Hint hint, float scale)
     : is_row_(is_row), groups_(groups), hint_(hint), scale_(scale), decoded_(new SparseRows(decode(packed, is_row))) {
@@ -51,13 +52,15 @@ Streaming Weights::choose_and_plan(const Packed& packed, const Size& size, const
   }
   const Plan key{choice.isa, choice.tile, choice.layout.strips, choice.layout.pitch};
   meet(streams_.count(key) != 0);
-  std::unique_ptr<StreamPlan>& plan = streams_[key];
-  if (!plan) {
+  auto found = streams_.find(key);
+  if (found == streams_.end()) {
+    if (streams_.size() >= kMostPlans) streams_.clear(), chosen_.clear();
     std::vector<float> widened;
     const float* values = widen(packed.values, widened);
-    plan = std::make_unique<StreamPlan>(plan_stream(take(packed), values, {packed, scale_}, groups_, choice.shape().rows, choice.layout));
+    auto plan = plan_stream(take(packed), values, {packed, scale_}, groups_, choice.shape().rows, choice.layout);
+    found = streams_.emplace(key, std::make_shared<const StreamPlan>(std::move(plan))).first;
   }
-  return chosen_[size] = {choice, plan.get()};
+  return chosen_[size] = {choice, found->second};
 }
 
 const AmxPlan* Weights::plan_for(const Packed& packed, const AmxOrder& order) {

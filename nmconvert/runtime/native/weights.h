@@ -30,7 +30,7 @@ struct TileChoice {
 
 struct Streaming {
   TileChoice choice;
-  const StreamPlan* plan = nullptr;
+  std::shared_ptr<const StreamPlan> plan;  // of a run, also where another one needs its room meanwhile
   const AmxPlan* amx = nullptr;  // the matrix unit's
   bool by_rows() const { return !plan && !amx; }
 };
@@ -80,7 +80,7 @@ class Weights {
   std::unique_ptr<SparseRows> decoded_;  // until the first plan is made, or the session
   bool guessed_ = false;                 // the plans are those of a likely input, and nothing has run yet
   std::map<Size, Streaming> chosen_;
-  std::map<Plan, std::unique_ptr<StreamPlan>> streams_;
+  std::map<Plan, std::shared_ptr<const StreamPlan>> streams_;
   std::map<std::pair<bool, int64_t>, std::unique_ptr<AmxPlan>> amx_;
   std::map<const Isa*, std::unique_ptr<RowPlan>> few_;
 };
