@@ -32,7 +32,7 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from benchmarks import fastestdet_onnx
-from benchmarks.data import ROOT
+from benchmarks.data import CHECKPOINTS, ROOT, cifar_images
 from benchmarks.models.llama import stories260k
 from nmconvert.calibrate.driver import DEFAULT, Recipe, prune_model
 from nmconvert.calibrate.onnx_driver import prune_onnx
@@ -81,13 +81,10 @@ def report(what: str, target: str, make: Callable[[], T], measure: Callable[[T],
 
 def cifar(split: str) -> tuple[Tensor, Tensor]:
     """Normalised images [N, 3, 32, 32] and labels."""
-    from PIL import Image
-
-    files = sorted((ROOT / "cifar10" / split).glob("*.webp"))
-    tiles = [np.asarray(Image.open(f).convert("RGB")).reshape(25, 32, 25, 32, 3).swapaxes(1, 2) for f in files]
-    images = torch.from_numpy(np.concatenate(tiles).reshape(-1, 32, 32, 3)).permute(0, 3, 1, 2).float() / 255
+    stored, labels = cifar_images(split)
+    images = torch.from_numpy(stored).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(t)[:, None, None] for t in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    return (images - mean) / std, torch.from_numpy(np.load(ROOT / "cifar10" / f"labels_{split}.npy")).long()
+    return (images - mean) / std, torch.from_numpy(labels).long()
 
 
 class Cifar:
@@ -136,7 +133,7 @@ class Cifar:
 
 def run_resnet20() -> None:
     """The five targets."""
-    data = Cifar(resnet20, "resnet20-12fca82f.th")
+    data = Cifar(resnet20, CHECKPOINTS["resnet20"])
     report("ResNet-20 dense", "91.73", data.model, data.top1)
     cases: list[tuple[str, Axis, str]] = [
         ("2:4", "channel", "90.8"),
@@ -151,13 +148,13 @@ def run_resnet20() -> None:
 
 def run_resnet56() -> None:
     """2:4; three minutes on two cores."""
-    data = Cifar(resnet56, "resnet56-4bfd9763.th")
+    data = Cifar(resnet56, CHECKPOINTS["resnet56"])
     report("ResNet-56 2:4 channel", "92.7", partial(data.prune, "2:4", "channel", DEFAULT), data.top1)
 
 
 def run_ablation(only: str = "") -> None:
     """What each ingredient is worth, on ResNet-20; of the rows whose names hold ``only``."""
-    data = Cifar(resnet20, "resnet20-12fca82f.th")
+    data = Cifar(resnet20, CHECKPOINTS["resnet20"])
     for pattern in ("2:4", "1:4"):
         rows = {name: partial(data.prune, pattern, "channel", recipe) for name, recipe in ABLATION}
         rows["sparsegpt, every layer on dense inputs"] = partial(data.prune_apart, pattern, "channel", PLAIN)

@@ -23,32 +23,34 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(os.environ.get("NMCONVERT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet32": "resnet32-d509ac18.th", "resnet56": "resnet56-4bfd9763.th"}
+"""The published ResNets of CIFAR-10, in ``ROOT/checkpoints``; their modules are in sample_models/resnet.py."""
+
+Labelled = tuple[np.ndarray, np.ndarray]  # images and labels
 
 
 def cifar10(out: Path) -> None:
     """``train_images``, ``train_labels``, ``val_images``, ``val_labels``: all 50,000 and 10,000 images, RGB."""
-    images, labels = _cifar("train")
-    val_images, val_labels = _cifar("test")
-    _save(out, train_images=images, train_labels=labels, val_images=val_images, val_labels=val_labels)
+    _save(out, cifar_images("train"), cifar_images("test"))
 
 
 def cifar10_choice(out: Path) -> None:
     """The same names, of the training images alone, to choose settings by: the first 15,000, and the last 5,000 as ``val``."""
-    images, labels = _cifar("train")
-    images, held_out, labels, its_labels = images[:15000], images[-5000:], labels[:15000], labels[-5000:]
-    _save(out, train_images=images, train_labels=labels, val_images=held_out, val_labels=its_labels)
+    images, labels = cifar_images("train")
+    _save(out, (images[:15000], labels[:15000]), (images[-5000:], labels[-5000:]))
 
 
-def _cifar(split: str) -> tuple[np.ndarray, np.ndarray]:
+def cifar_images(split: str) -> Labelled:
+    """Images [N, 32, 32, 3] in bytes and labels [N] of ``train`` or ``test``."""
     files = sorted((ROOT / "cifar10" / split).glob("*.webp"))
     tiles = [np.asarray(Image.open(f).convert("RGB")).reshape(25, 32, 25, 32, 3) for f in files]
     images = np.concatenate([t.swapaxes(1, 2).reshape(-1, 32, 32, 3) for t in tiles])
     return images, np.load(ROOT / "cifar10" / f"labels_{split}.npy")
 
 
-def _save(out: Path, **arrays: np.ndarray) -> None:
+def _save(out: Path, train: Labelled, val: Labelled) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(out, **arrays)
+    np.savez(out, train_images=train[0], train_labels=train[1], val_images=val[0], val_labels=val[1])
 
 
 def coco128(out: Path) -> None:
@@ -60,7 +62,7 @@ def coco128(out: Path) -> None:
     files = sorted((folder / "images" / "val2017").glob("*.jpg"))
     _copy(out / "images", ((f.name, f.read_bytes()) for f in files))
     images = [_image_entry(int(f.stem), f.name, *Image.open(f).size) for f in files]
-    boxes = []
+    boxes: list[dict[str, Any]] = []
     for entry in images:
         labels = folder / "labels_detection" / "val2017" / f"{Path(entry['file_name']).stem}.txt"
         for line in labels.read_text().splitlines() if labels.exists() else ():
@@ -83,7 +85,8 @@ def coco128_halves(out: Path) -> None:
 
 
 def _coco128_masks(out: Path, folder: Path, images: dict[int, Any], panoptic: Any, things: dict[int, str]) -> None:
-    found, used = [], []
+    found: list[dict[str, Any]] = []
+    used: list[dict[str, Any]] = []
     for entry in panoptic["annotations"]:
         used.append(images[entry["image_id"]])
         pixels = np.asarray(Image.open(folder / "panoptic_val2017" / entry["file_name"]).convert("RGB")).astype(np.int64)
@@ -127,7 +130,8 @@ def nuclei_choice(out: Path) -> None:
 def _nuclei(out: Path, pixels: np.ndarray, labels: np.ndarray, parts: dict[str, range]) -> None:
     (out / "images").mkdir(parents=True, exist_ok=True)
     for part, numbers in parts.items():
-        images, found = [], []
+        images: list[dict[str, Any]] = []
+        found: list[dict[str, Any]] = []
         for number in numbers:
             Image.fromarray(pixels[number]).save(out / "images" / f"{number:03d}.png")
             images.append(_image_entry(number, f"{number:03d}.png", *pixels[number].shape[::-1]))

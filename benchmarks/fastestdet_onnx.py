@@ -82,7 +82,8 @@ def ap50(model: ModelProto, data: list[Sample]) -> float:
 
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    truth, found = [], []
+    truth: list[dict[str, object]] = []
+    found: list[dict[str, object]] = []
     for number, sample in enumerate(data):
         for kind, cx, cy, w, h in sample.boxes:
             box = [SIDE * v for v in (cx - w / 2, cy - h / 2, w, h)]

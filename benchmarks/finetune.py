@@ -62,8 +62,7 @@ class Case:
 
 def resnet(depth: int) -> Case:
     """A ResNet of CIFAR-10."""
-    file = {20: "resnet20-12fca82f.th", 32: "resnet32-d509ac18.th", 56: "resnet56-4bfd9763.th"}[depth]
-    model = f"sample_models.resnet:resnet{depth}"
+    file, model = data.CHECKPOINTS[f"resnet{depth}"], f"sample_models.resnet:resnet{depth}"
     training = ("--batch", "128", *SGD)
     return Case(f"ResNet-{depth}", "cifar10", "classification", model, file, training, ("temperature=4",))
 

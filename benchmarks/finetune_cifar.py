@@ -1,8 +1,8 @@
 """ResNets on CIFAR-10: dense, one-shot, and after a few epochs of SR-STE, STE and a fixed mask.
 
     python benchmarks/data.py cifar10 work/cifar10.npz
-    python benchmarks/finetune_cifar.py work --networks resnet20 --patterns 2:4,1:4 --epochs 3
-    python benchmarks/finetune_cifar.py work --patterns 2:4,1:4 --starts magnitude,sparsegpt,auto --epochs 5
+    python -m benchmarks.finetune_cifar work --networks resnet20 --patterns 2:4,1:4 --epochs 3
+    python -m benchmarks.finetune_cifar work --patterns 2:4,1:4 --starts magnitude,sparsegpt,auto --epochs 5
 
 The published checkpoints are pruned and fine-tuned by the functions behind `nmconvert prune` and `nmconvert finetune`; the
 teacher is the dense checkpoint, and no label is used. Training starts from the dense weights (``--starts dense``), or from what
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,16 @@ from typing import Any
 import torch
 
 from benchmarks.calibration import PLAIN
+from benchmarks.data import CHECKPOINTS, ROOT
 from nmconvert.calibrate.driver import DEFAULT
 from nmconvert.calibrate.stage import Calibration
-from nmconvert.cli.calibration import calibration_batches
+from nmconvert.cli.calibration import CalibrationData
+from nmconvert.evaluate import load_model
 from nmconvert.model import build
 from nmconvert.pattern import Pattern
 from nmconvert.prune import prune
 from nmconvert.train import Settings, finetune
 
-ROOT = Path(os.environ.get("NMCONVERT_DATA", Path(__file__).parents[2] / "shared" / "data"))
-CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet32": "resnet32-d509ac18.th", "resnet56": "resnet56-4bfd9763.th"}
 MODELS = Path(__file__).parents[1] / "sample_models" / "resnet.py"
 RECIPES = {"sparsegpt": PLAIN, "auto": DEFAULT}
 
@@ -42,17 +42,19 @@ def pruned_by(start: str, work: Path, network: str, pattern: str, axis: Any) -> 
     criterion = "magnitude" if start == "dense" else start
     output = work / f"{network}.{pattern.replace(':', '-')}.{axis}.{criterion}.th"
     if not output.exists():
-        model, calibration = f"{MODELS}:{network}", None
+        source, model = ROOT / "checkpoints" / CHECKPOINTS[network], f"{MODELS}:{network}"
+        built, calibration = build(model, {}, trust=False), None
         if criterion in RECIPES:
-            batches = calibration_batches(str(work / "cifar10.npz"), "classification", {}, 512, 32, 0)
+            data = CalibrationData(str(work / "cifar10.npz"), "classification", {}, 512, 32, 0)
+            batches = data.batches(source, built, partial(load_model, source, model, {}))
             calibration = Calibration(batches, RECIPES[criterion])
         prune(
-            ROOT / "checkpoints" / CHECKPOINTS[network],
+            source,
             Pattern.parse(pattern),
             axis,
             output=output,
             criterion=criterion,
-            model=build(model, {}, trust=False),
+            model=built,
             calibration=calibration,
             settings={"model": model},
         )

@@ -113,7 +113,7 @@ def solved(dense: G2P, lessons: list[Lesson]) -> G2P:
         count, total, moment = count + len(inputs), total + inputs.sum(0), moment + inputs.T @ inputs
     mean = total / count
     weight = solve(dense.fc.weight, moment / count - mean.outer(mean), Pattern(2, 4)).weight
-    model.fc.bias += ((dense.fc.weight - weight) @ mean).float()
+    model.fc.bias.add_(((dense.fc.weight - weight) @ mean).float())
     model.fc.weight.copy_(weight)
     return model
 

@@ -27,6 +27,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from benchmarks.models.resnet50 import resnet50
 from benchmarks.quiet import Probe
 from nmconvert import runtime
 from nmconvert.export.compress import compress
@@ -36,40 +37,9 @@ from nmconvert.export.narrow import round_weights
 from nmconvert.export.trace import trace
 from nmconvert.inputs import InputSpec, example_feed
 from nmconvert.masks import nm_mask
-from nmconvert.matrix import MatrixView
+from nmconvert.matrix import Kind, MatrixView
 from nmconvert.pattern import Pattern
 from sample_models.resnet import resnet20, resnet56
-
-
-class Bottleneck(nn.Module):
-    """1×1, 3×3, 1×1, and a shortcut (He et al. 2015, figure 5 right)."""
-
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width),
-        )  # fmt: skip
-        self.shortcut: nn.Module = nn.Identity()
-        if stride > 1 or inputs != 4 * width:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, 4 * width, 1, stride=stride, bias=False), nn.BatchNorm2d(4 * width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The rectified sum."""
-        return torch.relu(self.body(x) + self.shortcut(x))
-
-
-def resnet50() -> nn.Module:
-    """In the shapes of torchvision's resnet50."""
-    blocks: list[nn.Module] = []
-    inputs = 64
-    for width, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
-        for block in range(count):
-            blocks.append(Bottleneck(inputs, width, stride if block == 0 else 1))
-            inputs = 4 * width
-    stem = [nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
 
 
 class Encoder(nn.Module):
@@ -88,8 +58,10 @@ class Encoder(nn.Module):
 def _bert(layers: int, width: int) -> nn.Module:
     from transformers import BertConfig, BertModel
 
-    shape = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 12}
-    return Encoder(BertModel(BertConfig(vocab_size=1000, **shape), add_pooling_layer=False))
+    config = BertConfig(
+        vocab_size=1000, hidden_size=width, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=4 * width
+    )
+    return Encoder(BertModel(config, add_pooling_layer=False))
 
 
 class DecodeStep(nn.Module):
@@ -130,14 +102,12 @@ FULL = "float32"  # how weights are stored that are not rounded
 
 def prune(module: nn.Module, pattern: Pattern) -> nn.Module:
     """Zero all but the largest n of m weights, along the input channels, in every layer but a stem of 3 channels."""
-    kinds = {nn.Linear: "linear", nn.Conv2d: "conv"}
     for layer in module.modules():
-        kind = kinds.get(type(layer))
-        if kind is None or layer.weight.shape[1] == 3:
-            continue
-        view = MatrixView.of(kind, layer.weight.shape, "channel")  # type: ignore[arg-type]
-        mask = nm_mask(view.to_matrix(layer.weight.detach()).abs(), pattern)
-        layer.weight.data *= view.from_matrix(mask)
+        if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.shape[1] != 3:
+            kind: Kind = "linear" if isinstance(layer, nn.Linear) else "conv"
+            view = MatrixView.of(kind, layer.weight.shape, "channel")
+            mask = nm_mask(view.to_matrix(layer.weight.detach()).abs(), pattern)
+            layer.weight.data *= view.from_matrix(mask)
     return module.eval()
 
 

@@ -1,7 +1,7 @@
 """ResNets on CIFAR-10, pruned in one shot: accuracy of the checkpoint and of the ONNX file, and how large the file is.
 
     python benchmarks/data.py cifar10 work/cifar10.npz
-    python benchmarks/one_shot_cifar.py work --networks resnet20,resnet56 --patterns 2:4,4:8,1:4
+    python -m benchmarks.one_shot_cifar work --networks resnet20,resnet56 --patterns 2:4,4:8,1:4
 
 Published checkpoints, magnitude, no data: the state that `nmconvert finetune` starts from. Sizes are those of two ONNX files of
 the same pruned checkpoint, flavours ``compressed`` and ``dense``. The table is printed in Markdown.
@@ -10,11 +10,11 @@ the same pruned checkpoint, flavours ``compressed`` and ``dense``. The table is 
 from __future__ import annotations
 
 import argparse
-import os
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.data import CHECKPOINTS, ROOT
 from nmconvert.evaluate import evaluate
 from nmconvert.export import export
 from nmconvert.inputs import InputSpec
@@ -22,8 +22,6 @@ from nmconvert.pattern import Pattern
 from nmconvert.prune import prune
 from nmconvert.tasks import build_task
 
-ROOT = Path(os.environ.get("NMCONVERT_DATA", Path(__file__).parents[2] / "shared" / "data"))
-CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet32": "resnet32-d509ac18.th", "resnet56": "resnet56-4bfd9763.th"}
 MODELS = Path(__file__).parents[1] / "sample_models" / "resnet.py"
 HEADS = ("network", "pattern", "axis", "dense top-1", "pruned top-1", "ONNX top-1", "compressed kB", "dense kB", "ratio")
 

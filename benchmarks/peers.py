@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.data import ROOT
+from benchmarks.data import CHECKPOINTS, ROOT
 from nmconvert.checkpoint import open_checkpoint
 from nmconvert.detect import satisfies
 from nmconvert.evaluate import evaluate
@@ -37,7 +37,6 @@ from nmconvert.tasks import build_task
 
 HERE = Path(__file__).parent
 MODELS = HERE.parent / "sample_models" / "resnet.py"
-CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 ENVIRONMENTS = {
     "modelopt": (
         f"torch=={torch.__version__.partition('+')[0]}",
@@ -107,7 +106,8 @@ def by_nmconvert(setting: Setting, name: str, options: Sequence[str], *, source:
     file = setting.graph if source == "graph" else setting.checkpoint
     out = setting.out(f"nmconvert.{name}", file.suffix.removeprefix("."))
     model = () if source == "graph" else ("--model", setting.model)
-    command = [sys.executable, "-m", "nmconvert", "prune", file, "--nm", str(setting.pattern), "--output", out, "--quiet"]
+    command: list[str | Path] = [sys.executable, "-m", "nmconvert", "prune", file, "--nm", str(setting.pattern)]
+    command += ["--output", out, "--quiet"]
     subprocess.run([*command, *model, *(o.replace("IMAGES", str(setting.images)) for o in options)], check=True)
     return out
 
@@ -116,18 +116,8 @@ def by_modelopt(setting: Setting, mode: str) -> Path:
     """ModelOpt, which knows 2:4 only."""
     out = setting.out(f"modelopt.{mode}", "pt")
     python = environment(setting.work, "modelopt")
-    command = [
-        python,
-        "-W",
-        "ignore",
-        HERE / "peer_modelopt.py",
-        mode,
-        MODELS,
-        setting.network,
-        setting.checkpoint,
-        setting.samples,
-        out,
-    ]
+    command: list[str | Path] = [python, "-W", "ignore", HERE / "peer_modelopt.py", mode]
+    command += [MODELS, setting.network, setting.checkpoint, setting.samples, out]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return out
 
@@ -136,7 +126,8 @@ def by_onnxsim(setting: Setting, method: str, kept: Sequence[str] = ()) -> Path:
     """onnxsim, with some weights put back."""
     out = setting.out(f"onnxsim.{method}.{len(kept)}", "onnx")
     python = environment(setting.work, "onnxsim")
-    command = [python, HERE / "peer_onnxsim.py", method, str(setting.pattern), setting.graph, setting.samples, out, *kept]
+    command: list[str | Path] = [python, HERE / "peer_onnxsim.py", method, str(setting.pattern)]
+    command += [setting.graph, setting.samples, out, *kept]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return out
 

@@ -1,7 +1,7 @@
 """What SR-STE adds to a training step of a network of ResNet-50's shape, against the dense step.
 
-    python benchmarks/srste_step.py                      # 2:4 and 1:4, CPU, one thread
-    python benchmarks/srste_step.py --device cuda --batch 128
+    python -m benchmarks.srste_step                      # 2:4 and 1:4, CPU, one thread
+    python -m benchmarks.srste_step --device cuda --batch 128
 
 Three models take turns, step by step: dense; nmconvert's SR-STE; and the published form (NM-sparsity's SparseConv), which
 sorts the groups anew in every forward pass and adds λ(1-mask)w in backward. Printed are median times of a step and the
@@ -21,39 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.models.resnet50 import resnet50
 from nmconvert.srste import sparsify
-
-
-class Bottleneck(nn.Module):
-    """He et al. 2015, figure 5, with the stride in the 3×3 convolution."""
-
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        outputs = 4 * width
-        self.body = nn.Sequential(
-            *_conv(inputs, width, 1, 1), nn.ReLU(), *_conv(width, width, 3, stride), nn.ReLU(), *_conv(width, outputs, 1, 1)
-        )
-        self.shortcut = nn.Sequential() if inputs == outputs else nn.Sequential(*_conv(inputs, outputs, 1, stride))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The residual sum, rectified."""
-        return F.relu(self.body(x) + self.shortcut(x))
-
-
-def _conv(inputs: int, outputs: int, size: int, stride: int) -> tuple[nn.Module, nn.Module]:
-    return nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), nn.BatchNorm2d(outputs)
-
-
-def resnet50() -> nn.Sequential:
-    """25.6 million parameters; [N, 3, 224, 224] → logits [N, 1000]."""
-    layers: list[nn.Module] = [*_conv(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    inputs = 64
-    for stage, blocks in enumerate((3, 4, 6, 3)):
-        width = 64 << stage
-        for block in range(blocks):
-            layers.append(Bottleneck(inputs, width, 2 if stage and not block else 1))
-            inputs = 4 * width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 1000))
 
 
 class SortedSTE(torch.autograd.Function):
@@ -85,7 +54,7 @@ class SortedConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """As a convolution."""
-        weight = SortedSTE.apply(self.weight, *self.pattern, 2e-4)
+        weight: Tensor = SortedSTE.apply(self.weight, *self.pattern, 2e-4)  # type: ignore[no-untyped-call]
         return F.conv2d(x, weight, None, self.stride, self.padding)
 
 
@@ -94,6 +63,7 @@ def sorted_form(model: nn.Module, n: int, m: int) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.in_channels > 4:
             module.__class__ = SortedConv
+            assert isinstance(module, SortedConv)
             module.pattern = (n, m)
     return model
 
@@ -141,7 +111,8 @@ def main() -> None:
         steps = {}
         for name in ("dense", "nmconvert", "argsort"):
             torch.manual_seed(0)
-            model = resnet50().to(arguments.device).to(memory_format=layout)
+            model: nn.Module = resnet50().to(arguments.device)
+            model = model.to(memory_format=layout)  # type: ignore[call-overload]
             if name == "argsort":
                 model = sorted_form(model, n, m)
             optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)

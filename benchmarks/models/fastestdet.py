@@ -48,6 +48,10 @@ class Shuffle(nn.Module):
 class Backbone(nn.Module):
     """ShuffleNetV2 with 4, 8 and 4 blocks."""
 
+    stage2: nn.Sequential
+    stage3: nn.Sequential
+    stage4: nn.Sequential
+
     def __init__(self) -> None:
         super().__init__()
         self.first_conv = nn.Sequential(*unit(3, 24, 3, stride=2))
@@ -74,11 +78,16 @@ class Conv1x1(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The same number of cells."""
-        return self.conv1x1(x)
+        cells: Tensor = self.conv1x1(x)
+        return cells
 
 
 class Pyramid(nn.Module):
     """One, two and three 5×5 depthwise units side by side."""
+
+    S1: nn.Sequential
+    S2: nn.Sequential
+    S3: nn.Sequential
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
@@ -103,7 +112,8 @@ class Branch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, outputs, 22, 22]."""
-        return self.conv5x5(x)
+        cells: Tensor = self.conv5x5(x)
+        return cells
 
 
 class Head(nn.Module):
@@ -135,7 +145,8 @@ class FastestDet(nn.Module):
         fine, middle, coarse = self.backbone(pixels)
         pooled = F.avg_pool2d(fine, 3, 2, 1)
         wide = F.interpolate(coarse, scale_factor=2.0, mode="nearest")
-        return self.detect_head(self.SPP(torch.cat([pooled, middle, wide], 1)))
+        found: dict[str, Tensor] = self.detect_head(self.SPP(torch.cat([pooled, middle, wide], 1)))
+        return found
 
     def forward(
         self,

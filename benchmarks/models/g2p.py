@@ -30,7 +30,8 @@ class Half(nn.Module):
 
     def forward(self, ids: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs [B, T, 256] and the last state [1, B, 256]."""
-        return self.gru(self.embedding(ids), state)
+        outputs, last = self.gru(self.embedding(ids), state)
+        return outputs, last
 
 
 class G2P(nn.Module):
@@ -46,7 +47,8 @@ class G2P(nn.Module):
     def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
         """The logits of what follows each phoneme."""
         _, state = self.encoder(input_ids)
-        return self.fc(self.decoder(decoder_input_ids, state)[0])
+        logits: Tensor = self.fc(self.decoder(decoder_input_ids, state)[0])
+        return logits
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor) -> Tensor:
@@ -75,8 +77,8 @@ def measure(model: G2P, folder: Path, count: int = 2000) -> dict[str, float]:
     numbers = {letter: number for number, letter in enumerate(symbols["graphemes"])}
     known: dict[str, list[list[str]]] = {}
     for line in (folder / "words.tsv").read_text("utf-8").splitlines():
-        word, said = line.split("\t")[:2]
-        known.setdefault(word, []).append(said.split())
+        word, pronunciation = line.split("\t")[:2]
+        known.setdefault(word, []).append(pronunciation.split())
     words = list(known)[:count]
     right, errors, total = 0, 0, 0
     for length in sorted({len(word) for word in words}):

@@ -56,7 +56,8 @@ class Attention(nn.Module):
         else:  # the queries that share keys stand in a row, as positions do
             shared = q.unflatten(1, (-1, self.repeats)).squeeze(3)
             mixed = F.scaled_dot_product_attention(shared, *past.joined(k, v)).flatten(1, 2).unsqueeze(2)
-        return self.wo(mixed.transpose(1, 2).flatten(2))
+        found: Tensor = self.wo(mixed.transpose(1, 2).flatten(2))
+        return found
 
     def turned(self, x: Tensor, first: int = 0) -> Tensor:
         """``x`` [B, heads, T, size], each pair of neighbours turned by the angle of its position, counted from ``first``."""
@@ -77,7 +78,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, width]."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        found: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return found
 
 
 class Layer(nn.Module):
@@ -92,7 +94,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         """[B, T, width]."""
         x = x + self.attention(self.attention_norm(x), past)
-        return x + self.feed_forward(self.ffn_norm(x))
+        found: Tensor = x + self.feed_forward(self.ffn_norm(x))
+        return found
 
 
 class Llama(nn.Module):
@@ -112,7 +115,8 @@ class Llama(nn.Module):
         x = self.tok_embeddings(input_ids)
         for number, layer in enumerate(self.layers):
             x = layer(x, past and past[number])
-        return self.output(self.norm(x))
+        logits: Tensor = self.output(self.norm(x))
+        return logits
 
 
 def stories260k() -> Llama:
