@@ -49,7 +49,7 @@ class ImportPath:
             yield
         except NmconvertError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self.error(f"{self.said}: {doing} failed with {brief(error)}; --debug shows where") from error
         finally:
             sys.path[:] = before

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from onnx import ModelProto, ValueInfoProto, helper
 
 from nmconvert.errors import UsageError
 
+MOST_NUMBERS = 1 << 32  # of an example: 16 GiB
 INTEGER_LIMIT = 8  # example integers are indices into something that is at least this long
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool", "uint8", "int8")
 
@@ -35,9 +37,11 @@ class InputSpec:
         Raises:
             UsageError: it is not of that form.
         """
-        match = re.fullmatch(r"\s*(?:([^=:,]+)=)?\s*(\d+(?:\s*[,x]\s*\d+)*)\s*(?::\s*(\w+))?\s*", text)
+        match = re.fullmatch(r"\s*(?:([^=:,]+)=)?\s*(\d{1,12}(?:\s*[,x]\s*\d{1,12})*)\s*(?::\s*(\w+))?\s*", text)
         if match is None:
-            raise UsageError(f"--input '{text}' is not [NAME=]SHAPE[:DTYPE], for example 1,3,224,224 or input_ids=1,16:int64")
+            raise UsageError(
+                f"--input '{text[:80]}' is not [NAME=]SHAPE[:DTYPE], for example 1,3,224,224 or input_ids=1,16:int64"
+            )
         dtype = match[3] or "float32"
         if dtype not in DTYPES:
             raise UsageError(f"--input '{text}': the type '{dtype}' is none of {', '.join(DTYPES)}")
@@ -54,7 +58,14 @@ class InputSpec:
 def example_array(shape: Sequence[int], dtype: np.dtype[Any], rng: np.random.Generator) -> npt.NDArray[Any]:
     """Random values of a type: normal floats, small integers that any table has, and masks (bool) of which every second entry
     is set, from the first on: something is left to look at, whether that means kept or left out.
+
+    Raises:
+        UsageError: there are more than `MOST_NUMBERS`.
     """
+    if prod(shape) > MOST_NUMBERS:
+        raise UsageError(
+            f"an input of shape {[*shape]} has more than {MOST_NUMBERS:,} numbers: give a smaller one with --input"
+        )
     if dtype == np.bool_:
         return np.broadcast_to(np.arange(shape[-1] if shape else 1) % 2 == 0, shape or (1,)).reshape(shape).copy()
     if dtype.kind in "iu":

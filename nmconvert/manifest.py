@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -119,7 +120,8 @@ class Manifest:
         """The example inputs of the model, as far as they were said."""
         from nmconvert.inputs import InputSpec
 
-        return [InputSpec.parse(text) for text in self.settings.get("input") or []]
+        said = self.settings.get("input")
+        return [InputSpec.parse(text) for text in said if isinstance(text, str)] if isinstance(said, list | tuple) else []
 
     def said_task(self, task: str | None, settings: Mapping[str, str] | None) -> tuple[str, Mapping[str, str]]:
         """The name of the task and its settings, each as given, or else as was said before of the same task."""
@@ -246,5 +248,7 @@ def _layer_from_json(content: Mapping[str, Any]) -> Layer:
         bool(content["assumed"]),
         None if content["energy"] is None else float(content["energy"]),
     )
+    if layer.energy is not None and not isfinite(layer.energy):
+        raise ValueError(f"an energy of {layer.energy}")
     info.view(layer.axis)  # raises where kind, shape and groups contradict each other
     return layer

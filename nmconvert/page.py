@@ -35,7 +35,7 @@ svg { max-width: 100%; height: auto } pre { overflow: auto } footer { color: #59
 def write_page(path: Path, title: str, result: Mapping[str, Any], shown: RenderableType, pictures: Sequence[str] = ()) -> None:
     """Write ``shown`` (tables, texts and groups of them), SVG texts ``pictures`` and ``result`` into ``path``, atomically."""
     with atomic_file(path) as file:
-        file.write(page(title, result, shown, pictures).encode())
+        file.write(page(title, result, shown, pictures).encode(errors="replace"))
 
 
 def page(title: str, result: Mapping[str, Any], shown: RenderableType, pictures: Sequence[str] = ()) -> str:

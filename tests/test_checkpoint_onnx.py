@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,18 @@ def test_external_copies_replace_each_other_whole(tmp_path: Path) -> None:
         edit_all(source, target)
         check_edited(source, target)
         assert len(list(tmp_path.glob("b.onnx*"))) == 2  # the data of the file before is gone
+
+
+@pytest.mark.parametrize("name", ["backup.onnx", "backup.bin"])
+def test_data_that_a_copy_of_the_model_reads_stays(tmp_path: Path, name: str) -> None:
+    """A copied model still names the data file of the first; it may be what is read just now."""
+    target = tmp_path / "b.onnx"
+    save_model(conv_net(None), target, external=True)
+    shutil.copy(target, tmp_path / name)
+    before = open_checkpoint(tmp_path / name).read("second.weight")
+    edit_all(tmp_path / name, target)
+    check_edited(tmp_path / name, target)
+    assert torch.equal(open_checkpoint(tmp_path / name).read("second.weight"), before)
 
 
 def test_a_failing_copy_leaves_the_one_before(tmp_path: Path) -> None:

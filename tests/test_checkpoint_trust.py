@@ -258,9 +258,9 @@ def with_pickle(folder: Path, data: bytes) -> Path:
 
 
 def tensor_pickle(
-    *, numel: int = 16, start: int = 0, shape: tuple[int, ...] = (4, 4), stride: tuple[int, ...] = (4, 1)
+    *, numel: int = 16, start: int = 0, shape: tuple[int, ...] = (4, 4), stride: tuple[int, ...] = (4, 1), state: Any = None
 ) -> bytes:
-    """A state dict {"w": tensor} whose numbers may lie."""
+    """A state dict {"w": tensor} whose numbers may lie, and may be changed by ``state`` once it is made."""
 
     class Pickler(pickle._Pickler):
         def persistent_id(self, obj: Any) -> Any:
@@ -271,7 +271,7 @@ def tensor_pickle(
 
     class Fake:
         def __reduce__(self) -> Any:
-            return torch._utils._rebuild_tensor_v2, (Marker(), start, shape, stride, False, {})
+            return torch._utils._rebuild_tensor_v2, (Marker(), start, shape, stride, False, {}), state
 
     import io
 
@@ -357,6 +357,23 @@ def test_a_pickle_of_few_bytes_that_is_large(tmp_path: Path) -> None:
         value = {"a": value, "b": value}
     torch.save(value, tmp_path / "a.pt")
     assert [info.name for info in open_checkpoint(tmp_path / "a.pt").tensors()] == ["w"]
+
+
+def test_objects_of_few_bytes_that_have_many_names(tmp_path: Path) -> None:
+    """A module that is there twice has two names, of which each holds the one before it twice."""
+    value = argparse.Namespace(w=torch.ones(4, 4))
+    for _ in range(60):
+        value = argparse.Namespace(a=value, b=value)
+    torch.save(value, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt: its objects are nested too deeply"):
+        open_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("state", [{"start": 1_000_000}, {"shape": (2**40, 2**40)}, {"shape": "abc"}, {"storage": None}])
+def test_a_tensor_is_not_changed_once_it_is_checked(tmp_path: Path, state: dict[str, Any]) -> None:
+    """By BUILD it got a place that no edit reaches: a copy that was dense, and said to be pruned."""
+    with pytest.raises(CheckpointError, match=r"its pickle cannot be read \(a tensor that is given another state\)"):
+        open_checkpoint(with_pickle(tmp_path, tensor_pickle(state=state)))
 
 
 def test_dicts_within_dicts(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +292,62 @@ def test_calibration_data_of_another_shape(nm: Any, folder: Path, command: str) 
     assert run.status == 1
     assert "Net cannot take this data: RuntimeError: Given groups=1" in run.err
     assert run.err.count("\n") == 1
+
+
+def damaged_npz(kind: str) -> bytes:
+    stream = io.BytesIO()
+    if kind == "an array":
+        np.save(stream, np.zeros(3))
+    elif kind == "no arrays":
+        with zipfile.ZipFile(stream, "w") as archive:
+            archive.writestr("images.npy", b"no array")
+    elif kind == "a header of brackets":
+        with zipfile.ZipFile(stream, "w") as archive:
+            archive.writestr("images.npy", b"\x93NUMPY\x01\x00\x40\x00" + b"(" * 64)
+    elif kind == "another compression":
+        np.savez(stream, images=np.zeros((8, 3), np.float32))
+        data = bytearray(stream.getvalue())
+        data[8] = data[data.index(b"PK\x01\x02") + 10] = 97  # a method that Python's zipfile does not know
+        return bytes(data)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["nothing", "an array", "no arrays", "a header of brackets", "another compression"])
+@pytest.mark.parametrize("command", [f"prune net.pt --nm 2:4 --calib z.npz {NET[0]}", f"eval net.pt --data z.npz {NET[0]}"])
+def test_arrays_that_are_none_are_one_line(nm: Any, folder: Path, kind: str, command: str) -> None:
+    (folder / "z.npz").write_bytes(damaged_npz(kind))
+    run = nm(*command.split())
+    assert run.status == 1, run.err
+    assert "z.npz: " in run.err
+    assert run.err.count("\n") == 1
+    assert "bug" not in run.err
+    assert "interrupted" not in run.err
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        (
+            "export net.pt --onnx --model {net} --input 99999999999,99,99,99",
+            2,
+            "[99999999999, 99, 99, 99] has more than 4,294,967,296",
+        ),
+        ("export net.pt --onnx --model {net} --input " + "9" * 5000, 2, "is not [NAME=]SHAPE[:DTYPE]"),
+        ("export net.pt --onnx --model {net} --dynamic ²=x", 2, "write the number of the dimension"),
+        ("finetune net.pt --data d --workers 9999", 2, "workers cannot be 9999: it has to be from 0 to 256"),
+        ("finetune net.pt --data d --lr 1e99", 2, "lr cannot be 1e+99: it has to be above 0, at most 3e+38"),
+        ("finetune net.pt --data d --clip inf", 2, "clip cannot be inf"),
+        ("finetune net.pt --data d --save-minutes inf", 2, "save-minutes cannot be inf"),
+        ("eval net.pt --model {net} --data d --task-arg temperature=1e300", 2, "has to be at most 1,000,000"),
+        ("eval net.pt --model leaves.py:leaves --data d.npz", 1, "building it failed with SystemExit: 7"),
+    ],
+)
+def test_numbers_beyond_all_bounds_and_models_that_leave(nm: Any, folder: Path, command: str, status: int, said: str) -> None:
+    (folder / "leaves.py").write_text("import sys\ndef leaves():\n    sys.exit(7)\n")
+    np.savez(folder / "d.npz", images=np.zeros((8, 3, 8, 8), np.float32), labels=np.zeros(8, int))
+    run = nm(*command.format(net=SPEC.format("Net")).split())
+    assert (run.status, run.err.count("\n")) == (status, 1), run.err
+    assert said in run.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -261,6 +261,35 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
         assert result.compressed.packed_bytes <= 0.563 * result.compressed.dense_bytes
 
 
+class Pooled(nn.Module):
+    """With a dense layer that is stored in half, after a mean: the exporter notes the types of all its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(8, 16, 3), nn.Linear(16, 100)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.conv(x).relu().mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize(("dtype", "how"), [(torch.bfloat16, {}), (torch.float32, {"flavour": "dense", "values": "float16"})])
+def test_layers_that_stay_dense_are_stored_in_half(tmp_path: Path, dtype: torch.dtype, how: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    torch.save({"state_dict": Pooled().to(dtype).state_dict()}, tmp_path / "a.pt")
+    pruned = prune(tmp_path / "a.pt", Pattern(2, 4), exclude=["fc.*"]).output
+    result = export(pruned, model=SPEC.format("Pooled"), inputs=[InputSpec.parse("2,8,6,6")], **how)
+    x = torch.randn(2, 8, 6, 6)
+    opened = session(result.output)
+    found = opened.run(None, {opened.get_inputs()[0].name: x.numpy()})[0]
+    np.testing.assert_allclose(found, pruned_outputs(Pooled(), pruned, x), rtol=1e-2, atol=1e-3)
+    stored = {tensor.name: tensor.data_type for tensor in onnx.load(result.output).graph.initializer}
+    assert stored["fc.weight" if dtype == torch.bfloat16 else "conv.weight"] in (
+        onnx.TensorProto.BFLOAT16,
+        onnx.TensorProto.FLOAT16,
+    )
+
+
 def test_to_float16_on_the_way(tmp_path: Path) -> None:
     result = export(saved(net(), tmp_path), model=SPEC.format("net"), inputs=IMAGE, dtype=torch.float16)
     assert session(result.output).get_inputs()[0].type == "tensor(float16)"

@@ -184,6 +184,13 @@ def test_a_segmentation_that_is_none_is_said(shape):
         encode({"id": 5, "segmentation": shape}, 9, 7, "a.png")
 
 
+@pytest.mark.parametrize("far", [5e8, -1e7, float("inf"), float("nan"), 1e300])
+def test_a_polygon_far_outside_is_said(far):
+    """pycocotools goes along all pixels of its edges: it took minutes, or wrote beyond its memory."""
+    with pytest.raises(DataError, match=r"a\.png: annotation 5 has a segmentation far outside of the image, 7 × 9"):
+        encode({"id": 5, "segmentation": [[1, 1, far, 1, 1, 5]]}, 9, 7, "a.png")
+
+
 def test_a_mask_of_another_image_is_said():
     with pytest.raises(DataError, match=r"a\.png: annotation 5 has a mask of size \[3, 3\], the image \[9, 7\]"):
         encode({"id": 5, "segmentation": {"size": [3, 3], "counts": [9]}}, 9, 7, "a.png")

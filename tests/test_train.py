@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import time
@@ -321,6 +322,43 @@ def test_resume_refuses_another_run(tmp_path):
     (next(tmp_path.glob("step-*")) / "progress.json").write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
         run(Settings(epochs=1, batch=32), folder=tmp_path, resume=True)
+
+
+class Planted:
+    """Pickled, it makes a folder when it is loaded."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("planted", ["program", "garbage", "nothing"])
+def test_a_state_runs_no_program(tmp_path, planted):
+    """Its metadata are a pickle, which torch loads as such."""
+    run(Settings(epochs=1, batch=32), folder=tmp_path / "state")
+    content = {"program": pickle.dumps(Planted(tmp_path / "ran")), "garbage": b"\x80\x04garbage", "nothing": b""}[planted]
+    (next((tmp_path / "state").glob("step-*")) / ".metadata").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step-\d+: its metadata are damaged .*; remove it and start anew"):
+        run(Settings(epochs=1, batch=32), folder=tmp_path / "state", resume=True)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "link"])
+def test_what_is_no_state_is_not_removed(tmp_path, what):
+    states, mine = tmp_path / "a.state", tmp_path / "a.state" / "mine"
+    if what == "link":
+        (tmp_path / "elsewhere").mkdir()
+        states.symlink_to(tmp_path / "elsewhere")
+    else:
+        mine.mkdir(parents=True)
+        (mine / "precious").touch()
+        if what == "file":
+            (mine / "precious").rename(states / "precious")
+            mine.rmdir()
+    with pytest.raises(UsageError, match=r"a\.state.*(move it away|it is a link)"):
+        run(Settings(epochs=1, batch=32), folder=states)
 
 
 def test_resume_without_a_state_says_that_it_begins_anew(tmp_path):

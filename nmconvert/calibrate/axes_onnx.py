@@ -140,7 +140,7 @@ class _Graph:
         numbers = [known[name] if name in self.settled else None for name in node.input]
         try:
             results = rule(self.walk, Step(node, self.version, inputs, numbers, shapes))
-        except _Unsettled:
+        except (_Unsettled, ValueError):  # of a weight that is a view of another: sizes are not those of what it is a view of
             return None
         return [results] if isinstance(results, Value) else results
 

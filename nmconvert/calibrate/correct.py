@@ -151,6 +151,8 @@ def reconstruct(
                 group["lr"] = group["rate"] * min(1.0, (step + 1) / (_RISE * steps)) * 0.5 * (1 + cos(pi * step / steps))
             optimizer.zero_grad(set_to_none=True)
             for part in losses([examples(number) for number in range(step * together, (step + 1) * together)]):
+                if not part.requires_grad:
+                    return  # onnxruntime computes something behind all of it, without gradients
                 (part / together).backward()
             optimizer.step()
             with torch.no_grad():

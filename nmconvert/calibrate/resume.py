@@ -32,10 +32,10 @@ def read(file: Path, key: str) -> Done:
     if not file.exists():
         return {}
     try:
-        stored: Done = torch.load(file, weights_only=True)
+        stored = torch.load(file, weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError, OSError):
         return {}  # damaged: begin anew, as if there were none
-    return stored if stored.get("key") == key else {}
+    return stored if isinstance(stored, dict) and stored.get("key") == key else {}
 
 
 def write(file: Path, key: str, done: Done) -> None:

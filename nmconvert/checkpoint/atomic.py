@@ -97,7 +97,7 @@ def atomic_folder(target: Path, *, replaceable: Callable[[Path], bool]) -> Itera
 def _partial_name(target: Path) -> Path:
     # A name may take 255 bytes; ours must fit where the target's does.
     room = 255 - len(_SUFFIX) - 10
-    stem = target.name.encode()[:room].decode(errors="ignore")
+    stem = os.fsencode(target.name)[:room].decode(errors="ignore")  # a name need not be UTF-8
     return target.with_name(f".{stem}.{secrets.token_hex(4)}{_SUFFIX}")
 
 

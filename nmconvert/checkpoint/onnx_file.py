@@ -163,7 +163,7 @@ def save_model(
     if not external:
         _write_model(model, target, manifest, check)
         return
-    before = _data_files(target)
+    before = {path for path in data_files(target) if path.name.startswith(target.name) and path.suffix == ".data"}
     data = target.with_name(f"{target.name}.data")
     if data.exists():
         data = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
@@ -175,7 +175,7 @@ def save_model(
     except BaseException:
         data.unlink(missing_ok=True)
         raise
-    for old in before - {data}:
+    for old in before - {data} - _read_by_others(target, source):
         old.unlink(missing_ok=True)
 
 
@@ -223,8 +223,8 @@ def _move_out(name: str, tensor: TensorProto, file: BinaryIO, location: str, sou
         tensor.external_data.add(key=key, value=str(value))
 
 
-def _data_files(path: Path) -> set[Path]:
-    """The data files that an existing model of ours at ``path`` refers to."""
+def data_files(path: Path) -> set[Path]:
+    """The files beside it that a model at ``path`` has tensors in; none where it cannot be read."""
     if not path.is_file():
         return set()
     try:
@@ -232,7 +232,13 @@ def _data_files(path: Path) -> set[Path]:
     except CheckpointError:
         return set()
     names = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
-    return {path.with_name(name) for name in names if name.startswith(path.name) and name.endswith(".data") and "/" not in name}
+    return {path.with_name(name) for name in names if name and "/" not in name and not name.startswith(".")}
+
+
+def _read_by_others(target: Path, source: Path | None) -> set[Path]:
+    """What other models in the folder of ``target`` have tensors in: a copy of an old model reads the old one's data."""
+    others = {*target.parent.glob("*.onnx"), *([source] if source else [])} - {target}
+    return {file for other in others for file in data_files(other)}
 
 
 def _load_external(tensor: TensorProto, path: Path) -> None:

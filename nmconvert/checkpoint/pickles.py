@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any, BinaryIO, TypeAlias
 
 import torch
@@ -21,8 +22,15 @@ import torch
 from nmconvert.errors import CheckpointError, UntrustedFileError, one_line
 
 
+class _Sealed:
+    """What is checked when it is made; a pickle cannot change it afterwards."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("a tensor that is given another state")
+
+
 @dataclass(frozen=True)
-class StorageRef:
+class StorageRef(_Sealed):
     """A storage as a pickle names it: ``key`` in the file, ``numel`` elements of ``dtype`` (None: bytes)."""
 
     key: str
@@ -36,7 +44,7 @@ class StorageRef:
 
 
 @dataclass(frozen=True)
-class TensorRef:
+class TensorRef(_Sealed):
     """A tensor as a pickle names it: a strided view of a storage, ``start`` in elements."""
 
     storage: StorageRef
@@ -47,7 +55,7 @@ class TensorRef:
 
 
 @dataclass(frozen=True)
-class OtherTensor:
+class OtherTensor(_Sealed):
     """A tensor that is no strided view of a storage; ``kind`` says what it is, in words."""
 
     kind: str
@@ -230,6 +238,8 @@ _STAND_INS: dict[str, Callable[..., Any]] = {
     "torch._tensor._rebuild_from_type_v2": _from_type,
 }
 
+_MOST_MODULES = 1_000_000
+
 _OTHER_TENSORS = {
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
     "torch._utils._rebuild_sparse_csr_tensor": "a sparse tensor",
@@ -324,7 +334,7 @@ def _walk(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, dict[str
         return
     seen.add(id(value))
     if isinstance(value, Opaque) and value.state is not None:
-        tensors = dict(_module_tensors(value, "", (id(value),)))
+        tensors = dict(_module_tensors(value, "", (id(value),), count()))
         if tensors:
             yield path, tensors
         return
@@ -338,11 +348,16 @@ def _walk(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, dict[str
             yield from _walk(item, f"{path}/{key}" if path else key, seen)
 
 
-def _module_tensors(module: Opaque, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, AnyTensor]]:
+def _module_tensors(
+    module: Opaque, prefix: str, above: tuple[int, ...], visits: Iterator[int]
+) -> Iterator[tuple[str, AnyTensor]]:
     """The parameters and buffers of a pickled nn.Module or a TorchScript object, under the names of its state dict.
 
-    ``above`` are the ids of the objects that hold it, for it may hold one of them; a module that is there twice has two names.
+    ``above`` are the ids of the objects that hold it, for it may hold one of them; a module that is there twice has two names,
+    so that a few bytes can ask for any number: ``visits`` counts them.
     """
+    if next(visits) >= _MOST_MODULES:
+        raise RecursionError(f"more than {_MOST_MODULES:,} modules")
     state = module.state[0] if isinstance(module.state, tuple) and module.state else module.state
     if not isinstance(state, dict):
         return
@@ -353,7 +368,7 @@ def _module_tensors(module: Opaque, prefix: str, above: tuple[int, ...]) -> Iter
             if isinstance(value, AnyTensor) and name not in transient:
                 yield f"{prefix}{name}", value
             elif isinstance(value, Opaque) and id(value) not in above:
-                yield from _module_tensors(value, f"{prefix}{name}.", (*above, id(value)))
+                yield from _module_tensors(value, f"{prefix}{name}.", (*above, id(value)), visits)
 
 
 def _without_prefix(tensors: dict[str, AnyTensor]) -> dict[str, AnyTensor]:

@@ -26,6 +26,10 @@ _ENCRYPTED = 1 << 0
 _MAX32, _MAX16 = 0xFFFFFFFF, 0xFFFF
 
 
+_LARGE = 1 << 24  # bytes
+_MOST_INFLATED = 100  # times: texts come to twenty, what is made to fill memories to a thousand
+
+
 @dataclass(frozen=True)
 class Record:
     """One record: its data is ``packed`` bytes at ``offset``, and ``size`` when they are unpacked, with checksum ``crc``.
@@ -82,6 +86,8 @@ class Archive:
         return record.offset
 
     def _inflate(self, record: Record, data: bytes) -> bytes:
+        if record.size > _LARGE and record.size > _MOST_INFLATED * len(data):
+            raise damaged(self.path, f"'{record.name}', {len(data):,} bytes, would unpack to {record.size:,}")
         try:
             unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, record.size + 1)
         except zlib.error as error:

@@ -75,6 +75,8 @@ def _one_line(error: Exception) -> tuple[str, int]:
     """The message and the exit status that an error becomes."""
     if isinstance(error, NmconvertError):
         return str(error), error.exit_status
+    if isinstance(error, click.exceptions.Abort) and isinstance(error.__cause__, EOFError):
+        error = error.__cause__  # for click the end of any file is that of a person's patience
     if isinstance(error, click.exceptions.Abort):
         return "interrupted; no result was left half written", 130
     if isinstance(error, click.UsageError):
@@ -84,7 +86,7 @@ def _one_line(error: Exception) -> tuple[str, int]:
         return error.format_message(), error.exit_code
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}", 1
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return "out of memory: a smaller batch or a machine with more memory is needed", 1
     return f"{type(error).__name__}: {error}; this is a bug in nmconvert: please report it with the output of --debug", 1
 

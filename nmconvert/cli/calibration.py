@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
-from zipfile import BadZipFile
 
 import click
 
@@ -106,13 +105,14 @@ def _arrays_of_inputs(calib: Path, model: nn.Module | None, checkpoint: Path) ->
     """
     if calib.suffix != ".npz" or not calib.is_file():
         return {}
-    import numpy as np
     import torch
 
+    from nmconvert.tasks.labelled import open_npz
+
     needed, wanted = _inputs_of_module(model) if model is not None else _inputs_of_graph(checkpoint)
-    with suppress(OSError, ValueError, BadZipFile), np.load(calib) as file:
-        given = {name for name in wanted if name in file.files}
-        if not given or (_READ_BY_TASKS & set(file.files)) - given:
+    with open_npz(calib) as file:
+        given = {name for name in wanted if name in file}
+        if not given or (_READ_BY_TASKS & set(file)) - given:
             return {}
         if missing := [name for name in wanted if name in needed - given]:
             there = ", ".join(sorted(given))
@@ -126,13 +126,12 @@ def _arrays_of_inputs(calib: Path, model: nn.Module | None, checkpoint: Path) ->
         if len(counts := {array.shape[:1] for array in arrays.values()}) > 1:
             told = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(arrays.items()))
             raise DataError(f"{calib}: its arrays hold {len(counts)} numbers of samples: {told}")
-        if others := sorted(set(file.files) - given):
+        if others := sorted(set(file) - given):
             warnings.warn(
                 f"{calib}: {', '.join(others)} not read: the model's inputs are called {', '.join(sorted(wanted))}",
                 stacklevel=2,
             )
         return {name: torch.from_numpy(_single(array)) for name, array in arrays.items()}
-    return {}
 
 
 def _inputs_of_graph(checkpoint: Path) -> tuple[set[str], dict[str, str | None]]:

@@ -194,7 +194,7 @@ def _newest(ctx: click.Context, what: str, first: str, wanted: Callable[[bool], 
 def dimensions(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[int, str]:
     """Callback of ``--dynamic AXIS=NAME``."""
     pairs = key_values(ctx, parameter, value)
-    if not all(axis.isdigit() and name.isidentifier() for axis, name in pairs.items()):
+    if not all(axis.isdecimal() and len(axis) < 4 and name.isidentifier() for axis, name in pairs.items()):
         raise click.BadParameter("write the number of the dimension and a name for it, for example 0=batch", ctx, parameter)
     return {int(axis): name for axis, name in pairs.items()}
 

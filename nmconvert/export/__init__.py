@@ -24,7 +24,7 @@ import torch
 from onnx import ModelProto, TensorShapeProto
 
 from nmconvert.checkpoint import Checkpoint, beside, check_apart, check_target, open_checkpoint
-from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, read_whole_model, save_model
+from nmconvert.checkpoint.onnx_file import OnnxCheckpoint, data_files, read_whole_model, save_model
 from nmconvert.errors import ExportError, UsageError, check_choice
 from nmconvert.export.check import Difference, check_export, compare, free_memory, memory_to_fold, run, stock_session
 from nmconvert.export.compress import NO_PATTERN, Compressed, compress
@@ -267,7 +267,7 @@ def _write(source: Path, output: Path, flavour: str, loaded: _Source, values: st
             raise ExportError(str(error).replace(str(path), str(output)).replace(path.name, output.name)) from error
 
     save_model(model, output, manifest=manifest.to_json, check=check)
-    nbytes = output.stat().st_size + sum(path.stat().st_size for path in output.parent.glob(f"{output.name}*.data"))
+    nbytes = output.stat().st_size + sum(path.stat().st_size for path in data_files(output))
     notes = (*loaded.notes, *_memory_notes(needed, free))
     return ExportResult(source, output, flavour, nbytes, compressed, differences[0], notes, fold)
 

@@ -77,7 +77,7 @@ def _lift_constants(model: ModelProto) -> None:
 
 
 def _floats(model: ModelProto) -> list[TensorProto]:
-    given = {value.name for value in model.graph.output}  # of a type that the file promises
+    given = {value.name for value in [*model.graph.input, *model.graph.output]}  # of a type that the file promises
     return [t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and t.name not in given]
 
 
@@ -88,5 +88,8 @@ def _widen(model: ModelProto, names: Sequence[str]) -> None:
         here = {name: cast for name, cast in wide.items() if name in scope.tensors}  # not hidden by a value of the body
         for node in graph.node:
             node.input[:] = [here.get(name, name) for name in node.input]
+    told = [value for value in model.graph.value_info if value.name not in wide]  # the others are of the type of before
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(told)
     for name, cast in wide.items():
         model.graph.node.insert(0, helper.make_node("Cast", [name], [cast], name=f"{name}.widen", to=TensorProto.FLOAT))

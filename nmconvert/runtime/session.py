@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import warnings
@@ -129,7 +130,8 @@ def _size(source: str | bytes) -> int:
     if isinstance(source, bytes):
         return len(source)
     path = Path(source)
-    return sum(file.stat().st_size for file in [path, *path.parent.glob(f"{path.name}*.data")])
+    name = glob.escape(path.name)
+    return sum(f.stat().st_size for f in [path, *path.parent.glob(f"{name}.data"), *path.parent.glob(f"{name}.*.data")])
 
 
 def _fingerprint(source: str | bytes, inputs: Sequence[InputSpec]) -> str:

@@ -46,6 +46,11 @@ LIMITS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
     (lambda value: value > 0, "more than 0", ("size", "temperature", "block", "max_length", "beams")),
     (lambda value: all(part > 0 for part in value), "more than 0", ("std",)),
     (lambda value: all(0 <= part <= 1 for part in value), "0 to 1, of pixels divided by 255", ("mean",)),
+    (
+        lambda value: value <= 1_000_000,
+        "at most 1,000,000",
+        ("size", "temperature", "block", "max_length", "beams", "crop", "zoom"),
+    ),
     (lambda value: value >= 0, "0 or more", ("crop",)),
     (lambda value: value >= 1, "1 or more", ("zoom",)),
     (lambda value: 0 <= value <= 1, "a share, 0 to 1", ("label_smoothing", "teacher_score")),

@@ -65,7 +65,9 @@ def read_coco(file: Path, split: Split, *, whole: bool) -> Listing:
                 raise DataError(f"{file}: annotation {number} is of image {image}, which is none of its images")
             by_image[annotation["image_id"]].append(_complete(annotation, file))
         names, sizes = [entry["file_name"] for entry in entries], [_size(entry) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(isinstance(name, str) and name for name in names):
+            raise ValueError("a file_name that is none")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{file}: is no COCO file with images and annotations: {type(error).__name__} {error}") from error
     numbers = range(len(names)) if whole else held_out(len(names), split)
     root = _root(file, names)
@@ -87,8 +89,11 @@ def _complete(annotation: Annotation, file: Path) -> Annotation:
         number = annotation.get("id", "?")
         raise DataError(f"{file}: annotation {number} has the bbox {box}, which is none: [x, y, width, height] in pixels")
     area, crowd = annotation.get("area"), annotation.get("iscrowd")
-    known = {"area": box[2] * box[3] if area is None else area, "iscrowd": crowd or 0}
-    return annotation | known | {"category_id": int(annotation["category_id"])}
+    known = {"area": box[2] * box[3] if area is None else float(area), "iscrowd": int(crowd or 0)}
+    category = int(annotation["category_id"])
+    if not -(2**31) <= category < 2**31:
+        raise ValueError(f"a category_id of {category:.3g}")
+    return annotation | known | {"category_id": category}
 
 
 def _size(entry: dict[str, Any]) -> tuple[int, int] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,14 +9,14 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nmconvert.errors import DataError
+from nmconvert.errors import DataError, NmconvertError, one_line
 from nmconvert.imports import ImportPath
 from nmconvert.tasks import images
 from nmconvert.tasks.base import Split, held_out, part_folder, part_folders, part_names
@@ -73,9 +72,13 @@ def open_npz(path: Path) -> Iterator[Mapping[str, NDArray[Any]]]:
     """The arrays of an .npz file, each read when it is asked for; raises `DataError` where that is not possible."""
     try:
         with np.load(path, allow_pickle=False) as stored:
+            if not isinstance(stored, NpzFile):
+                raise ValueError("it holds a single array, as .npy files do")
             yield stored
-    except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: is no readable .npz file: {error}") from error
+    except (NmconvertError, MemoryError):
+        raise
+    except Exception as error:  # damaged bytes can raise anything
+        raise DataError(f"{path}: is no readable .npz file: {one_line(error)}") from error
 
 
 def _from_callable(data: str, split: Split) -> Source:

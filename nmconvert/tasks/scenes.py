@@ -145,6 +145,9 @@ def encode(annotation: Annotation, height: int, width: int, where: object = "") 
             x, y, w, h = annotation["bbox"]
             shape = [[x, y, x + w, y, x + w, y + h, x, y + h]]
         if isinstance(shape, list):
+            sides = (width, height)  # pycocotools goes along every pixel of an edge, and beyond memory where that is far
+            if not all(-sides[i % 2] <= place <= 2 * sides[i % 2] for polygon in shape for i, place in enumerate(polygon)):
+                raise DataError(f"{where}: annotation {number} has a segmentation far outside of the image, {width} × {height}")
             return coder.merge(coder.frPyObjects(shape, height, width))
         check_runs(shape["counts"], height * width)
         return coder.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape

@@ -121,11 +121,14 @@ class Log:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break  # a process that was killed left half a line, the last
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
     return lines
 
 

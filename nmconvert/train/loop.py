@@ -107,6 +107,8 @@ def train(
 def _check_folder(settings: Settings, folder: Path | None, resume: bool) -> None:
     if settings.patience is not None and folder is None:
         raise UsageError("patience needs a folder for states, to come back to the best epoch")
+    if folder is not None:
+        state.check_folder(folder)
     left = None if folder is None or resume else state.latest(folder)
     if left is not None:
         raise UsageError(f"{left}: a run that did not end left this; go on with --resume, or remove the folder to start anew")

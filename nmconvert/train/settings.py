@@ -35,6 +35,10 @@ OPTIMIZER_OF: dict[str, OptimizerName] = {"classification": "sgd"}
 """By task; of all others it is AdamW."""
 
 
+MOST_EPOCHS, MOST_WORKERS = 1_000_000, 256  # what is beyond is a slip of the finger
+MOST_FLOAT = 3e38  # of float32
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to train.
@@ -89,23 +93,23 @@ class Settings:
 
     def __post_init__(self) -> None:
         checks = {
-            "epochs": (self.epochs >= 1, "at least 1"),
+            "epochs": (1 <= self.epochs <= MOST_EPOCHS, f"from 1 to {MOST_EPOCHS:,}"),
             "batch": (self.batch >= 1, "at least 1"),
             "accumulate": (self.accumulate >= 1, "at least 1"),
             "optimizer": (self.optimizer in (None, *OPTIMIZERS), f"one of {', '.join(OPTIMIZERS)}"),
             "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
-            "lr": (self.lr is None or 0 < self.lr < inf, "above 0"),
-            "weight_decay": (0 <= self.weight_decay < inf, "0 or more"),
+            "lr": (self.lr is None or 0 < self.lr <= MOST_FLOAT, f"above 0, at most {MOST_FLOAT:.0e}"),
+            "weight_decay": (0 <= self.weight_decay <= MOST_FLOAT, f"from 0 to {MOST_FLOAT:.0e}"),
             "warmup": (0 <= self.warmup <= 1, "from 0 to 1"),
-            "clip": (self.clip is None or self.clip > 0, "above 0"),
+            "clip": (self.clip is None or 0 < self.clip < inf, "above 0, and finite"),
             "ema": (self.ema is None or 0 <= self.ema < 1, "from 0 to below 1"),
             "distill": (0 <= self.distill <= 1, "from 0 to 1"),
-            "decay": (self.decay is None or 0 <= self.decay < inf, "0 or more"),
+            "decay": (self.decay is None or 0 <= self.decay <= MOST_FLOAT, f"from 0 to {MOST_FLOAT:.0e}"),
             "freeze_masks": (0 <= self.freeze_masks <= 1, "from 0 to 1"),
             "patience": (self.patience is None or self.patience >= 1, "at least 1"),
-            "workers": (self.workers >= 0, "0 or more"),
-            "seed": (self.seed >= 0, "0 or more"),
-            "save_minutes": (self.save_minutes >= 0, "0 or more"),
+            "workers": (0 <= self.workers <= MOST_WORKERS, f"from 0 to {MOST_WORKERS}"),
+            "seed": (0 <= self.seed < 2**63, "from 0 to 2⁶³"),
+            "save_minutes": (0 <= self.save_minutes < inf, "0 or more, and finite"),
         }
         for name, (holds, words) in checks.items():
             if not holds:
