@@ -37,7 +37,7 @@ class Parallel {
     struct Data {
       std::remove_reference_t<Task>* task;
       std::atomic<bool> failed{false};
-      std::exception_ptr error;
+      std::exception_ptr error{};
     } data{&task};
     if (count == 1 || !loop_) {
       for (int64_t i = 0; i < count; ++i) task(i);

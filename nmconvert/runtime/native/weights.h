@@ -30,7 +30,7 @@ struct TileChoice {
 
 struct Streaming {
   TileChoice choice;
-  std::shared_ptr<const StreamPlan> plan;  // of a run, also where another one needs its room meanwhile
+  std::shared_ptr<const StreamPlan> plan{};  // of a run, also where another one needs its room meanwhile
   const AmxPlan* amx = nullptr;  // the matrix unit's
   bool by_rows() const { return !plan && !amx; }
 };
